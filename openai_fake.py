@@ -1,0 +1,5904 @@
+"""A fake of OpenAI's API: one file that answers real HTTP, so that what calls OpenAI can be tested offline.
+
+A handler, a plain Python function, says what the model answers, once. The server encodes it as whatever the
+client asked for: Chat Completions or Responses, JSON or a stream of server-sent events.
+
+>>> import json, urllib.request
+>>> def handler(request):
+...     return f"You said: {request.text}"
+>>> with FakeOpenAI(handler) as server:
+...     body = json.dumps({"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}]})
+...     with urllib.request.urlopen(server.base_url + "/chat/completions", body.encode()) as reply:
+...         json.load(reply)["choices"][0]["message"]["content"]
+'You said: Hello'
+
+How the data flows, which is also the order of this file:
+
+    HTTP bytes -> Request -> handler(request) -> parts -> encoder -> events -> SSE frames -> chunked bytes
+                                                            \\-> fold -> JSON body
+
+To add a part, write one class in the section "What a handler answers": how it splits and merges, what it is in Chat
+Completions, what it is in Responses. To add an endpoint, write one function in the section "Endpoints".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http
+import json
+import json.encoder
+import logging
+import math
+import os
+import queue
+import random
+import re
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from binascii import b2a_base64
+from collections import deque
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
+from functools import lru_cache
+from http.server import ThreadingHTTPServer
+from socketserver import BaseRequestHandler, TCPServer
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, cast
+from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
+
+if TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import unittest
+    from types import TracebackType
+    from typing import TypeAlias
+
+    from typing_extensions import Self, override
+else:
+    try:
+        from typing_extensions import Self, override
+    except ImportError:  # the copied file runs on a bare interpreter; only type checkers need the real ones
+        Self = Any
+
+        def override(method):
+            return method
+
+
+__all__ = [
+    "APIError",
+    "Chunk",
+    "ChunkChoice",
+    "Completion",
+    "CompletionChoice",
+    "CustomToolCall",
+    "Disconnect",
+    "FakeOpenAI",
+    "Finish",
+    "Message",
+    "Pause",
+    "Raw",
+    "Reasoning",
+    "Refusal",
+    "Reply",
+    "Request",
+    "Script",
+    "Stream",
+    "StreamError",
+    "Text",
+    "Tool",
+    "ToolCall",
+    "Usage",
+    "WebSearch",
+    "echo",
+    "main",
+    "non_streaming_response",
+    "rate_limit",
+    "start",
+    "streaming_response",
+    "text_chunks",
+    "tool_call_chunk",
+]
+__version__ = "1.0.0"
+
+_LOG = logging.getLogger("openai_fake")
+_LOG.addHandler(logging.NullHandler())  # without it, logging's last resort would print warnings to stderr
+
+_MAX_CHOICES = 8  # the API's bound of n (wire.md 5)
+_MAX_BODY = 64 << 20  # bytes, decoded; OpenAI documents 50 MB for a request with images
+_MAX_LINE = 64 << 10  # bytes of a request line; RFC 9112 3 asks for 8,000 at least
+_MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 to 64 KiB, Go at 1 MiB
+_MAX_FIELDS = 256  # header fields; Apache stops at 100
+_BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
+_STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
+
+_JSON: TypeAlias = "dict[str, Any]"
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _default(value: object) -> NoReturn:
+    raise TypeError(f"cannot be sent as JSON: {value!r} is of type {type(value).__name__}")
+
+
+def _make_dumps() -> Callable[[object], str]:
+    """Compact JSON that leaves non-ASCII alone, from CPython's C encoder made once, where there is one."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    quote: Any = getattr(json.encoder, "encode_basestring", None)
+    if make is None:  # PyPy
+        return json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default).encode
+    # markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
+    # RecursionError, and threads may encode one object at a time.
+    encode: Any = make(None, _default, quote, None, ":", ",", False, False, False)
+    return lambda value: "".join(encode(value, 0))
+
+
+_dumps = _make_dumps()
+_quote: Callable[[str], str] = json.encoder.encode_basestring  # type: ignore[attr-defined]
+
+# Line readers split at U+0085, U+2028 and U+2029 (clients.md); a lone surrogate has no UTF-8 form.
+_UNSENDABLE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+
+
+def _utf8(text: str) -> bytes:
+    """The bytes of JSON text, with escapes for what must not or cannot be sent raw."""
+    if text.isascii():
+        return text.encode()
+    return _UNSENDABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_loads = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+
+_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
+
+
+def _header_fields(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Header fields as given, refused where they could not go on the wire as one field each."""
+    fields = dict(headers or {})
+    for name, value in fields.items():
+        if not _FIELD_NAME.fullmatch(name):
+            raise ValueError(f"not a header field name: {name!r}")
+        if not _FIELD_VALUE.fullmatch(value):
+            raise ValueError(f"not a header field value, which is one line of Latin-1: {value!r} in {name!r}")
+    return fields
+
+
+class APIError(Exception):
+    """An error of the API: a handler returns or raises it, and the client gets it with its HTTP status.
+
+    The body is `{"error": {"message", "type", "param", "code"}}`. `type` defaults to what the API calls that
+    status. `headers` are sent beside the usual ones. Raises ValueError for a status that is not an error's,
+    and for headers that could not be sent.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        if not 400 <= status <= 599:
+            raise ValueError(f"not the status of an error, which is 400 to 599: {status}")
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type or ("server_error" if status >= 500 else "invalid_request_error")
+        self.code = code
+        self.param = param
+        self.headers = _header_fields(headers)
+
+    def __repr__(self) -> str:
+        return f"APIError({self.status}, {self.message!r}, type={self.type!r}, code={self.code!r})"
+
+    def _error(self) -> _JSON:
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+
+def rate_limit(retry_after: float = 0.02) -> APIError:
+    """The 429 of a rate limit, with the headers that clients read. `retry_after`: seconds.
+
+    `retry-after-ms` says it exactly; `retry-after` in whole seconds, as RFC 9110 10.2.3 has it.
+    """
+    milliseconds = max(1, round(retry_after * 1000))
+    return APIError(
+        429,
+        "Rate limit reached for gpt-4o in organization org-fake on requests per min (RPM): Limit 500, Used 500, "
+        f"Requested 1. Please try again in {milliseconds}ms. "
+        "Visit https://platform.openai.com/account/rate-limits to learn more.",
+        type="requests",
+        code="rate_limit_exceeded",
+        headers={
+            "retry-after": str(math.ceil(retry_after)),
+            "retry-after-ms": str(milliseconds),
+            "x-ratelimit-limit-requests": "500",
+            "x-ratelimit-limit-tokens": "30000",
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-remaining-tokens": "29990",
+            "x-ratelimit-reset-requests": f"{milliseconds}ms",
+            "x-ratelimit-reset-tokens": "20ms",
+        },
+    )
+
+
+class _Fault(Exception):
+    """The handler's mistake, never the client's: the client gets a 500, and the test gets `error`."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class _Gone(Exception):
+    """The client has left, or the server is stopping: there is nobody to answer."""
+
+
+# ---- What the client sent --------------------------------------------------------------------------------------------
+
+
+class _Headers(Mapping[str, str]):
+    """Header fields by name, in any case; a field sent several times is joined with commas (RFC 9110 5.3)."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._fields: dict[str, str] = {}
+        for name, value in pairs:
+            key = name.lower()
+            self._fields[key] = f"{self._fields[key]}, {value}" if key in self._fields else value
+
+    @override
+    def __getitem__(self, name: str) -> str:
+        return self._fields[name.lower()]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    @override
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._fields
+
+    @override
+    def __repr__(self) -> str:
+        return f"Headers({self._fields!r})"
+
+
+def _text_of(content: object) -> str:
+    """All the text of a message's content: a string, or a list of content parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    parts = (part.get("text") if isinstance(part, dict) else part for part in cast("list[Any]", content))
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _string(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation. `content` is as it came: a string, a list of content parts, or None.
+
+    `tool_calls` are the calls that an assistant's message makes; `tool_call_id` names the call that a tool's
+    message answers.
+    """
+
+    role: str
+    content: Any = None
+    tool_calls: tuple[ToolCall | CustomToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All the text of the content."""
+        return _text_of(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool that the request offers, in one shape for both APIs. A hosted tool (`web_search`) has a type only."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    strict: bool | None = None
+    type: str = "function"
+
+
+def _tool(value: object) -> Tool:
+    if not isinstance(value, dict):
+        return Tool("", type="")
+    tool = cast(_JSON, value)
+    kind = _string(tool.get("type"))
+    nested = tool.get(kind)  # Chat Completions nests under "function" and "custom", Responses does not
+    about = cast(_JSON, nested) if kind in ("function", "custom") and isinstance(nested, dict) else tool
+    return Tool(
+        _string(about.get("name")), about.get("description"), about.get("parameters"), about.get("strict"), type=kind
+    )
+
+
+def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
+    if not isinstance(value, dict):
+        return None
+    call = cast(_JSON, value)
+    for key, kind, text in (("function", ToolCall, "arguments"), ("custom", CustomToolCall, "input")):
+        about = call.get(key)
+        if isinstance(about, dict):
+            said = cast(_JSON, about)
+            return kind(_string(said.get("name")), _string(said.get(text)), id=_string(call.get("id")))
+    return None
+
+
+def _chat_messages(value: object) -> list[Message]:
+    """The messages of a Chat Completions request."""
+    messages: list[Message] = []
+    for each in cast("list[Any]", value) if isinstance(value, list) else []:
+        if not isinstance(each, dict):
+            continue
+        sent = cast(_JSON, each)
+        calls: Any = sent.get("tool_calls")
+        made = [_chat_call(call) for call in cast("list[Any]", calls)] if isinstance(calls, list) else []
+        tool_call_id = sent.get("tool_call_id")
+        messages.append(
+            Message(
+                _string(sent.get("role")),
+                sent.get("content"),
+                tuple(call for call in made if call is not None),
+                tool_call_id if isinstance(tool_call_id, str) else None,
+            )
+        )
+    return messages
+
+
+def _items_messages(items: Iterable[object]) -> list[Message]:
+    """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
+    messages: list[Message] = []
+    for each in items:
+        if not isinstance(each, dict):
+            continue
+        item = cast(_JSON, each)
+        kind = item.get("type", "message")
+        if kind == "message":
+            messages.append(Message(_string(item.get("role")), item.get("content")))
+        elif kind in ("function_call", "custom_tool_call"):
+            make, key = (ToolCall, "arguments") if kind == "function_call" else (CustomToolCall, "input")
+            call = make(_string(item.get("name")), _string(item.get(key)), id=_string(item.get("call_id")))
+            if messages and messages[-1].role == "assistant":
+                before = messages.pop()
+                messages.append(Message("assistant", before.content, (*before.tool_calls, call)))
+            else:
+                messages.append(Message("assistant", None, (call,)))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            messages.append(Message("tool", item.get("output"), tool_call_id=_string(item.get("call_id"))))
+    return messages
+
+
+def _input_items(value: object) -> list[Any]:
+    """A Responses request's `input` as a list of items."""
+    if isinstance(value, str):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": value}]}]
+    return list(cast("list[Any]", value)) if isinstance(value, list) else []
+
+
+_OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
+
+
+class Request:
+    """What the client asked, in one view of both APIs.
+
+    `api` is "chat.completions", "responses", or "" for other endpoints. `body` is the JSON, decoded; `raw_body` the
+    bytes (after Content-Encoding); `method`, `path`, `query` and `headers` (by name in any case) are the HTTP
+    request's. A Request is kept in `server.requests` after its answer.
+    """
+
+    __slots__ = (
+        "_body",
+        "_connection",
+        "_conversation",
+        "_deployment",
+        "_gone",
+        "_messages",
+        "api",
+        "headers",
+        "method",
+        "path",
+        "query",
+        "raw_body",
+    )
+
+    def __init__(
+        self, api: str, method: str, path: str, query: str, headers: Mapping[str, str], raw_body: bytes = b""
+    ) -> None:
+        self.api = api
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.raw_body = raw_body
+        self._deployment: str | None = None  # Azure names the model in the path
+        self._body: _JSON | None = None
+        self._messages: list[Message] | None = None
+        self._conversation: list[Any] | None = None  # Responses: stored turns and input, where they are not the input
+        self._connection: _Connection | None = None
+        self._gone = False
+
+    @property
+    def body(self) -> _JSON:
+        """The JSON object that was sent; {} where there was none."""
+        if self._body is None:
+            try:
+                _parse_body(self)
+            except APIError:  # the client was told
+                self._body = {}
+        return cast(_JSON, self._body)
+
+    def _forget(self) -> None:
+        """Drops what can be made again from the bytes: the journal holds many requests."""
+        self._gone = self.disconnected
+        self._body = self._messages = self._connection = None
+
+    @property
+    def model(self) -> str:
+        """The model that was asked for."""
+        return _string(self.body.get("model"))
+
+    @property
+    def stream(self) -> bool:
+        """Whether the client wants server-sent events."""
+        return self.body.get("stream") is True
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation as the model sees it.
+
+        For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`.
+        """
+        if self._messages is None:
+            if self.api == "responses":
+                self._messages = _items_messages(self._items)
+            else:
+                self._messages = _chat_messages(self.body.get("messages"))
+        return self._messages
+
+    @property
+    def _items(self) -> list[Any]:
+        instructions = self.body.get("instructions")
+        if isinstance(instructions, str):
+            instructions = [{"role": "system", "content": instructions}]
+        said = _input_items(self.input) if self._conversation is None else self._conversation
+        return [*_input_items(instructions), *said]
+
+    @property
+    def text(self) -> str:
+        """The text of the last user message; "" where there is none."""
+        return next((message.text for message in reversed(self.messages) if message.role == "user"), "")
+
+    @property
+    def tools(self) -> list[Tool]:
+        """The tools that are offered, in one shape for both APIs."""
+        tools: Any = self.body.get("tools")
+        return [_tool(tool) for tool in cast("list[Any]", tools)] if isinstance(tools, list) else []
+
+    @property
+    def prompt(self) -> Any:
+        """`prompt`, as it came."""
+        return self.body.get("prompt")
+
+    @property
+    def input(self) -> Any:
+        """`input`, as it came."""
+        return self.body.get("input")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every key of the body that has no attribute of its own: `temperature`, `instructions`, ..."""
+        return {key: value for key, value in self.body.items() if key not in _OWN_KEYS}
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether the client has left before its answer was whole."""
+        connection = self._connection
+        return self._gone if connection is None else connection.peer_gone()
+
+    @override
+    def __repr__(self) -> str:
+        if not self.api:
+            return f"<Request {self.method} {self.path}>"
+        text = self.text if len(self.text) <= 40 else self.text[:39] + "…"
+        return f"<Request {self.api} {self.model}{' stream' if self.stream else ''} {text!r}>"
+
+
+def _estimate(items: Iterable[object]) -> int:
+    """About how many tokens messages or items are: four characters each, and four for what is around a message."""
+    tokens = 3
+    for item in items:
+        if isinstance(item, dict):
+            sent = cast(_JSON, item)
+            content = sent.get("content")
+            text = content if isinstance(content, str) else _text_of(content)
+            for key in ("output", "arguments"):
+                if key in sent:
+                    text += _text_of(sent[key])
+            tokens += 4 + (len(text) + 3) // 4
+    return tokens
+
+
+# ---- What the API refuses --------------------------------------------------------------------------------------------
+# Each parameter is one entry of `_CHAT` or `_RESPONSES`; the entries stand in the API's order of checks (wire 5).
+# Sources: P = probes of the live API, R = recordings, I = public reports (all three in wire 5), S = the API's public
+# reference (the types of openai-python 3.54), B = robustness item 22; I* = a public report that wire.md lacks.
+
+# A check looks at a value, its path ("tools[0].type") and the object that holds it; None means nothing is wrong.
+_Check: TypeAlias = "Callable[[Any, str, dict[str, Any]], APIError | None]"
+
+_KINDS: dict[type, str] = {
+    dict: "an object", str: "a string", int: "an integer", float: "a decimal", bool: "a boolean", list: "an array",
+    type(None): "null",
+}  # fmt: skip
+
+
+def _refusal(message: str, param: str | None, code: str | None = None) -> APIError:
+    return APIError(400, message, type="invalid_request_error", code=code, param=param)
+
+
+def _missing(path: str) -> APIError:
+    return _refusal(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
+
+
+def _outside(path: str, problem: str, expected: str, got: object, code: str) -> APIError:
+    return _refusal(f"Invalid '{path}': {problem}. Expected {expected}, but got {got} instead.", path, code)
+
+
+def _unsupported(path: str, value: str, supported: Iterable[str]) -> APIError:
+    *most, last = (f"'{name}'" for name in supported)
+    listed = f"{', '.join(most)}{',' if len(most) > 1 else ''} and {last}" if most else last
+    return _refusal(f"Invalid value: '{value}'. Supported values are: {listed}.", path, "invalid_value")
+
+
+def _passes(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    """What no source constrains."""
+    return None
+
+
+def _either(expected: str, *checks: tuple[type, _Check]) -> _Check:
+    """A value of one of these exact types (to the API a boolean is no integer), which passes its type's check."""
+    by_type = dict(checks)
+
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        if further := by_type.get(value.__class__):
+            return further(value, path, holder)
+        got = _KINDS.get(value.__class__, "an object")
+        return _refusal(f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type")
+
+    return check
+
+
+_boolean, _any_object = _either("a boolean", (bool, _passes)), _either("an object", (dict, _passes))
+
+
+def _length(kind: str, low: int, high: int) -> _Check:
+    noun = kind.split()[1]
+
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        if len(value) < low:
+            least = f"{kind} with minimum length {low}"
+            return _outside(path, f"empty {noun}", least, f"an empty {noun}", f"empty_{noun}")
+        if len(value) > high:
+            most, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
+            return _outside(path, f"{noun} too long", most, got, f"{noun}_above_max_length")
+        return None
+
+    return check
+
+
+def _bounded_string(low: int = 0, high: int = sys.maxsize) -> _Check:
+    return _either("a string", (str, _length("a string", low, high)))
+
+
+_any_string, _name = _bounded_string(), _bounded_string(low=1)  # an empty name: I* 'tools[0].function.name'
+
+
+def _between(word: str, low: float, high: float) -> _Check:
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        if value < low:
+            return _outside(path, f"{word} below minimum value", f"a value >= {low}", value, f"{word}_below_min_value")
+        if value > high:
+            return _outside(path, f"{word} above maximum value", f"a value <= {high}", value, f"{word}_above_max_value")
+        return None
+
+    return check
+
+
+def _integer(low: float = -math.inf, high: float = math.inf) -> _Check:
+    return _either("an integer", (int, _between("integer", low, high)))
+
+
+def _decimal(low: float, high: float) -> _Check:
+    between = _between("decimal", low, high)
+    return _either("a decimal", (float, between), (int, between))
+
+
+def _enum(*supported: str) -> _Check:
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        return None if value in supported else _unsupported(path, value, supported)
+
+    return _either("a string", (str, check))
+
+
+def _array(of: _Check, expected: str = "an array of objects", low: int = 0, high: int = sys.maxsize) -> _Check:
+    length = _length("an array", low, high)
+
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        members = (fault for i, item in enumerate(value) if (fault := of(item, f"{path}[{i}]", holder)))
+        return length(value, path, holder) or next(members, None)
+
+    return _either(expected, (list, check))
+
+
+def _object(required: dict[str, _Check], optional: dict[str, _Check] | None = None) -> _Check:
+    """Required members may not be null; optional ones may, as clients send explicit nulls."""
+
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        for name, member in required.items():
+            if name not in value:
+                return _missing(f"{path}.{name}")
+            if fault := member(value[name], f"{path}.{name}", value):
+                return fault
+        for name, member in (optional or {}).items():
+            if value.get(name) is not None and (fault := member(value[name], f"{path}.{name}", value)):
+                return fault
+        return None
+
+    return _either("an object", (dict, check))
+
+
+def _tagged(tag: str, cases: dict[str, _Check], closed: bool = True) -> _Check:
+    """An object whose `tag` names the check it must pass; a tag that isn't in `cases` passes unless `closed`."""
+    has_tag = _object({tag: _any_string})
+
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        if fault := has_tag(value, path, holder):
+            return fault
+        if case := cases.get(value[tag]):
+            return case(value, path, holder)
+        return _unsupported(f"{path}.{tag}", value[tag], cases) if closed else None
+
+    return check
+
+
+def _map(of: _Check, properties: int = sys.maxsize, name_length: int = sys.maxsize) -> _Check:
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        if len(value) > properties:
+            most, got = f"an object with at most {properties} properties", f"an object with {len(value)} properties"
+            return _outside(path, "too many properties", most, got, "object_above_max_properties")
+        for name, member in value.items():
+            if len(name) > name_length:  # the words are by analogy, the code is P
+                most, got = f"a property name with maximum length {name_length}", f"one with length {len(name)}"
+                return _outside(path, "property name too long", most, got, "property_name_above_max_length")
+            if fault := of(member, f"{path}.{name}", value):
+                return fault
+        return None
+
+    return _either("an object", (dict, check))
+
+
+def _spoken(*parts: tuple[type, _Check]) -> _Check:
+    return _either("one of a string or array of objects", (str, _passes), *parts)  # wire 5: P
+
+
+def _plain(item: Any) -> bool:
+    """Just a role and a text, as nearly all messages are: nothing more to look at."""
+    return (
+        item.__class__ is dict
+        and len(item) == 2
+        and item.get("role") in _PLAIN
+        and item.get("content").__class__ is str
+    )
+
+
+# Chat's messages
+
+_PLAIN = ("user", "assistant", "system", "developer")
+_chat_parts: dict[str, _Check] = {  # S, order I*
+    "text": _object({"text": _any_string}),
+    "image_url": _object({"image_url": _object({"url": _any_string})}),
+    "input_audio": _object({"input_audio": _any_object}),
+    "refusal": _object({"refusal": _any_string}),
+    "audio": _any_object,
+    "file": _object({"file": _any_object}),
+}
+_message_content = _spoken((list, _array(_tagged("type", _chat_parts))))
+_chat_calls: dict[str, _Check] = {  # S
+    "function": _object({"id": _any_string, "function": _object({"name": _any_string, "arguments": _any_string})}),
+    "custom": _object({"id": _any_string, "custom": _object({"name": _any_string, "input": _any_string})}),
+}
+_said = _object({"content": _message_content}, {"name": _any_string})
+_called = _object(
+    {},
+    {
+        "content": _message_content,
+        "name": _any_string,
+        "refusal": _any_string,
+        "tool_calls": _array(_tagged("type", _chat_calls), low=1),  # I*: Invalid 'messages[1].tool_calls': empty array.
+        "function_call": _object({"name": _any_string, "arguments": _any_string}),
+    },
+)
+
+
+def _answer(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    """S: an assistant's content may only lack where it said something else."""
+    otherwise = ("tool_calls", "function_call", "refusal", "audio")
+    return (_said if all(value.get(name) is None for name in otherwise) else _called)(value, path, holder)
+
+
+_roles: dict[str, _Check] = {  # S, order I*
+    "system": _said,
+    "assistant": _answer,
+    "user": _said,
+    "function": _object({"name": _any_string}, {"content": _message_content}),
+    "tool": _object({"content": _message_content, "tool_call_id": _any_string}),
+    "developer": _said,
+}
+_shaped = _array(_tagged("role", _roles), low=1)  # wire 5: P, R (empty array)
+
+
+def _messages(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    if value is None:
+        return _missing(path)
+    if value.__class__ is list and value and all(map(_plain, value)):
+        return None
+    return _shaped(value, path, holder) or _unpaired(value)
+
+
+def _unpaired(messages: list[Any]) -> APIError | None:
+    """wire 5: I. Tool messages follow their call, and a call's answers come before anything else."""
+    answered: dict[str, bool] = {}  # by the id of the last message's calls
+    ended: list[Any] = [*messages, {"role": ""}]
+    for index, message in enumerate(ended):
+        if message["role"] == "tool":
+            if message["tool_call_id"] not in answered:
+                words = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
+                return _refusal(f"Invalid parameter: {words}", f"messages.[{index}].role")
+            answered[message["tool_call_id"]] = True
+            continue
+        if lacking := [call for call, done in answered.items() if not done]:
+            return _refusal(
+                "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+                f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(lacking)}",
+                f"messages.[{min(index, len(messages) - 1)}].role",
+            )
+        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        answered = {call["id"]: False for call in calls or ()}
+    return None
+
+
+# The Responses' input
+
+_input_parts = ("input_text", "input_image", "output_text", "refusal", "input_file", "computer_screenshot")  # S, I*
+_told = _object({"content": _spoken((list, _array(_tagged("type", dict.fromkeys(_input_parts, _passes)))))})
+_output_parts: dict[str, _Check] = {"output_text": _passes, "refusal": _passes}  # I*, S
+_replied = _object({"content": _spoken((list, _array(_tagged("type", _output_parts))))})
+_output = _object({"call_id": _any_string, "output": _spoken((list, _array(_any_object)))})
+_item_roles: dict[str, _Check] = {"assistant": _replied, "system": _told, "developer": _told, "user": _told}  # S
+_item_types: dict[str, _Check] = {  # S; other types pass, as they grow
+    "message": _tagged("role", _item_roles),
+    "function_call": _object({"call_id": _any_string, "name": _any_string, "arguments": _any_string}),
+    "function_call_output": _output,
+    "custom_tool_call": _object({"call_id": _any_string, "name": _any_string, "input": _any_string}),
+    "custom_tool_call_output": _output,
+    "item_reference": _object({"id": _any_string}),
+}
+_typed_item = _tagged("type", _item_types, closed=False)
+
+
+def _input_item(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    if _plain(value):
+        return None
+    if value.__class__ is dict and value.get("type") is None:  # S: only messages and references may lack it
+        value = {**value, "type": "item_reference" if "id" in value and "role" not in value else "message"}
+    return _typed_item(value, path, holder)
+
+
+_items = _either("one of a string or array of input items", (str, _passes), (list, _array(_input_item)))  # wire 5: P
+
+
+def _input(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    if value is not None:
+        return _items(value, path, holder)
+    instead = ("previous_response_id", "prompt", "conversation")  # S: each can stand for it
+    return _missing(path) if all(holder.get(name) is None for name in instead) else None
+
+
+# Rules about more than one value
+
+
+def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    if value is None or value == "":
+        return _refusal("you must provide a model parameter", None)
+    return _any_string(value, path, holder)
+
+
+def _model_name(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    return _missing(path) if value is None else _any_string(value, path, holder)
+
+
+_stream_flags = _object({}, {"include_usage": _boolean, "include_obfuscation": _boolean})
+
+
+def _stream_options(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    if holder.get("stream") is True:
+        return _stream_flags(value, path, holder)
+    return _refusal("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
+
+
+_conversation_id = _either("one of a string or object", (str, _passes), (dict, _object({"id": _any_string})))
+
+
+def _conversation_named(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    if holder.get("previous_response_id") is None:
+        return _conversation_id(value, path, holder)
+    words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'pre..._id' or 'conversation'."
+    return _refusal(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
+
+
+def _moved(new: str) -> _Check:
+    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+        return _refusal(
+            f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. Try again "
+            "with the new parameter. See the API documentation for more information: "
+            "https://platform.openai.com/docs/api-reference/responses/create.",
+            None,
+            "unsupported_parameter",
+        )
+
+    return check
+
+
+# The tables
+
+_EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
+_VERBOSITIES = _enum("low", "medium", "high")  # wire 5: P
+_SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
+_metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # wire 5: P
+_named = _object({"name": _name})
+_chat_tools = {"function": _object({"function": _named}), "custom": _object({"custom": _named})}  # S, closed: I*
+_chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
+_named_tools: dict[str, _Check] = {"function": _named, "custom": _named}  # S; hosted tools pass, as they grow
+_schema = _object({"name": _name, "schema": _any_object})
+_formats: dict[str, _Check] = {"json_object": _passes, "json_schema": _schema, "text": _passes}  # S
+_chat_formats: dict[str, _Check] = {**_formats, "json_schema": _object({"json_schema": _named})}  # S
+_stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
+_includes = (  # S
+    "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
+    "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+    "reasoning.encrypted_content", "message.output_text.logprobs",
+)  # fmt: skip
+
+
+def _choice(of: _Check, *words: str) -> _Check:
+    return _either("one of a string or object", (str, _enum(*words)), (dict, of))
+
+
+_CHAT: dict[str, _Check] = {
+    "model": _chat_model,  # wire 5: P; B
+    "messages": _messages,  # wire 5: P, R, I; B
+    "functions": _array(_named),  # S
+    "function_call": _choice(_named, "none", "auto"),  # S
+    "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
+    "tool_choice": _choice(_tagged("type", _chat_choices), "none", "auto", "required"),  # S
+    "parallel_tool_calls": _boolean,  # S
+    "max_completion_tokens": _integer(1),  # wire 5: P
+    "n": _integer(1, 8),  # wire 5: P
+    "temperature": _decimal(0, 2),  # wire 5: R, P; S
+    "top_p": _decimal(0, 1),  # S
+    "presence_penalty": _decimal(-2, 2),  # S
+    "frequency_penalty": _decimal(-2, 2),  # S
+    "logprobs": _boolean,  # S
+    "top_logprobs": _integer(0, 20),  # S
+    "user": _any_string,  # S
+    "seed": _integer(),  # S
+    "moderation": _any_object,  # S
+    "audio": _any_object,  # S
+    "modalities": _array(_enum("text", "audio"), "an array of strings"),  # S
+    "web_search_options": _any_object,  # S
+    "prompt_cache_key": _any_string,  # S
+    "prompt_cache_options": _any_object,  # S
+    "prompt_cache_retention": _any_string,  # S; no enum: "in-memory" was once its spelling
+    "safety_identifier": _bounded_string(high=128),  # S
+    "response_format": _tagged("type", _chat_formats),  # S
+    "service_tier": _enum(*_SERVICE_TIERS),  # S
+    "max_tokens": _integer(1),  # S
+    "reasoning_effort": _EFFORTS,  # S
+    "logit_bias": _map(_decimal(-100, 100)),  # S
+    "stop": _either("one of a string or array of strings", (str, _passes), (list, _stop)),  # S
+    "stream": _boolean,  # B
+    "stream_options": _stream_options,  # S
+    "store": _boolean,  # S
+    "metadata": _metadata,  # wire 5: P
+    "prediction": _any_object,  # S
+    "verbosity": _VERBOSITIES,  # wire 5: P
+}
+
+_RESPONSES: dict[str, _Check] = {
+    "model": _model_name,  # wire 5: P; B
+    "messages": _moved("input"),  # wire 5: P
+    "response_format": _moved("text.format"),  # I*
+    "reasoning_effort": _moved("reasoning.effort"),  # I*
+    "moderation": _any_object,  # S
+    "input": _input,  # wire 5: P; B
+    "include": _array(_enum(*_includes), "an array of strings"),  # S
+    "tools": _array(_tagged("type", _named_tools, closed=False), "an array of tools"),  # wire 5: P; S
+    "metadata": _metadata,  # wire 5: P
+    "text": _object({}, {"format": _tagged("type", _formats), "verbosity": _VERBOSITIES}),  # S
+    "temperature": _decimal(0, 2),  # wire 5: R, P; S
+    "top_p": _decimal(0, 1),  # S
+    "tool_choice": _choice(_tagged("type", _named_tools, closed=False), "none", "auto", "required"),  # S
+    "parallel_tool_calls": _boolean,  # S
+    "stream": _boolean,  # B
+    "stream_options": _stream_options,  # S
+    "background": _boolean,  # S
+    "max_output_tokens": _integer(16),  # wire 5: P
+    "max_tool_calls": _integer(),  # S
+    "reasoning": _object({}, {"effort": _EFFORTS, "summary": _enum("auto", "concise", "detailed")}),  # S
+    "user": _any_string,  # S
+    "prompt_cache_key": _any_string,  # S
+    "prompt_cache_options": _any_object,  # S
+    "prompt_cache_retention": _any_string,  # S
+    "safety_identifier": _bounded_string(high=128),  # S
+    "truncation": _enum("auto", "disabled"),  # S
+    "instructions": _any_string,  # S
+    "store": _boolean,  # S
+    "service_tier": _enum(*_SERVICE_TIERS, "ultrafast"),  # S
+    "top_logprobs": _integer(0, 20),  # S
+    **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _passes),  # S: known
+    "conversation": _conversation_named,  # wire 5: P
+    "prompt": _object({"id": _any_string}),  # S
+    "previous_response_id": _any_string,  # S
+}
+
+_ORDERS = {  # wire 5: P. The checks; what is looked for before unknown parameters; and where null is as absent.
+    "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
+    "responses": (_RESPONSES, ("model",), ("model", "input")),
+}
+
+
+def _fault(api: str, body: dict[str, Any], strict: bool) -> APIError | None:
+    """The first fault of a request, in the API's order of checks."""
+    checks, first, required = _ORDERS[api]
+    for name, value in body.items():
+        check = checks.get(name)
+        if strict if check is None else value is not None and check(value, name, body):
+            break
+    else:
+        if None not in map(body.get, required):
+            return None
+    # Only now, with something amiss, is it worth the time to find what the API would have found first.
+    for name in first:
+        if (value := body.get(name)) in (None, "") and (fault := checks[name](value, name, body)):
+            return fault
+    for name in body if strict else ():
+        if name not in checks:
+            return _unknown(name, body, checks)
+    for name, check in checks.items():
+        value = body.get(name)
+        if (value is not None or name in required) and (fault := check(value, name, body)):
+            return fault
+    return None
+
+
+def _unknown(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
+    near = [(_distance(name, other), other) for other in known if other not in body and abs(len(other) - len(name)) < 3]
+    distance, other = min(near, default=(3, ""))
+    hint = f" Did you mean '{other}'?" if distance < 3 else ""
+    return _refusal(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
+
+
+def _distance(left: str, right: str) -> int:
+    """Levenshtein's."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        last, row[0] = row[0], i
+        for j, b in enumerate(right, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (a != b))
+    return row[-1]
+
+
+_OPAQUE = ("item_reference", "compaction")  # these may stand for any item
+
+
+def _conversation_fault(items: list[Any], start: int, reasons: bool = True) -> APIError | None:
+    """The first fault between input items: items[:start] are stored turns, the rest is the request's `input`.
+
+    `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (wire 3).
+    """
+    facts = [tuple(_word(item, name) for name in ("type", "id", "call_id", "role")) for item in items]
+    seen: set[str] = set()
+    for index, (_, mark, _, _) in enumerate(facts):
+        if mark in seen and index >= start:  # wire 5: I
+            return _refusal(
+                f"Duplicate item found with id {mark}. Remove duplicate items from your input and try again.", "input"
+            )
+        if mark:
+            seen.add(mark)
+    if not any(kind in _OPAQUE for kind, *_ in facts):
+        called = {call for kind, _, call, _ in facts if kind.endswith("_call")}
+        answered = {call for kind, _, call, _ in facts if kind.endswith("_call_output")}
+        for kind, _, call, _ in facts[start:]:
+            if kind == "function_call_output" and call not in called:  # wire 5: I
+                return _refusal(f"No tool call found for function call output with call_id {call}.", "input")
+        for kind, _, call, _ in facts:
+            if kind == "function_call" and call not in answered:  # wire 5: I
+                return _refusal(f"No tool output found for function call {call}.", "input")
+    reasoned = not reasons
+    for index, (kind, mark, _, role) in enumerate(facts):
+        reasoned = kind == "reasoning" or kind in _OPAQUE or not reasons or (reasoned and role in ("", "assistant"))
+        after, _, _, speaker = facts[index + 1] if index + 1 < len(facts) else ("_output", "", "", "")
+        lone = after.endswith("_output") or speaker not in ("", "assistant")
+        if index < start or not mark:  # what has no id is new to the API: nothing is known to belong to it
+            continue
+        if kind == "reasoning" and lone:  # wire 5: R
+            words = f"Item '{mark}' of type 'reasoning' was provided without its required following item."
+            return _refusal(words, "input")
+        if kind == "web_search_call" and not reasoned:  # I*; the API adds the missing item's id
+            words = f"Item '{mark}' of type 'web_search_call' was provided without its required 'reasoning' item."
+            return _refusal(words, "input")
+    return None
+
+
+def _word(item: Any, name: str) -> str:
+    value: Any = item.get(name) if item.__class__ is dict else None
+    if value is None and name == "type" and not _word(item, "role"):  # S: only messages and references may lack it
+        return "item_reference"
+    return value if isinstance(value, str) else ""
+
+
+# ---- What a handler answers ------------------------------------------------------------------------------------------
+# A part is a piece of what the model says, or a thing that happens on the wire. A fragment of a part is a part.
+
+# Words with the space before them, as the models' own tokens are; a long word is several.
+_TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
+
+
+def _split_text(text: str) -> tuple[str, ...]:
+    return tuple(_TOKEN.findall(text))
+
+
+_split_short = lru_cache(4096)(_split_text)
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    """The word-sized pieces that a stream sends of a text; joined, they are the text."""
+    return _split_short(text) if len(text) <= 32 else _split_text(text)
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0] or url
+
+
+def _citations(text: str, sources: Sequence[str]) -> list[_JSON]:
+    """url_citation annotations, Responses form: where the text names the source, else the whole text."""
+    spans: list[tuple[int, int, str]] = []
+    whole: list[tuple[int, int, str]] = []
+    for url in sources:
+        at = text.find(url)
+        if at >= 0:
+            spans.append((at + len(url), at, url))
+        else:
+            whole.append((len(text), 0, url))
+    return [
+        {"type": "url_citation", "end_index": end, "start_index": begin, "title": _host(url), "url": url}
+        for end, begin, url in sorted(spans) + whole
+    ]
+
+
+class _Item:
+    """One thing being said: the part that opened it, and the fragments it has grown by."""
+
+    __slots__ = (
+        "call_id",
+        "cited",
+        "cut",
+        "entries",
+        "id",
+        "index",
+        "opened",
+        "part",
+        "pieces",
+        "position",
+        "sources",
+        "status",
+    )
+
+    def __init__(self, part: _Spoken, position: int) -> None:
+        self.part = part
+        self.pieces: list[str] = []
+        self.position = position  # output_index in Responses
+        self.index = 0  # of a tool call, among its choice's
+        self.id = ""  # Responses: the item's id
+        self.call_id = ""
+        self.sources: list[str] = []  # what a message after a web search cites
+        self.cited = 0  # of them, in the stream so far
+        self.entries: list[_JSON] = []  # logprobs, one a token, where they were asked for
+        self.opened = False  # Responses: the events before the first delta are sent
+        self.cut: tuple[str, str, str, str] | None = None  # its delta's frame, encoded but for what differs
+        self.status = "in_progress"
+
+    @property
+    def text(self) -> str:
+        pieces = self.pieces
+        if len(pieces) > 1:
+            pieces[:] = ["".join(pieces)]
+        return pieces[0] if pieces else ""
+
+    @property
+    def whole(self) -> _Spoken:
+        return self.part._with(self.text)
+
+
+class _Part:
+    """What every part can do: tell itself to whoever carries the answer to the client."""
+
+    __slots__ = ()
+
+    def _tell(self, teller: _Teller) -> None:
+        raise NotImplementedError
+
+
+class _Spoken(_Part):
+    """A part that the model says. It has one string that grows (`_grows` names it) while a stream is sent."""
+
+    __slots__ = ()
+    _grows: ClassVar[str]
+    _prefix: ClassVar[str]  # of the item's id in Responses
+    _in_chat: ClassVar[bool] = True  # whether Chat Completions has a place for it
+    choice: int = 0
+
+    def split(self) -> list[Self]:
+        """The fragments that a stream sends: parts of the same kind, word-sized, the first with the name and id."""
+        first, *rest = self._fragments() or ("",)
+        return [self._with(first), *(self._more(text) for text in rest)]
+
+    def merge(self, fragment: Self) -> Self:
+        """The part that this one and the fragment after it make together.
+
+        `functools.reduce(type(part).merge, part.split()) == part`, for every part. Raises ValueError for a
+        fragment that is not this part's.
+        """
+        if not fragment._continues(self):
+            raise ValueError(f"{fragment!r} does not go on with {self!r}")
+        return self._with(self._string + fragment._string)
+
+    @property
+    def _string(self) -> str:
+        return cast(str, getattr(self, self._grows))
+
+    def _fragments(self) -> Sequence[str]:
+        return _tokens(self._string)
+
+    def _with(self, text: str) -> Self:
+        raise NotImplementedError
+
+    def _more(self, text: str) -> Self:
+        return self._with(text)
+
+    def _continues(self, opened: _Spoken) -> bool:
+        return type(opened) is type(self) and opened.choice == self.choice
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.say(self)
+
+    # Chat Completions: deltas, and the message's fields.
+
+    def _chat_role(self, item: _Item) -> _JSON:
+        """The delta that opens a choice."""
+        return {"role": "assistant", "content": "", "refusal": None}
+
+    def _chat_head(self, item: _Item) -> _JSON | None:
+        """The delta that opens this part, where it needs one beside the role's."""
+        return None
+
+    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+        raise NotImplementedError
+
+    def _chat_message(self, item: _Item, message: _JSON) -> None:
+        """Writes a whole part into the message."""
+
+    # Responses: the item, and the events between output_item.added and .done.
+
+    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        """The whole item, as in output_item.done and in the response."""
+        raise NotImplementedError
+
+    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        """The item as in output_item.added: nothing said yet."""
+        raise NotImplementedError
+
+    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+        return []
+
+    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+        """The type of the delta event, and the keys that are its own."""
+        raise NotImplementedError
+
+    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+        return []
+
+
+def _check(part: object, **fields: tuple[object, type | tuple[type, ...]]) -> None:
+    """Raises TypeError where a field is not of its type: the mistake shows where the part is made."""
+    for name, (value, kind) in fields.items():
+        if not isinstance(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
+            raise TypeError(f"{type(part).__name__} wants {wanted} for {name}, not {value!r}")
+
+
+class _MessagePart(_Spoken):
+    """What Text and Refusal share: a message item with one content part."""
+
+    __slots__ = ()
+    _prefix = "msg_"
+    _content: ClassVar[str]  # the type of the content part, and of its events
+    text: str
+
+    @override
+    def _with(self, text: str) -> Self:
+        return type(self)(text, choice=self.choice)  # type: ignore[call-arg]  # both take these
+
+    @override
+    def _fragments(self) -> Sequence[str]:
+        return _tokens(self.text) or ("",)  # an empty text is said too: mirascope waits for a delta (clients.md)
+
+    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: list[_JSON]) -> _JSON:
+        raise NotImplementedError
+
+    @override
+    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        text = item.text
+        content = [self._content_part(item, text, _citations(text, item.sources), item.entries)]
+        return self._message(item, item.status, content, encoder)
+
+    @override
+    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        return self._message(item, "in_progress", [], encoder)
+
+    def _message(self, item: _Item, status: str, content: list[_JSON], encoder: _ResponsesEncoder) -> _JSON:
+        phase = {"phase": "final_answer"} if encoder.model.phase else {}
+        return {"id": item.id, "type": "message", "status": status, "content": content, **phase, "role": "assistant"}
+
+    @override
+    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+        part = self._content_part(item, "", [], [])
+        return [("response.content_part.added", {"content_index": 0, "item_id": item.id, "part": part})]
+
+    @override
+    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+        text = item.text
+        done: _JSON = {"content_index": 0, "item_id": item.id, **self._done(item, text)}
+        part = self._content_part(item, text, _citations(text, item.sources), item.entries)
+        return [
+            (f"response.{self._content}.done", done),
+            ("response.content_part.done", {"content_index": 0, "item_id": item.id, "part": part}),
+        ]
+
+    def _done(self, item: _Item, text: str) -> _JSON:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Text(_MessagePart):
+    """Text of the answer. A given Text is sent in word-sized deltas; several in a row are one text.
+
+    `choice` is the index of the choice that says it (Chat Completions' n).
+    """
+
+    text: str
+    _: KW_ONLY
+    choice: int = 0
+
+    _grows = "text"
+    _content = "output_text"
+
+    def __post_init__(self) -> None:
+        if type(self.text) is not str or type(self.choice) is not int:
+            _check(self, text=(self.text, str), choice=(self.choice, int))
+
+    @override
+    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+        return {"content": text}
+
+    @override
+    def _chat_message(self, item: _Item, message: _JSON) -> None:
+        text = item.text
+        before = message["content"] or ""
+        message["content"] = before + text
+        for citation in _citations(text, item.sources):
+            begin, end = citation["start_index"] + len(before), citation["end_index"] + len(before)
+            source = {"end_index": end, "start_index": begin, "title": citation["title"], "url": citation["url"]}
+            message["annotations"].append({"type": "url_citation", "url_citation": source})
+
+    @override
+    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: list[_JSON]) -> _JSON:
+        return {"type": "output_text", "annotations": annotations, "logprobs": logprobs, "text": text}
+
+    @override
+    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+        return "response.output_text.delta", {"content_index": 0, "logprobs": []}
+
+    @override
+    def _done(self, item: _Item, text: str) -> _JSON:
+        return {"logprobs": item.entries, "text": text}
+
+
+class _Run(Text):
+    """Texts in a row as one, each fragment kept: what a list of Texts is while it is being sent."""
+
+    __slots__ = ("fragments",)
+    fragments: list[str]
+
+    @classmethod
+    def of(cls, fragments: list[str], choice: int) -> _Run:
+        run = cls("", choice=choice)
+        object.__setattr__(run, "fragments", fragments)
+        return run
+
+    @override
+    def _fragments(self) -> Sequence[str]:
+        return self.fragments
+
+    @override
+    def _continues(self, opened: _Spoken) -> bool:
+        return isinstance(opened, Text) and opened.choice == self.choice
+
+    @override
+    def _with(self, text: str) -> Text:  # type: ignore[override]  # what is whole again is a Text
+        return Text(text, choice=self.choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(_MessagePart):
+    """The model refuses, in these words (`message.refusal`; a refusal content part in Responses)."""
+
+    text: str
+    _: KW_ONLY
+    choice: int = 0
+
+    _grows = "text"
+    _content = "refusal"
+
+    def __post_init__(self) -> None:
+        _check(self, text=(self.text, str), choice=(self.choice, int))
+
+    @override
+    def _chat_role(self, item: _Item) -> _JSON:
+        return {"role": "assistant", "content": None, "refusal": ""}
+
+    @override
+    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+        return {"refusal": text}
+
+    @override
+    def _chat_message(self, item: _Item, message: _JSON) -> None:
+        message["refusal"] = (message["refusal"] or "") + item.text
+
+    @override
+    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: list[_JSON]) -> _JSON:
+        return {"type": "refusal", "refusal": text}
+
+    @override
+    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+        return "response.refusal.delta", {"content_index": 0}
+
+    @override
+    def _done(self, item: _Item, text: str) -> _JSON:
+        return {"refusal": text}
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning(_Spoken):
+    """The model thinks first: a reasoning item in Responses; in Chat Completions only tokens in the usage.
+
+    `encrypted_content` is sent where the request includes `reasoning.encrypted_content`; made up if not given.
+    """
+
+    summary: str = ""
+    _: KW_ONLY
+    encrypted_content: str | None = None
+
+    _grows = "summary"
+    _prefix = "rs_"
+    _in_chat = False
+
+    def __post_init__(self) -> None:
+        _check(self, summary=(self.summary, str), encrypted_content=(self.encrypted_content, (str, type(None))))
+
+    @override
+    def _with(self, text: str) -> Reasoning:
+        return Reasoning(text, encrypted_content=self.encrypted_content)
+
+    @override
+    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        summary = [{"type": "summary_text", "text": item.text}] if item.pieces else []
+        return self._thought(item, summary, encoder)
+
+    @override
+    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        return self._thought(item, [], encoder)
+
+    def _thought(self, item: _Item, summary: list[_JSON], encoder: _ResponsesEncoder) -> _JSON:
+        secret = {}
+        if encoder.includes("reasoning.encrypted_content"):  # it differs each time it is sent (wire.md 4)
+            secret = {"encrypted_content": self.encrypted_content or encoder.secret(item)}
+        return {"id": item.id, "type": "reasoning", "content": [], **secret, "summary": summary}
+
+    @override
+    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+        part = {"type": "summary_text", "text": ""}
+        return [("response.reasoning_summary_part.added", {"item_id": item.id, "part": part, "summary_index": 0})]
+
+    @override
+    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+        return "response.reasoning_summary_text.delta", {"summary_index": 0}
+
+    @override
+    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+        if not item.pieces:
+            return []
+        part = {"type": "summary_text", "text": item.text}
+        where = {"item_id": item.id, "summary_index": 0}
+        return [
+            ("response.reasoning_summary_text.done", {**where, "text": item.text}),
+            ("response.reasoning_summary_part.done", {**where, "part": part}),
+        ]
+
+
+class _Call(_Spoken):
+    """What ToolCall and CustomToolCall share. A call without a name goes on with the one before it."""
+
+    __slots__ = ()
+    _type: ClassVar[str]  # in Chat Completions
+    _key: ClassVar[str]  # of name and arguments there
+    _item_type: ClassVar[str]
+    name: str
+    id: str | None
+
+    @override
+    def _more(self, text: str) -> Self:
+        return type(self)("", text, id=self.id, choice=self.choice)  # type: ignore[call-arg]  # both take these
+
+    @override
+    def _with(self, text: str) -> Self:
+        return type(self)(self.name, text, id=self.id, choice=self.choice)  # type: ignore[call-arg]
+
+    @override
+    def _continues(self, opened: _Spoken) -> bool:
+        if type(opened) is not type(self) or opened.choice != self.choice:
+            return False
+        if self.id is not None and opened.id is not None:
+            return self.id == opened.id
+        return not self.name
+
+    def _chat_call(self, item: _Item, text: str) -> _JSON:
+        return {"id": item.call_id, "type": self._type, self._key: {"name": self.name, self._grows: text}}
+
+    @override
+    def _chat_role(self, item: _Item) -> _JSON:
+        call = {"index": item.index, **self._chat_call(item, "")}
+        return {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
+
+    @override
+    def _chat_head(self, item: _Item) -> _JSON | None:
+        return {"tool_calls": [{"index": item.index, **self._chat_call(item, "")}]}
+
+    @override
+    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+        return {"tool_calls": [{"index": item.index, self._key: {self._grows: text}}]}
+
+    @override
+    def _chat_message(self, item: _Item, message: _JSON) -> None:
+        message.setdefault("tool_calls", []).append(self._chat_call(item, item.text))
+
+    @override
+    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        return self._call(item, item.status, item.text)
+
+    @override
+    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        return self._call(item, "in_progress", "")
+
+    def _call(self, item: _Item, status: str, text: str) -> _JSON:
+        keys = {self._grows: text, "call_id": item.call_id, "name": self.name}
+        return {"id": item.id, "type": self._item_type, "status": status, **dict(sorted(keys.items()))}
+
+    @override
+    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+        return f"response.{self._item_type}_{self._grows}.delta", {}
+
+    @override
+    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+        return [(f"response.{self._item_type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class ToolCall(_Call):
+    """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping.
+
+    `id` is the call's id (`call_...`), made up where it is not given. A ToolCall with the name "" goes on with the
+    arguments of the call before it, so that a live Stream can send them piece by piece.
+    """
+
+    name: str
+    arguments: str
+    id: str | None
+    choice: int
+    _ours: bool = field(compare=False, repr=False)  # the JSON is ours: its spaces may follow the API's habit
+
+    _grows = "arguments"
+    _prefix = "fc_"
+    _type = "function"
+    _key = "function"
+    _item_type = "function_call"
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str | Mapping[str, object] = "",
+        *,
+        id: str | None = None,
+        choice: int = 0,
+    ) -> None:
+        _check(self, name=(name, str), arguments=(arguments, (str, Mapping)), id=(id, (str, type(None))))
+        ours = not isinstance(arguments, str)
+        text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
+        for key, value in (("name", name), ("arguments", text), ("id", id), ("choice", choice), ("_ours", ours)):
+            object.__setattr__(self, key, value)
+
+
+@dataclass(frozen=True, slots=True)
+class CustomToolCall(_Call):
+    """The model calls a custom tool, whose input is free text. `id` and "" as a name: as in ToolCall."""
+
+    name: str
+    input: str = ""
+    _: KW_ONLY
+    id: str | None = None
+    choice: int = 0
+
+    _grows = "input"
+    _prefix = "ctc_"
+    _type = "custom"
+    _key = "custom"
+    _item_type = "custom_tool_call"
+
+    def __post_init__(self) -> None:
+        _check(self, name=(self.name, str), input=(self.input, str), id=(self.id, (str, type(None))))
+
+
+@dataclass(frozen=True, slots=True)
+class WebSearch(_Spoken):
+    """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
+
+    `sources` are URLs. The text after it cites them: a url_citation where the text names the URL, else over all of it.
+    """
+
+    query: str
+    _: KW_ONLY
+    sources: Sequence[str] = ()
+    id: str | None = None
+
+    _grows = "query"
+    _prefix = "ws_"
+    _in_chat = False
+
+    def __post_init__(self) -> None:
+        _check(self, query=(self.query, str))
+        object.__setattr__(self, "sources", tuple(self.sources))
+
+    @override
+    def split(self) -> list[WebSearch]:
+        return [self]
+
+    @override
+    def _fragments(self) -> Sequence[str]:
+        return ()
+
+    @override
+    def _with(self, text: str) -> WebSearch:
+        return self
+
+    @override
+    def _continues(self, opened: _Spoken) -> bool:
+        return False
+
+    @override
+    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        action: _JSON = {"type": "search", "queries": [self.query], "query": self.query}
+        if encoder.includes("web_search_call.action.sources"):
+            action["sources"] = [{"type": "url", "url": url} for url in self.sources]
+        return {"id": item.id, "type": "web_search_call", "status": "completed", "action": action}
+
+    @override
+    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
+        return {"id": item.id, "type": "web_search_call", "status": "in_progress", "action": {"type": "search"}}
+
+    @override
+    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+        steps = ("in_progress", "searching", "completed")
+        return [(f"response.web_search_call.{step}", {"item_id": item.id}) for step in steps]
+
+
+_Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
+_REASONS = ("stop", "length", "tool_calls", "content_filter")
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(_Part):
+    """Why the answer ends. Without it: "tool_calls" where tools were called, else "stop"."""
+
+    reason: _Reason
+    _: KW_ONLY
+    choice: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reason not in _REASONS:
+            raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.encoder.finish[self.choice] = self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Usage(_Part):
+    """The tokens that the answer says it used. Without it they are estimated from the texts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    _: KW_ONLY
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, prompt_tokens=(self.prompt_tokens, int), completion_tokens=(self.completion_tokens, int))
+        _check(self, cached_tokens=(self.cached_tokens, int), reasoning_tokens=(self.reasoning_tokens, int))
+
+    @property
+    def total_tokens(self) -> int:
+        """The sum of both."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.encoder.usage = self
+
+
+@dataclass(frozen=True, slots=True)
+class Pause(_Part):
+    """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seconds <= threading.TIMEOUT_MAX:
+            raise ValueError(f"not a pause: {self.seconds!r} seconds")
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.pause(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect(_Part):
+    """The server hangs up here: with a FIN, or a RST if `reset`. A stream has no terminator, a JSON body is cut."""
+
+    _: KW_ONLY
+    reset: bool = False
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.disconnect(self.reset)
+
+
+@dataclass(frozen=True, slots=True)
+class Raw(_Part):
+    """These bytes, as they are, in the place of an event (or in the JSON body, which they are if nothing is said)."""
+
+    data: bytes
+
+    def __post_init__(self) -> None:
+        _check(self, data=(self.data, (bytes, bytearray, memoryview)))
+        object.__setattr__(self, "data", bytes(self.data))
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.raw(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamError(_Part):
+    """The answer fails here. A stream gets the API's in-stream error; a request for JSON a 500 with these fields."""
+
+    message: str
+    _: KW_ONLY
+    type: str = "server_error"
+    code: str | None = None
+    param: str | None = None
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.error(self)
+
+    def _error(self) -> _JSON:
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+
+# ---- Whole answers, and answers in time ------------------------------------------------------------------------------
+
+_Sent: TypeAlias = "str | _Part"
+_Content: TypeAlias = "str | _Part | Stream | Completion | Iterable[_Sent] | AsyncIterable[_Sent]"
+_Answer: TypeAlias = "_Content | Reply | APIError"
+_Handler: TypeAlias = "Callable[[Request], _Answer | Awaitable[_Answer]]"
+
+
+def _part(value: object) -> _Part:
+    """A part, from what a handler may give for one. Raises TypeError for anything else."""
+    if isinstance(value, _Part):
+        return value
+    if isinstance(value, str):
+        return Text(value)
+    raise TypeError(f"not a part of an answer: {value!r}; a part is a str, Text, ToolCall, ...")
+
+
+class Reply:
+    """An answer with its envelope: what is said, and the id, model, time and headers around it.
+
+    `created` is in unix seconds. `ttft` and `itl` are the seconds before the first token and between tokens, in
+    place of the server's. `only="stream"` or `only="json"` refuses the other kind of request with a 500. Raises
+    ValueError for headers that could not be sent.
+    """
+
+    def __init__(
+        self,
+        *parts: _Content,
+        id: str | None = None,
+        model: str | None = None,
+        created: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        only: Literal["stream", "json"] | None = None,
+        ttft: float | None = None,
+        itl: float | None = None,
+    ) -> None:
+        self.parts = parts
+        self.id = id
+        self.model = model
+        self.created = created
+        self.headers = _header_fields(headers)
+        self.only = only
+        self.ttft = ttft
+        self.itl = itl
+
+    def _known(self) -> list[_Part] | None:
+        """The parts, where they are all known before anything is sent; None where they come in time."""
+        known: list[_Part] = []
+        for content in self.parts:
+            if isinstance(content, (str, _Part)):
+                known.append(_part(content))
+            elif isinstance(content, Completion):
+                known.extend(content._parts())
+            elif isinstance(content, (list, tuple)):
+                known.extend(_part(each) for each in content)
+            else:
+                return None
+        return known
+
+
+def _reply(answer: object) -> Reply:
+    """The Reply that an answer is short for. Raises what the handler must be told, if it is none."""
+    if isinstance(answer, Reply):
+        return answer
+    if isinstance(answer, APIError):
+        raise answer
+    if answer is None:
+        raise ValueError("handler returned empty response")
+    if isinstance(answer, Completion):
+        return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
+    if isinstance(answer, (str, _Part, Stream, AsyncIterable)) or (
+        isinstance(answer, Iterable) and not isinstance(answer, (bytes, bytearray, Mapping))
+    ):
+        return Reply(cast("_Content", answer))
+    raise TypeError(
+        f"handler returned {type(answer).__name__}, which is no answer: {answer!r}; "
+        "an answer is a str, a part, a list or generator of parts, a Stream, a Reply or an APIError"
+    )
+
+
+_END: Any = object()  # in a Stream's queue: close() was called
+_WAKE: Any = object()  # in a Stream's queue: look whether the client has left
+
+
+class Stream:
+    """A live answer: a test sends its parts, from any thread, while the client reads.
+
+    It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[_Part] = queue.SimpleQueue()
+        self._changed = threading.Condition()  # guards the fields below, and tells when they change
+        self._request: Request | None = None
+        self._sent = 0  # parts, and the end
+        self._written = 0  # of them, on the wire
+        self._ended = False
+        self._gone = False
+
+    def send(self, *parts: _Sent) -> bool:
+        """Sends parts, in order. Returns whether there is still a client: False once it has left, and drops them.
+
+        Raises RuntimeError after `close` or `fail`, TypeError for what is not a part.
+        """
+        checked = [_part(part) for part in parts]
+        with self._changed:
+            if self._ended:
+                raise RuntimeError("send() on a Stream that has ended: close() or fail() was called before")
+            if self._gone:
+                return False
+            self._sent += len(checked)
+            for part in checked:
+                self._queue.put(part)
+        return True
+
+    def close(self) -> None:
+        """Ends the answer properly. Closing again does nothing."""
+        with self._changed:
+            if not self._ended:
+                self._ended = True
+                self._sent += 1
+                self._queue.put(_END)
+
+    def fail(self, error: APIError | StreamError) -> None:
+        """Ends the answer with an error inside the stream. Raises RuntimeError after `close` or `fail`."""
+        if isinstance(error, APIError):
+            error = StreamError(error.message, type=error.type, code=error.code, param=error.param)
+        self.send(error)
+        self.close()
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Waits until all that was sent is on the wire. Returns False if the client has left, and it is not.
+
+        Raises TimeoutError after `timeout` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._gone or self._written >= self._sent, timeout):
+                missing = self._sent - self._written
+                why = "no request has come" if self._request is None else "the client does not read"
+                raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
+            return self._written >= self._sent
+
+    @property
+    def request(self) -> Request | None:
+        """The request that this Stream answers; None until it came."""
+        return self._request
+
+    def wait_request(self, timeout: float = 5.0) -> Request:
+        """Waits for the request that this Stream answers. Raises TimeoutError after `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._request is not None, timeout):
+                raise TimeoutError(f"no request came for this Stream in {timeout} s")
+            return cast(Request, self._request)
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether the client has left before the end."""
+        return self._gone
+
+    def wait_disconnected(self, timeout: float | None = None) -> bool:
+        """Waits until the client has left. Returns False if it has not after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._gone, timeout)
+
+    def _serve(self, request: Request) -> None:
+        with self._changed:
+            if self._request is not None:
+                raise RuntimeError(
+                    f"a Stream serves one request: it has served {self._request!r}, now came {request!r}"
+                )
+            self._request = request
+            self._changed.notify_all()
+
+    def _on_wire(self, count: int) -> None:
+        with self._changed:
+            self._written = count
+            self._changed.notify_all()
+
+    def _left(self) -> None:
+        with self._changed:
+            if not (self._ended and self._written >= self._sent):
+                self._gone = True
+            self._changed.notify_all()
+
+
+class Script:
+    """A handler that gives one answer per request, in order. An answer that is a function is called as a handler.
+
+    A request after the last answer is an error, and so are answers left when the server stops.
+    """
+
+    def __init__(self, *answers: _Answer | _Handler) -> None:
+        self._answers = answers
+        self._next = 0
+        self._lock = threading.Lock()  # guards _next: requests come on many threads
+
+    def __call__(self, request: Request) -> Any:
+        with self._lock:
+            index, self._next = self._next, self._next + 1
+        if index >= len(self._answers):
+            raise AssertionError(
+                f"the Script has {len(self._answers)} answers, and request {index + 1} came: {request!r}"
+            )
+        answer = self._answers[index]
+        return answer(request) if callable(answer) else answer
+
+    def _check_used(self) -> None:
+        unused = self._answers[self._next :]
+        if unused:
+            raise AssertionError(
+                f"{len(unused)} of the Script's {len(self._answers)} answers were not used: {unused!r}"
+            )
+
+
+def echo(request: Request) -> str:
+    """The default handler: says the last user message again."""
+    return request.text
+
+
+# ---- Chunks and completions ------------------------------------------------------------------------------------------
+# The low level: the original's data, for who wants to say exactly what a chunk holds.
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkChoice:
+    """One choice of a Chunk: `delta` is its content, sent where it is not empty, and so are the others."""
+
+    index: int = 0
+    delta: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    finish_reason: _Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(_Part):
+    """One chat.completion.chunk, sent as it is given; in Responses and in JSON, the parts that it says.
+
+    An empty `id` or `model`, and `created` (unix seconds) 0, stand for the answer's own.
+    """
+
+    choices: Sequence[ChunkChoice] = ()
+    _: KW_ONLY
+    id: str = ""
+    created: int = 0
+    model: str = ""
+    usage: Usage | None = None
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.chunk(self)
+
+    def _parts(self) -> list[_Part]:
+        parts: list[_Part] = []
+        for choice in self.choices:
+            if choice.delta:
+                parts.append(_Run.of([choice.delta], choice.index))
+            for call in choice.tool_calls:
+                parts.append(ToolCall(call.name, call.arguments, id=call.id, choice=choice.index))
+            if choice.finish_reason:
+                parts.append(Finish(choice.finish_reason, choice=choice.index))
+        return parts + ([self.usage] if self.usage else [])
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
+    """One choice of a Completion."""
+
+    message: Message
+    index: int = 0
+    finish_reason: _Reason = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole chat.completion. Empty `id`, `model` and `created` stand for the answer's own, as in Chunk."""
+
+    choices: Sequence[CompletionChoice]
+    _: KW_ONLY
+    id: str = ""
+    created: int = 0
+    model: str = ""
+    usage: Usage | None = None
+
+    def _parts(self) -> list[_Part]:
+        parts: list[_Part] = []
+        for choice in self.choices:
+            message = choice.message
+            if message.text or not message.tool_calls:
+                parts.append(Text(message.text, choice=choice.index))
+            for call in message.tool_calls:
+                text = call.arguments if isinstance(call, ToolCall) else call.input
+                parts.append(type(call)(call.name, text, id=call.id, choice=choice.index))
+            parts.append(Finish(choice.finish_reason, choice=choice.index))
+        return parts + ([self.usage] if self.usage else [])
+
+
+def streaming_response(*chunks: Chunk) -> Reply:
+    """The answer made of these chunks; a request that does not stream gets a 500."""
+    return Reply(list(chunks), only="stream")
+
+
+def non_streaming_response(text: str) -> Reply:
+    """The answer with this text, from gpt-4, which used 10 + 5 tokens; a request that streams gets a 500."""
+    choice = CompletionChoice(Message("assistant", text))
+    return Reply(Completion([choice], usage=Usage(10, 5)), model="gpt-4", only="json")
+
+
+def _chunk_ids() -> _Ids:
+    return _Ids(random.getrandbits)
+
+
+def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
+    """One chunk per delta, all with one id and time, for the choices 0, 1, 2, ...; or all for the choice `index`."""
+    id, created = "chatcmpl-" + _chunk_ids().alnum(29), int(time.time())
+    return [
+        Chunk([ChunkChoice(number if index is None else index, delta)], id=id, created=created, model="gpt-4")
+        for number, delta in enumerate(deltas)
+    ]
+
+
+def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
+    """A chunk that calls a function: choice 0, call index 0, id `call_...`."""
+    ids = _chunk_ids()
+    call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
+    return Chunk(
+        [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(time.time()), model="gpt-4"
+    )
+
+
+# ---- What both encoders share ----------------------------------------------------------------------------------------
+
+_ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+_NO_SIGNS = bytes.maketrans(b"+/=\n", b"Qx7e")
+
+
+class _Ids:
+    """Random letters and digits, the same again from the same bits."""
+
+    __slots__ = ("bits",)
+
+    def __init__(self, bits: Callable[[int], int]) -> None:
+        self.bits = bits
+
+    def hex(self, count: int) -> str:
+        return f"{self.bits(4 * count):0{count}x}"
+
+    def alnum(self, count: int) -> str:
+        size = count * 3 // 4 + 1
+        return b2a_base64(self.bits(8 * size).to_bytes(size, "big")).translate(_NO_SIGNS)[:count].decode()
+
+
+_POOL = "".join(random.Random(16).choices(_ALNUM, k=1024 + 16))
+
+
+def _obfuscation(number: int, length: int) -> str:
+    """The padding that hides the size of a delta: letters and digits, other ones for each event of a stream."""
+    begin = number * 7 & 1023
+    return _POOL[begin : begin + length]
+
+
+class _Model(NamedTuple):
+    """What the API's answers show of a model's family. The facts are wire.md's: sections 1, 3 and 6."""
+
+    snapshot: str
+    logprobs: bool = False  # chat: the key is there, null, when nobody asked
+    fingerprint: bool = False  # chat: fp_..., else null
+    service_tier: bool = True
+    forced_stop: bool = False  # chat: a forced call finishes with "stop"
+    cache_writes: bool = False  # chat: usage tells cache_write_tokens
+    effort: str | None = "medium"  # Responses: of a reasoning model; None for the others
+    context: str | None = "current_turn"
+    top_p: float = 1.0
+    retention: str = "in_memory"
+    phase: bool = False
+
+
+_SNAPSHOTS = {
+    "gpt-3.5-turbo": "gpt-3.5-turbo-0125",
+    "gpt-4": "gpt-4-0613",
+    "gpt-4.1": "gpt-4.1-2025-04-14",
+    "gpt-4.1-mini": "gpt-4.1-mini-2025-04-14",
+    "gpt-4.1-nano": "gpt-4.1-nano-2025-04-14",
+    "gpt-4o": "gpt-4o-2024-08-06",
+    "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
+    "gpt-5": "gpt-5-2025-08-07",
+    "gpt-5-mini": "gpt-5-mini-2025-08-07",
+    "gpt-5-nano": "gpt-5-nano-2025-08-07",
+    "gpt-5-pro": "gpt-5-pro-2025-10-06",
+    "gpt-5.1": "gpt-5.1-2025-11-13",
+    "gpt-5.2": "gpt-5.2-2025-12-11",
+    "gpt-5.4": "gpt-5.4-2026-03-05",
+    "gpt-5.4-mini": "gpt-5.4-mini-2026-03-17",
+    "gpt-5.5": "gpt-5.5-2026-04-23",
+    "gpt-5.6": "gpt-5.6-sol",
+    "o1-mini": "o1-mini-2024-09-12",
+    "o3": "o3-2025-04-16",
+    "o3-mini": "o3-mini-2025-01-31",
+    "o4-mini": "o4-mini-2025-04-16",
+}
+
+_CLASSIC: dict[str, Any] = {"logprobs": True, "forced_stop": True, "effort": None, "context": None}
+_LATE: dict[str, Any] = {"top_p": 0.98, "retention": "24h"}
+# By the beginning of the name, first match; a model of an unknown name is like gpt-4o, but for forced calls.
+_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gpt-3.5", _CLASSIC),
+    ("gpt-4o-audio", {"fingerprint": True, "effort": None, "context": None}),
+    ("gpt-4o-search", {"fingerprint": True, "service_tier": False, "effort": None, "context": None}),
+    ("gpt-4o-mini-search", {"fingerprint": True, "service_tier": False, "effort": None, "context": None}),
+    ("gpt-4o", {**_CLASSIC, "fingerprint": True}),
+    ("gpt-4.1", {**_CLASSIC, "fingerprint": True}),
+    ("gpt-4", _CLASSIC),
+    ("gpt-5.6", {**_LATE, "context": "all_turns", "phase": True, "cache_writes": True}),
+    ("gpt-5.5", {**_LATE, "phase": True}),
+    ("gpt-5.4", {**_LATE, "effort": "none", "phase": True}),
+    ("gpt-5.3-codex", {"phase": True}),
+    ("gpt-5.2", {**_LATE, "effort": "none"}),
+    ("gpt-5.1", {"effort": "none"}),
+    ("gpt-5", {}),
+    ("o3-mini", {"fingerprint": True}),
+    ("o1", {}),
+    ("o3", {}),
+    ("o4", {}),
+    ("", {**_CLASSIC, "fingerprint": True, "forced_stop": False}),
+)
+
+
+@lru_cache(256)
+def _model(name: str) -> _Model:
+    traits = next(traits for begin, traits in _FAMILIES if name.startswith(begin))
+    return _Model(_SNAPSHOTS.get(name, name), **traits)
+
+
+_TIERS = {"flex": "flex", "fast": "priority", "priority": "priority"}
+
+_ALTERNATIVES = (" the", " a", " and", " of", " to", " in", " that", " it", " is", " for")
+_ALTERNATIVES += (" on", " with", " as", " at", " by", " an", " be", " this", " from", " or")
+
+
+def _logprobs(token: str, top: int) -> _JSON:
+    """A token's entry in logprobs, Responses form. The numbers are plausible, and the same for the same token."""
+
+    def entry(token: str, logprob: float) -> _JSON:
+        return {"bytes": list(token.encode("utf-8", "replace")), "logprob": logprob, "token": token}
+
+    logprob = -(zlib.crc32(token.encode("utf-8", "replace")) % 2500 + 1) / 1e4
+    others = [other for other in _ALTERNATIVES if other != token][: max(0, top - 1)]
+    ranked = [entry(token, logprob)] + [entry(other, -2.0 - place / 2) for place, other in enumerate(others)]
+    return {**entry(token, logprob), "top_logprobs": ranked[:top]}
+
+
+class _Deltas:
+    """Delta events in a row that differ in their text, obfuscation and number alone, so that they encode fast."""
+
+    __slots__ = ("first", "item", "make", "pads", "texts")
+
+    def __init__(self, item: _Item, texts: Sequence[str], first: int, make: Callable[[str, Any, Any], _JSON]) -> None:
+        self.item = item
+        self.texts = texts
+        self.first = first  # number of the first event
+        self.make = make  # (text, obfuscation, number) -> event
+
+    def events(self) -> list[_JSON]:
+        """The events one by one."""
+        return [
+            self.make(text, _obfuscation(number, -len(text) & 15), number)
+            for number, text in enumerate(self.texts, self.first)
+        ]
+
+
+_Event: TypeAlias = "_JSON | _Deltas"
+
+
+class _Encoder:
+    """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
+
+    done: ClassVar[str | None] = None  # the data of the event after the last
+    logprobs_top = 0
+
+    def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
+        self.request = request
+        self.ids = ids
+        self.created = reply.created if reply.created is not None else created
+        self.model = _model(request.model)
+        self.model_name = reply.model or self.model.snapshot
+        self.items: list[_Item] = []
+        self.open: dict[int, _Item] = {}  # the item that each choice is saying
+        self.finish: dict[int, str] = {}
+        self.usage: Usage | None = None
+        self.tokens = 0
+        self.number = 0  # of the next event
+        self.parallel = False  # several calls are known to come
+        self.wants_logprobs = False
+
+    def take(self, part: _Spoken) -> tuple[_Item, _Item | None, Sequence[str]]:
+        """Folds a part in. Returns its item, the item that it ended, and the texts it adds."""
+        item = self.open.get(part.choice)
+        ended = None
+        if item is None or not part._continues(item.part):
+            item, ended = self._new_item(part), item
+            if ended is not None:
+                ended.status = "completed"
+        texts = part._fragments()
+        if texts:
+            item.pieces.extend(texts)
+            self.tokens += len(texts)
+            if self.wants_logprobs and isinstance(part, _MessagePart):
+                item.entries.extend(_logprobs(text, self.logprobs_top) for text in texts if text)
+        return item, ended, texts
+
+    def _new_item(self, part: _Spoken) -> _Item:
+        if isinstance(part, _Call) and not part.name:
+            raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
+        item = _Item(part, len(self.items))
+        self.name_item(item)
+        if isinstance(part, Text):
+            for before in self.items:
+                if isinstance(before.part, WebSearch) and not before.cited:
+                    before.cited = len(before.part.sources)
+                    item.sources += before.part.sources
+        self.items.append(item)
+        self.open[part.choice] = item
+        return item
+
+    def name_item(self, item: _Item) -> None:
+        """Gives an item its ids."""
+        raise NotImplementedError
+
+    def begin(self) -> list[_Event]:
+        """The events before the first part."""
+        return []
+
+    def say(self, part: _Spoken) -> list[_Event]:
+        """Folds a part in, and tells the events that say it."""
+        raise NotImplementedError
+
+    def chunk(self, chunk: Chunk) -> list[_Event]:
+        """The events of a Chunk that was given."""
+        events: list[_Event] = []
+        self.adopt(chunk)
+        for part in chunk._parts():
+            if isinstance(part, _Spoken):
+                events += self.say(part)
+            elif isinstance(part, Finish):
+                self.finish[part.choice] = part.reason
+        self.usage = chunk.usage or self.usage
+        return events
+
+    def adopt(self, chunk: Chunk) -> None:
+        """Takes over what a Chunk says of the envelope."""
+
+    def end(self) -> list[_Event]:
+        """The events after the last part."""
+        raise NotImplementedError
+
+    def fail(self, error: _JSON) -> list[_Event]:
+        """The events of an answer that fails. `error`: message, type, param, code."""
+        raise NotImplementedError
+
+    def body(self) -> _JSON:
+        """The JSON body: the fold of all that was said."""
+        raise NotImplementedError
+
+    def close_items(self) -> None:
+        """Gives the items that are still being said the status they end with."""
+        cut = any(reason in ("length", "content_filter") for reason in self.finish.values())
+        for item in self.items:
+            if item.status == "in_progress":
+                item.status = "incomplete" if cut else "completed"
+
+    def tally(self) -> Usage:
+        """The usage that was given, or an estimate."""
+        if self.usage is not None:
+            return self.usage
+        body = self.request.body
+        items = self.request._items if self.request.api == "responses" else body.get("messages") or ()
+        thought = 64 * sum(1 for item in self.items if isinstance(item.part, Reasoning))
+        called = sum(4 for item in self.items if isinstance(item.part, _Call))
+        said = self.tokens + thought + called
+        return Usage(_estimate(items), max(1, said), reasoning_tokens=thought)
+
+
+# ---- Chat Completions ------------------------------------------------------------------------------------------------
+
+
+class _ChatEncoder(_Encoder):
+    done = "[DONE]"
+
+    def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
+        super().__init__(request, reply, ids, created)
+        body = request.body
+        model = self.model
+        self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
+        self.fingerprint = _fingerprint(self.model_name) if model.fingerprint else None
+        options = body.get("stream_options")
+        asked = cast(_JSON, options) if isinstance(options, dict) else {}
+        self.with_usage = bool(asked.get("include_usage"))
+        self.obfuscated = asked.get("include_obfuscation") is not False
+        self.wants_logprobs = body.get("logprobs") is True
+        top = body.get("top_logprobs")
+        self.logprobs_top = min(top, 20) if type(top) is int else 0
+        self.started: dict[int, bool] = {}  # the choices whose role chunk is sent
+        self.calls: dict[int, int] = {}  # how many calls each choice has made
+        self.given = False  # all that was said are Chunks: nothing is added to them
+
+    def name_item(self, item: _Item) -> None:
+        part = item.part
+        if isinstance(part, _Call):
+            item.call_id = part.id or "call_" + self.ids.alnum(24)
+            item.index = self.calls.get(part.choice, 0)
+            self.calls[part.choice] = item.index + 1
+
+    def adopt(self, chunk: Chunk) -> None:
+        self.id = chunk.id or self.id
+        self.created = chunk.created or self.created
+        self.model_name = chunk.model or self.model_name
+
+    @property
+    def tier(self) -> _JSON:
+        if not self.model.service_tier:
+            return {}
+        tier = self.request.body.get("service_tier")
+        return {"service_tier": _TIERS.get(tier, "default") if isinstance(tier, str) else "default"}
+
+    def _chunk(self, choices: list[_JSON], obfuscation: str | None, usage: _JSON | None, swapped: bool) -> _JSON:
+        event: _JSON = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model_name,
+            **self.tier,
+            "system_fingerprint": self.fingerprint,
+        }
+        told = {"usage": usage} if self.with_usage else {}
+        if swapped:  # of parallel calls, all chunks before the finish chunk (wire.md 2)
+            event.update(told)
+        event["choices"] = choices
+        if not swapped:
+            event.update(told)
+        if self.obfuscated:
+            event["obfuscation"] = obfuscation
+        return event
+
+    def _padding(self) -> str:
+        self.number += 1
+        return _obfuscation(self.number, (self.number * 11 + 9) & 15)
+
+    def _choice(
+        self,
+        choice: int,
+        delta: _JSON,
+        logprobs: _JSON | None = None,
+        finish: str | None = None,
+        obfuscation: str | None = None,
+    ) -> _JSON:
+        entry: _JSON = {"index": choice, "delta": delta}
+        if self.model.logprobs or self.wants_logprobs:
+            entry["logprobs"] = logprobs
+        entry["finish_reason"] = finish
+        if obfuscation is None:
+            obfuscation = self._padding()
+        return self._chunk([entry], obfuscation, None, self.parallel and finish is None)
+
+    def _empty_logprobs(self, part: _Spoken) -> _JSON | None:
+        if not self.wants_logprobs or not isinstance(part, _MessagePart):
+            return None
+        return {"content": None, "refusal": []} if isinstance(part, Refusal) else {"content": [], "refusal": None}
+
+    def say(self, part: _Spoken) -> list[_Event]:
+        before = len(self.items)
+        item, _, texts = self.take(part)
+        if not part._in_chat:
+            return []
+        events: list[_Event] = []
+        if len(self.items) > before:
+            events += self._opening(part, item)
+        if texts:
+            events += self._deltas(part, item, texts)
+        return events
+
+    def _opening(self, part: _Spoken, item: _Item) -> list[_Event]:
+        choice = part.choice
+        if choice not in self.started:
+            self.started[choice] = True
+            if not (self.parallel and isinstance(part, _Call)):
+                return [self._choice(choice, part._chat_role(item), self._empty_logprobs(part))]
+            bare = {"role": "assistant", "content": None}
+            return [self._choice(choice, bare), self._choice(choice, cast(_JSON, part._chat_head(item)))]
+        head = part._chat_head(item)
+        return [self._choice(choice, head)] if head is not None else []
+
+    def _deltas(self, part: _Spoken, item: _Item, texts: Sequence[str]) -> list[_Event]:
+        opened, choice = item.part, part.choice
+        if self.wants_logprobs and isinstance(part, _MessagePart):
+            kind = "refusal" if isinstance(part, Refusal) else "content"
+            empty = {"content": None, "refusal": None}
+            entries = [[_chat_logprobs(_logprobs(text, self.logprobs_top))] if text else [] for text in texts]
+            return [
+                self._choice(choice, opened._chat_delta(item, text), {**empty, kind: entry})
+                for text, entry in zip(texts, entries)
+            ]
+
+        def make(text: str, obfuscation: Any, number: Any) -> _JSON:
+            return self._choice(choice, opened._chat_delta(item, text), obfuscation=obfuscation)
+
+        first, self.number = self.number, self.number + len(texts)
+        return [_Deltas(item, texts, first, make)]
+
+    def chunk(self, chunk: Chunk) -> list[_Event]:
+        if not self.items:
+            self.given = True
+        choices: list[_JSON] = []
+        for choice in chunk.choices:
+            delta: _JSON = {}
+            if choice.delta:
+                delta["content"] = choice.delta
+                self.take(_Run.of([choice.delta], choice.index))
+            calls: list[_JSON] = []
+            for call in choice.tool_calls:
+                item, _, _ = self.take(ToolCall(call.name, call.arguments, id=call.id, choice=choice.index))
+                named = (
+                    call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
+                )
+                calls.append({"index": item.index, **named})
+            if calls:
+                delta["tool_calls"] = calls
+            if choice.finish_reason:
+                self.finish[choice.index] = choice.finish_reason
+            choices.append({"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason})
+        self.usage = chunk.usage or self.usage
+        self.adopt(chunk)
+        event: _JSON = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model_name,
+            "choices": choices,
+        }
+        if chunk.usage:
+            event["usage"] = self._usage()
+        return [event]
+
+    def end(self) -> list[_Event]:
+        if self.given and not self.started:
+            return []
+        events: list[_Event] = []
+        bodies = {choice["index"]: choice for choice in self._choices()}
+        for choice in bodies:
+            if choice not in self.started:
+                opened = Text("", choice=choice)
+                events.append(self._choice(choice, opened._chat_role(_Item(opened, 0)), self._empty_logprobs(opened)))
+        for choice, body in bodies.items():
+            if body["message"]["annotations"]:
+                events.append(self._choice(choice, {"annotations": body["message"]["annotations"]}))
+        events += [self._choice(choice, {}, finish=body["finish_reason"]) for choice, body in bodies.items()]
+        if self.with_usage:
+            events.append(self._chunk([], self._padding(), self._usage(), False))
+        return events
+
+    def fail(self, error: _JSON) -> list[_Event]:
+        return [{"error": error}]
+
+    def _finish_reason(self, choice: int, called: bool) -> str:
+        if choice in self.finish:
+            return self.finish[choice]
+        forced = isinstance(self.request.body.get("tool_choice"), dict) and self.model.forced_stop
+        return "tool_calls" if called and not forced else "stop"
+
+    def _choices(self) -> list[_JSON]:
+        messages: dict[int, _JSON] = {}
+        entries: dict[int, _JSON] = {}
+        spoken = [item for item in self.items if item.part._in_chat]
+        for choice in sorted({item.part.choice for item in spoken} | set(self.finish)) or [0]:
+            messages[choice] = {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [],
+                "refusal": None,
+                "annotations": [],
+            }
+        for item in spoken:
+            choice = item.part.choice
+            item.part._chat_message(item, messages[choice])
+            if item.entries:
+                kind = "refusal" if isinstance(item.part, Refusal) else "content"
+                logprobs = entries.setdefault(choice, {"content": None, "refusal": None})
+                logprobs[kind] = (logprobs[kind] or []) + [_chat_logprobs(entry) for entry in item.entries]
+        choices: list[_JSON] = []
+        for choice, message in messages.items():
+            called = bool(message["tool_calls"])
+            if not called:
+                del message["tool_calls"]
+            if message["content"] is None and message["refusal"] is None and not called:
+                message["content"] = ""
+            entry: _JSON = {"index": choice, "message": message}
+            if self.wants_logprobs:
+                entry["logprobs"] = entries.get(choice)
+            elif self.model.logprobs:
+                entry["logprobs"] = None
+            entry["finish_reason"] = self._finish_reason(choice, called)
+            choices.append(entry)
+        return choices
+
+    def _usage(self) -> _JSON:
+        usage = self.tally()
+        prompt: _JSON = {"cached_tokens": usage.cached_tokens}
+        if self.model.cache_writes:
+            prompt["cache_write_tokens"] = 0
+        prompt["audio_tokens"] = 0
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
+            "prompt_tokens_details": prompt,
+            "completion_tokens_details": {
+                "reasoning_tokens": usage.reasoning_tokens,
+                "audio_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
+        }
+
+    def body(self) -> _JSON:
+        self.close_items()
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model_name,
+            "choices": self._choices(),
+            "usage": self._usage(),
+            **self.tier,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def _chat_logprobs(entry: _JSON) -> _JSON:
+    """A logprobs entry in the order that Chat Completions has."""
+    top = [{key: other[key] for key in ("token", "logprob", "bytes")} for other in entry["top_logprobs"]]
+    return {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry["bytes"], "top_logprobs": top}
+
+
+@lru_cache(256)
+def _fingerprint(model: str) -> str:
+    return "fp_" + hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()[:10]
+
+
+def _uuid4(ids: _Ids) -> str:
+    digits = ids.hex(32)
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+
+
+# ---- Responses -------------------------------------------------------------------------------------------------------
+
+_NO_IMAGES = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "output_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "total_tokens": 0,
+}
+_WEB_SEARCH = {  # what a web_search tool echoes where the request is silent (wire.md 3)
+    "return_token_budget": "default",
+    "search_content_types": ["text"],
+    "search_context_size": "medium",
+    "user_location": {"type": "approximate", "city": None, "country": "US", "region": None, "timezone": None},
+}
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_RESPONSE_ID = re.compile(r"resp_[0-9a-f]{50}")
+
+
+def _strict_schema(schema: Any) -> Any:
+    """A function's parameters as the API echoes them when it turns `strict` on itself."""
+    if isinstance(schema, list):
+        return [_strict_schema(each) for each in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: _strict_schema(value) for key, value in cast(_JSON, schema).items()}
+    if strict.get("type") == "object":
+        strict["additionalProperties"] = False
+        properties = strict.get("properties")
+        if isinstance(properties, dict):
+            strict["required"] = list(cast(_JSON, properties))
+    return strict
+
+
+def _by_key(value: _JSON) -> _JSON:
+    """`type` first, then the keys in alphabetical order, as the API sends tools and events."""
+    return {"type": value.get("type"), **{key: value[key] for key in sorted(value) if key != "type"}}
+
+
+def _tool_echo(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    tool = cast(_JSON, value)
+    if tool.get("type") == "function":
+        strict = tool.get("strict")
+        parameters = tool.get("parameters")
+        told = {**tool, "description": tool.get("description"), "output_schema": tool.get("output_schema")}
+        told["parameters"] = _strict_schema(parameters) if strict is None else parameters
+        told["strict"] = True if strict is None else strict
+        return _by_key(told)
+    if tool.get("type") in ("web_search", "web_search_preview"):
+        return _by_key({**_WEB_SEARCH, **{key: each for key, each in tool.items() if each is not None}})
+    return _by_key(tool)
+
+
+def _text_echo(value: object) -> _JSON:
+    asked = cast(_JSON, value) if isinstance(value, dict) else {}
+    given = asked.get("format")
+    form: Any = {"type": "text"}
+    if isinstance(given, dict):
+        form = cast(_JSON, given)
+        if form.get("type") == "json_schema":
+            strict = form.get("strict")
+            form = {
+                "type": "json_schema",
+                "description": form.get("description"),
+                "name": form.get("name"),
+                "schema": form.get("schema"),
+                "strict": True if strict is None else strict,
+            }
+    return {"format": form, "verbosity": asked.get("verbosity") or "medium"}
+
+
+class _ResponsesEncoder(_Encoder):
+    def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
+        super().__init__(request, reply, ids, created)
+        body = request.body
+        # "0" and 15 digits that a response shares with its items, then the second it was made (wire.md 6)
+        self.shared = f"0{ids.hex(15)}00"
+        self.id = reply.id or self._id("resp_")
+        if reply.id and _RESPONSE_ID.fullmatch(reply.id):
+            self.shared = reply.id[5:23]
+        include = body.get("include")
+        self.included: list[Any] = cast("list[Any]", include) if isinstance(include, list) else []
+        options = body.get("stream_options")
+        asked = cast(_JSON, options) if isinstance(options, dict) else {}
+        self.background = body.get("background") is True
+        self.status = "queued" if self.background else "in_progress"
+        self.obfuscated = asked.get("include_obfuscation") is not False and not self.background
+        self.wants_logprobs = self.includes("message.output_text.logprobs")
+        top = body.get("top_logprobs")
+        self.logprobs_top = min(top, 20) if type(top) is int else 0
+        self.base = self._echo(body)
+
+    def _id(self, prefix: str) -> str:
+        return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
+
+    def name_item(self, item: _Item) -> None:
+        part = item.part
+        item.id = self._id(part._prefix)
+        if isinstance(part, WebSearch) and part.id:
+            item.id = part.id
+        if isinstance(part, _Call):
+            item.call_id = part.id or "call_" + self.ids.alnum(24)
+
+    def includes(self, what: str) -> bool:
+        return what in self.included
+
+    def secret(self, item: _Item) -> str:
+        """Made-up encrypted content: other letters each time it is sent (wire.md 4)."""
+        seed = f"{item.id} {self.number}".encode()
+        digest = b"".join(hashlib.sha512(seed + bytes([part])).digest() for part in range(2))
+        return "gAAAAAB" + b2a_base64(digest, newline=False).decode().replace("+", "-").replace("/", "_")
+
+    def _echo(self, body: _JSON) -> _JSON:
+        """The response object with what the request said, and the API's defaults where it said nothing."""
+        model = self.model
+
+        def told(key: str, default: Any = None) -> Any:
+            value = body.get(key)
+            return default if value is None else value
+
+        asked = told("reasoning", {})
+        asked = cast(_JSON, asked) if isinstance(asked, dict) else {}
+        reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
+        if model.context is not None:
+            reasoning["mode"] = "standard"
+        reasoning["summary"] = asked.get("summary")
+        conversation = told("conversation")
+        if isinstance(conversation, str):
+            conversation = {"id": conversation}
+        tools = told("tools", [])
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": "in_progress",
+            "background": self.background,
+            "billing": {"payer": "developer"},
+            "completed_at": None,
+            **({"conversation": conversation} if conversation is not None else {}),
+            "error": None,
+            "frequency_penalty": told("frequency_penalty", 0.0),
+            "incomplete_details": None,
+            "instructions": told("instructions"),
+            "max_output_tokens": told("max_output_tokens"),
+            "max_tool_calls": told("max_tool_calls"),
+            "model": self.model_name,
+            "moderation": told("moderation"),
+            "output": [],
+            "parallel_tool_calls": told("parallel_tool_calls", True),
+            "presence_penalty": told("presence_penalty", 0.0),
+            "previous_response_id": told("previous_response_id"),
+            **({"prompt": body["prompt"]} if body.get("prompt") is not None else {}),
+            "prompt_cache_key": told("prompt_cache_key"),
+            **({"prompt_cache_options": body["prompt_cache_options"]} if told("prompt_cache_options") else {}),
+            "prompt_cache_retention": told("prompt_cache_retention", model.retention),
+            "reasoning": reasoning,
+            "safety_identifier": told("safety_identifier"),
+            "service_tier": told("service_tier", "auto"),
+            "store": told("store", True),
+            "temperature": told("temperature", 1.0),
+            "text": _text_echo(body.get("text")),
+            "tool_choice": told("tool_choice", "auto"),
+            "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}},
+            "tools": [_tool_echo(tool) for tool in cast("list[Any]", tools)] if isinstance(tools, list) else [],
+            "top_logprobs": told("top_logprobs", 0),
+            "top_p": told("top_p", model.top_p),
+            "truncation": told("truncation", "disabled"),
+            "usage": None,
+            "user": told("user"),
+            "metadata": told("metadata", {}),
+        }
+
+    def _event(self, kind: str, fields: _JSON) -> _JSON:
+        fields["sequence_number"] = self.number
+        self.number += 1
+        return {"type": kind, **{key: fields[key] for key in sorted(fields)}}
+
+    def response(self, status: str) -> _JSON:
+        """The response object as it stands, with that status."""
+        response = {**self.base, "status": status}
+        if status in ("queued", "in_progress"):
+            del response["billing"]
+            return response
+        tier = response["service_tier"]
+        response["service_tier"] = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
+        if status == "completed":
+            response["completed_at"] = self.created
+        if status != "failed":
+            response["output"] = [item.part._item(item, self) for item in self.items]
+            response["usage"] = self._usage()
+            searches = sum(1 for item in self.items if isinstance(item.part, WebSearch))
+            response["tool_usage"] = {"image_gen": _NO_IMAGES, "web_search": {"num_requests": searches}}
+        if status == "incomplete":
+            reason = next(reason for reason in self.finish.values() if reason in _INCOMPLETE)
+            response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
+        return response
+
+    def _usage(self) -> _JSON:
+        usage = self.tally()
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "total_tokens": usage.total_tokens,
+        }
+
+    def _lifecycle(self, status: str, kind: str | None = None) -> _JSON:
+        response = self.response(status)
+        response.pop("billing", None)  # streams never have it (wire.md 3)
+        return self._event(f"response.{kind or status}", {"response": response})
+
+    def begin(self) -> list[_Event]:
+        if self.background:  # in_progress comes with the first part
+            return [self._lifecycle("queued", "created"), self._lifecycle("queued")]
+        return [self._lifecycle("in_progress", "created"), self._lifecycle("in_progress")]
+
+    def say(self, part: _Spoken) -> list[_Event]:
+        before = len(self.items)
+        item, ended, texts = self.take(part)
+        events: list[_Event] = []
+        if ended is not None:
+            events += self._close(ended)
+        if len(self.items) > before:
+            added = item.part._item_added(item, self)
+            events.append(self._event("response.output_item.added", {"item": added, "output_index": item.position}))
+        if texts:
+            if not item.opened:
+                item.opened = True
+                events += self._placed(item, item.part._opening(item))
+            events += self._deltas(item, texts)
+        return events
+
+    def _placed(self, item: _Item, events: list[tuple[str, _JSON]]) -> list[_Event]:
+        return [self._event(kind, {**fields, "output_index": item.position}) for kind, fields in events]
+
+    def _deltas(self, item: _Item, texts: Sequence[str]) -> list[_Event]:
+        kind, fields = item.part._delta(item)
+        fields.update(item_id=item.id, output_index=item.position)
+        if (self.wants_logprobs or item.sources) and isinstance(item.part, Text):
+            return self._careful_deltas(item, texts, kind, fields)
+
+        def make(text: str, obfuscation: Any, number: Any) -> _JSON:
+            event = {**fields, "delta": text, "sequence_number": number}
+            if self.obfuscated:
+                event["obfuscation"] = obfuscation
+            return {"type": kind, **{key: event[key] for key in sorted(event)}}
+
+        first, self.number = self.number, self.number + len(texts)
+        return [_Deltas(item, texts, first, make)]
+
+    def _careful_deltas(self, item: _Item, texts: Sequence[str], kind: str, fields: _JSON) -> list[_Event]:
+        """Deltas of a text with logprobs, or with citations between them."""
+        events: list[_Event] = []
+        before = item.text
+        said = before[: len(before) - sum(map(len, texts))]
+        for text in texts:
+            event = {**fields, "delta": text}
+            if self.wants_logprobs:
+                event["logprobs"] = [_logprobs(text, self.logprobs_top)] if text else []
+            if self.obfuscated:
+                event["obfuscation"] = _obfuscation(self.number, -len(text) & 15)
+            events.append(self._event(kind, event))
+            said += text
+            found = [each for each in _citations(said, item.sources) if each["url"] in said]
+            events += self._cite(item, found)
+        return events
+
+    def _cite(self, item: _Item, citations: list[_JSON]) -> list[_Event]:
+        new = citations[item.cited :]
+        fields = [{"annotation": each, "annotation_index": at} for at, each in enumerate(new, item.cited)]
+        item.cited += len(new)
+        where = {"content_index": 0, "item_id": item.id}
+        return self._placed(item, [("response.output_text.annotation.added", {**each, **where}) for each in fields])
+
+    def _close(self, item: _Item) -> list[_Event]:
+        events = self._cite(item, _citations(item.text, item.sources)) if item.sources else []
+        events += self._placed(item, item.part._closing(item, self))
+        done = item.part._item(item, self)
+        events.append(self._event("response.output_item.done", {"item": done, "output_index": item.position}))
+        return events
+
+    def end(self) -> list[_Event]:
+        going = [item for item in self.items if item.status == "in_progress"]
+        self.close_items()
+        events: list[_Event] = []
+        for item in going:
+            events += self._close(item)
+        self.status = self.final_status()
+        events.append(self._lifecycle(self.status))
+        return events
+
+    def proceed(self) -> list[_Event]:
+        """A queued response begins to be made."""
+        self.status = "in_progress"
+        return [self._lifecycle("in_progress")]
+
+    def final_status(self) -> str:
+        return "incomplete" if any(reason in _INCOMPLETE for reason in self.finish.values()) else "completed"
+
+    def fail(self, error: _JSON) -> list[_Event]:
+        self.status = "failed"
+        self.base["error"] = {"code": error["code"] or error["type"], "message": error["message"]}
+        told = {key: error[key] for key in ("type", "code", "message", "param")}
+        return [self._event("error", {"error": told}), self._lifecycle("failed")]
+
+    def body(self) -> _JSON:
+        self.close_items()
+        self.status = self.final_status()
+        return self.response(self.status)
+
+
+# ---- Endpoints -------------------------------------------------------------------------------------------------------
+# An endpoint takes the server, the request and the values of its path, and returns JSON, an _Answer200, or a _Telling.
+
+_Endpoint: TypeAlias = "Callable[..., Any]"
+_ENDPOINTS: dict[str, _Endpoint] = {}
+
+
+def _endpoint(route: str) -> Callable[[_Endpoint], _Endpoint]:
+    def register(function: _Endpoint) -> _Endpoint:
+        _ENDPOINTS[route] = function
+        return function
+
+    return register
+
+
+class _Route(NamedTuple):
+    """Where a request goes."""
+
+    endpoint: _Endpoint
+    values: tuple[str, ...]  # of the {names} in the path
+    api: str
+    deployment: str | None  # Azure's
+
+
+_APIS = {"POST /chat/completions": "chat.completions", "POST /responses": "responses"}
+_PREFIX = re.compile(r"(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*)", re.DOTALL)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    pieces = re.split(r"\{\w+\}", path)
+    return re.compile("([^/]+)".join(map(re.escape, pieces)))
+
+
+def _find_route(routes: Mapping[str, _Endpoint], method: str, path: str) -> _Route:
+    """The route of a request. HEAD is served as GET."""
+    match = _PREFIX.fullmatch(path)
+    deployment, rest = match.groups() if match else (None, path)
+    method = "GET" if method == "HEAD" else method
+    allowed: list[str] = []
+    for name, endpoint in routes.items():
+        served, _, pattern = name.partition(" ")
+        found = _pattern(pattern).fullmatch(rest)
+        if found and served == method:
+            return _Route(endpoint, found.groups(), _APIS.get(name, ""), deployment)
+        if found:
+            allowed.append(served)
+    if allowed:
+        return _Route(
+            _wrong_method, (", ".join(sorted({*allowed, *("HEAD" for each in allowed if each == "GET")})),), "", None
+        )
+    return _Route(_unknown_route, (), "", None)
+
+
+def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
+    raise APIError(
+        405,
+        f"Not allowed to {request.method} on {request.path}. (HINT: Perhaps you meant to use a different HTTP method?)",
+        headers={"allow": allowed},
+    )
+
+
+def _unknown_route(fake: FakeOpenAI, request: Request) -> NoReturn:
+    served = ", ".join(sorted(fake._routes, key=lambda route: route.split(" ")[::-1]))
+    raise APIError(404, f"Unknown route: {request.method} {request.path}. Served, also under /v1: {served}.")
+
+
+_NOT_JSON = {
+    True: "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP "
+    "library correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON. If you have "
+    "trouble figuring out how to fix this, please contact us through our help center at help.openai.com.)",
+    False: "Invalid body: failed to parse JSON value. Please check the value to ensure it is valid JSON. (Common errors "
+    "include trailing commas, missing closing brackets, missing quotation marks, etc.)",
+}
+
+
+def _parse_body(request: Request) -> _JSON:
+    """The JSON object in the body. Raises APIError where there is none."""
+    try:
+        body: Any = _loads(request.raw_body.decode("utf-8-sig").strip(" \t\r\n"))
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise APIError(400, _NOT_JSON[request.api == "chat.completions"])
+    if request._deployment is not None and not body.get("model"):
+        body["model"] = request._deployment
+    request._body = cast(_JSON, body)
+    return request._body
+
+
+def _check_model(fake: FakeOpenAI, request: Request) -> None:
+    name = request.model
+    if not fake.strict or name in fake._model_names():
+        return
+    if request.api == "responses":
+        raise APIError(400, f"The requested model '{name}' does not exist.", param="model", code="model_not_found")
+    text = f"The model `{name}` does not exist or you do not have access to it."
+    raise APIError(404, text, code="model_not_found")
+
+
+def _check_body(fake: FakeOpenAI, request: Request) -> _JSON:
+    body = _parse_body(request)
+    if fake.validate:
+        fault = _fault(request.api, body, fake.strict)
+        if fault is not None:
+            raise fault
+    return body
+
+
+@_endpoint("POST /chat/completions")
+def _chat_completions(fake: FakeOpenAI, request: Request) -> _Telling:
+    body = _check_body(fake, request)
+    _check_model(fake, request)
+    telling = _Telling(fake, request, _ChatEncoder)
+    if body.get("store") is True:
+        telling.on_begin = lambda encoder: fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
+    return telling
+
+
+class _StoredChat:
+    """A chat completion that is kept because the request said `store: true`."""
+
+    def __init__(self, request: Request, encoder: Any) -> None:
+        self.request = request
+        self.encoder: _ChatEncoder = encoder
+        self.metadata: Any = request.body.get("metadata") or {}
+
+    def body(self) -> _JSON:
+        return {**self.encoder.body(), "metadata": self.metadata}
+
+
+def _digits(text: str, default: int) -> int:
+    return int(text) if re.fullmatch("[0-9]{1,4}", text) else default
+
+
+def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
+    """A page of a list: `limit`, `order`, `after` and `before` as the query says."""
+    query = {key: values[-1] for key, values in parse_qs(request.query).items()}
+    ordered = list(items) if query.get("order", order) == "asc" else list(items)[::-1]
+    ids = [item.get("id") for item in ordered]
+    if query.get("after") in ids:
+        ordered = ordered[ids.index(query["after"]) + 1 :]
+    limit = max(1, min(_digits(query.get("limit", ""), 20), 100))
+    page = ordered[:limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0].get("id") if page else None,
+        "last_id": page[-1].get("id") if page else None,
+        "has_more": len(ordered) > limit,
+    }
+
+
+def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
+    if id not in fake._chats:
+        raise APIError(404, f"Chat completion with id '{id}' not found.")
+    return fake._chats[id]
+
+
+@_endpoint("GET /chat/completions")
+def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
+    model = parse_qs(request.query).get("model")
+    bodies = [chat.body() for chat in tuple(fake._chats.values())]
+    return _listing(request, [body for body in bodies if model is None or body["model"] in model], "asc")
+
+
+@_endpoint("GET /chat/completions/{id}")
+def _get_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    return _stored_chat(fake, id).body()
+
+
+@_endpoint("POST /chat/completions/{id}")
+def _update_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    chat = _stored_chat(fake, id)
+    chat.metadata = _parse_body(request).get("metadata") or {}
+    return chat.body()
+
+
+@_endpoint("DELETE /chat/completions/{id}")
+def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    _stored_chat(fake, id)
+    del fake._chats[id]
+    return {"object": "chat.completion.deleted", "id": id, "deleted": True}
+
+
+@_endpoint("GET /chat/completions/{id}/messages")
+def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    messages = _stored_chat(fake, id).request.body.get("messages") or []
+    return _listing(request, [{"id": f"{id}-{at}", **message} for at, message in enumerate(messages)], "asc")
+
+
+class _StoredResponse:
+    """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
+
+    def __init__(self, request: Request, encoder: Any, history: list[Any]) -> None:
+        self.request = request
+        self.encoder: _ResponsesEncoder = encoder
+        self.history = history
+        self.log: _Log | None = None  # in the background
+        self.input = [_stored_item(item, self.encoder) for item in _input_items(request.input)]
+
+    def output(self) -> list[_JSON]:
+        return [item.part._item(item, self.encoder) for item in self.encoder.items]
+
+    def conversation(self) -> list[Any]:
+        """All items, up to the end of this response."""
+        return [*self.history, *self.input, *self.output()]
+
+    def body(self) -> _JSON:
+        return self.encoder.response(self.encoder.status)
+
+
+_ITEM_PREFIXES = {"function_call": "fc_", "function_call_output": "fc_", "reasoning": "rs_", "custom_tool_call": "ctc_"}
+
+
+def _stored_item(item: Any, encoder: _ResponsesEncoder) -> Any:
+    """An input item as the API lists it: with an id, a status, and content parts."""
+    if not isinstance(item, dict):
+        return item
+    stored = {"type": "message", **cast(_JSON, item)}
+    if isinstance(stored.get("content"), str) and stored["type"] == "message":
+        kind = "output_text" if stored.get("role") == "assistant" else "input_text"
+        stored["content"] = [{"type": kind, "text": stored["content"]}]
+    id = encoder._id(_ITEM_PREFIXES.get(str(stored["type"]), "msg_"))
+    return {"id": id, **({"status": "completed"} if stored["type"] == "message" else {}), **stored}
+
+
+def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
+    """The stored items before this request's input. Raises APIError for what is not stored."""
+    conversation, previous = body.get("conversation"), body.get("previous_response_id")
+    if isinstance(conversation, dict):
+        conversation = cast(_JSON, conversation).get("id")
+    if conversation is not None and previous is not None and fake.validate:
+        raise APIError(
+            400,
+            "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'previous_response_id' or "
+            "'conversation'.",
+            code="mutually_exclusive_parameters",
+        )
+    if isinstance(conversation, str):
+        if conversation in fake._conversations:
+            return fake._conversations[conversation].items()
+        if fake.validate:
+            raise APIError(404, f"Conversation with id '{conversation}' not found.")
+    if isinstance(previous, str):
+        if previous in fake._responses:
+            return fake._responses[previous].conversation()
+        if fake.validate:
+            raise APIError(
+                400,
+                f"Previous response with id '{previous}' not found.",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+    return []
+
+
+def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
+    """Input items with those that they refer to in the place of references."""
+    if not any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items):
+        return items
+    stored = {
+        item["id"]: item
+        for response in tuple(fake._responses.values())
+        for item in (*response.input, *response.output())
+        if isinstance(item, dict) and "id" in item
+    }
+    return [
+        stored.get(item.get("id"), item) if isinstance(item, dict) and item.get("type") == "item_reference" else item
+        for item in items
+    ]
+
+
+@_endpoint("POST /responses")
+def _create_response(fake: FakeOpenAI, request: Request) -> Any:
+    body = _check_body(fake, request)
+    history = _history(fake, request, body)
+    items = _input_items(body.get("input"))
+    resolved = _resolved(fake, items)
+    if history or resolved is not items:
+        request._conversation = [*history, *resolved]
+    if fake.validate:
+        fault = _conversation_fault([*history, *resolved], len(history))
+        if fault is not None:
+            raise fault
+    _check_model(fake, request)
+    telling = _Telling(fake, request, _ResponsesEncoder)
+    background = body.get("background") is True
+    if body.get("store") is False and not background:
+        return telling
+
+    def store(encoder: _Encoder) -> None:
+        stored = _StoredResponse(request, encoder, history)
+        fake._remember(fake._responses, stored.encoder.id, stored)
+        conversation = stored.encoder.base.get("conversation")
+        if conversation and conversation.get("id") in fake._conversations:
+            fake._conversations[conversation["id"]].responses.append(stored)
+
+    telling.on_begin = store
+    return _in_background(fake, request, telling) if background else telling
+
+
+def _stored_response(fake: FakeOpenAI, id: str) -> _StoredResponse:
+    if id not in fake._responses:
+        raise APIError(404, f"Response with id '{id}' not found.")
+    return fake._responses[id]
+
+
+@_endpoint("GET /responses/{id}")
+def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
+    stored = _stored_response(fake, id)
+    query = {key: values[-1] for key, values in parse_qs(request.query).items()}
+    if query.get("stream") != "true":
+        return stored.body()
+    if stored.log is None:
+        raise APIError(400, "This response cannot be streamed because it was not created with background=true.")
+    return _Replay(stored.log, _digits(query.get("starting_after", ""), -1) + 1)
+
+
+@_endpoint("DELETE /responses/{id}")
+def _delete_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    _stored_response(fake, id)
+    del fake._responses[id]
+    return {"id": id, "object": "response.deleted", "deleted": True}
+
+
+@_endpoint("GET /responses/{id}/input_items")
+def _input_items_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    stored = _stored_response(fake, id)
+    return _listing(request, [*stored.history, *stored.input], "desc")
+
+
+@_endpoint("POST /responses/{id}/cancel")
+def _cancel_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    stored = _stored_response(fake, id)
+    if stored.log is None:
+        raise APIError(400, "Cannot cancel a synchronous response.")
+    stored.log.cancel()
+    return stored.body()
+
+
+@_endpoint("POST /responses/input_tokens")
+def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
+    body = _parse_body(request)
+    history = _history(fake, request, body)
+    items = [{"content": body.get("instructions")}] if body.get("instructions") else []
+    tokens = _estimate([*items, *history, *_input_items(body.get("input"))])
+    return {"object": "response.input_tokens", "input_tokens": tokens}
+
+
+class _Conversation:
+    """A conversation object: items that were put in, and the responses made in it."""
+
+    def __init__(self, created: int, metadata: Any, items: list[Any]) -> None:
+        self.created = created
+        self.metadata = metadata
+        self.added = items
+        self.responses: list[_StoredResponse] = []
+
+    def items(self) -> list[Any]:
+        return [*self.added, *(item for stored in self.responses for item in (*stored.input, *stored.output()))]
+
+    def body(self, id: str) -> _JSON:
+        return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
+
+
+def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
+    if id not in fake._conversations:
+        raise APIError(404, f"Conversation with id '{id}' not found.")
+    return fake._conversations[id]
+
+
+@_endpoint("POST /conversations")
+def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
+    body = _parse_body(request) if request.raw_body else {}
+    ids = fake._ids()
+    items: list[Any] = []
+    for item in _input_items(body.get("items")):
+        items.append({"id": "msg_" + ids.hex(50), "status": "completed", **item} if isinstance(item, dict) else item)
+    id = "conv_" + ids.hex(48)
+    fake._remember(fake._conversations, id, _Conversation(int(fake.clock()), body.get("metadata") or {}, items))
+    return fake._conversations[id].body(id)
+
+
+@_endpoint("GET /conversations/{id}")
+def _get_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    return _conversation_of(fake, id).body(id)
+
+
+@_endpoint("POST /conversations/{id}")
+def _update_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    conversation = _conversation_of(fake, id)
+    conversation.metadata = _parse_body(request).get("metadata") or {}
+    return conversation.body(id)
+
+
+@_endpoint("DELETE /conversations/{id}")
+def _delete_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    _conversation_of(fake, id)
+    del fake._conversations[id]
+    return {"id": id, "object": "conversation.deleted", "deleted": True}
+
+
+@_endpoint("GET /conversations/{id}/items")
+def _conversation_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    return _listing(request, _conversation_of(fake, id).items(), "desc")
+
+
+def _model_object(id: str) -> _JSON:
+    return {"id": id, "object": "model", "created": 1715367049, "owned_by": "system"}
+
+
+@_endpoint("GET /models")
+def _list_models(fake: FakeOpenAI, request: Request) -> _JSON:
+    return {"object": "list", "data": [_model_object(id) for id in fake._model_names()]}
+
+
+@_endpoint("GET /models/{id}")
+def _get_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    if id not in fake._model_names():
+        raise APIError(404, f"The model '{id}' does not exist", param="model", code="model_not_found")
+    return _model_object(id)
+
+
+def _embedding(text: str, dimensions: int) -> list[float]:
+    """A unit vector made from a text: the same for the same text, on every machine."""
+    digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)
+    raw = [number / 2**31 - 1 for number in struct.unpack(f"<{dimensions}I", digest)]
+    length = math.sqrt(math.fsum(number * number for number in raw)) or 1.0  # fsum: the same in every version
+    return [round(number / length, 8) for number in raw]
+
+
+@_endpoint("POST /embeddings")
+def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
+    body = _parse_body(request)
+    model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
+    if not isinstance(model, str) or not model:
+        raise APIError(400, "you must provide a model parameter")
+    _check_model(fake, request)
+    if not isinstance(given, (str, list)) or not given:
+        raise APIError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+    inputs: list[Any] = [given] if isinstance(given, str) else cast("list[Any]", given)
+    if all(isinstance(each, int) for each in inputs):  # one text, as tokens
+        inputs = [inputs]
+    if dimensions is None:
+        dimensions = 3072 if model == "text-embedding-3-large" else 1536
+    elif type(dimensions) is not int or dimensions < 1:
+        raise APIError(400, f"{dimensions} is less than the minimum of 1 - 'dimensions'")
+    data: list[_JSON] = []
+    for index, each in enumerate(inputs):
+        text = each if isinstance(each, str) else _dumps(each)
+        vector: Any = _embedding(text, min(dimensions, 3072))
+        if body.get("encoding_format") == "base64":
+            vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    tokens = sum(
+        len(each) // (4 if isinstance(each, str) else 1) + 1 for each in inputs if isinstance(each, (str, list))
+    )
+    name = "text-embedding-ada-002-v2" if model == "text-embedding-ada-002" else model
+    return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+_MODERATION = [
+    "harassment",
+    "harassment/threatening",
+    "sexual",
+    "hate",
+    "hate/threatening",
+    "illicit",
+    "illicit/violent",
+    "self-harm/intent",
+    "self-harm/instructions",
+    "self-harm",
+    "sexual/minors",
+    "violence",
+    "violence/graphic",
+]
+
+
+@_endpoint("POST /moderations")
+def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
+    """Nothing is ever flagged; a test that wants it flagged gives its own route."""
+    body = _parse_body(request)
+    given: Any = body.get("input")
+    many = isinstance(given, list) and given and all(isinstance(each, str) for each in cast("list[Any]", given))
+    result = {
+        "flagged": False,
+        "categories": dict.fromkeys(_MODERATION, False),
+        "category_scores": dict.fromkeys(_MODERATION, 1e-06),
+        "category_applied_input_types": {name: ["text"] for name in _MODERATION},
+    }
+    model = _string(body.get("model")) or "omni-moderation-latest"
+    id = "modr-" + fake._ids().alnum(29)
+    return {"id": id, "model": model, "results": [result] * (len(cast("list[Any]", given)) if many else 1)}
+
+
+# ---- HTTP: what arrives ----------------------------------------------------------------------------------------------
+# BaseHTTPRequestHandler's own parsing lets smuggled requests through (gh-114782, gh-150499, gh-142533) and is slow, so
+# heads and bodies are parsed here, by RFC 9112, strictly.
+
+
+class _Refused(Exception):
+    """What arrived is not an HTTP request that can be answered; the connection ends with this status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class _Closed(Exception):
+    """The client closed, or timed out, where nothing needs an answer."""
+
+
+class _Head(NamedTuple):
+    """The head of a request, checked."""
+
+    method: str
+    path: str  # as it came, without the query
+    query: str
+    route: str  # the path, percent-decoded once
+    headers: _Headers
+    http11: bool
+    keep_alive: bool
+    length: int  # of the body; -1 where it is chunked
+    expects: bool  # waits for 100 Continue
+    coding: str  # Content-Encoding
+
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)")
+
+
+def _request_line(line: bytes) -> tuple[str, str, bool]:
+    """Method, target, and whether it is HTTP/1.1."""
+    if len(line) > _MAX_LINE:
+        raise _Refused(414, f"The request line is longer than {_MAX_LINE} bytes.")
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
+    if match[3] != b"1" or match[4] not in b"01":
+        raise _Refused(505, "The server speaks HTTP/1.1 and HTTP/1.0 only.")
+    return match[1].decode(), match[2].decode(), match[4] == b"1"
+
+
+def _target(method: str, target: str) -> tuple[str, str, str]:
+    """Path and query as they came, and the path decoded."""
+    if target.startswith("/"):
+        path, _, query = target.partition("?")
+    elif target == "*" and method == "OPTIONS":
+        path, query = target, ""
+    elif target.lower().startswith(("http://", "https://")):
+        try:
+            url = urlsplit(target)
+            valid = bool(url.hostname) and (url.port is None or url.port > 0)
+        except ValueError:
+            valid = False
+        if not valid:
+            raise _Refused(400, "The request target is not a valid URL.")
+        path, query = url.path or "/", url.query
+    else:
+        raise _Refused(400, "The request target is neither a path nor a URL.")
+    path = path.partition("#")[0]
+    if _BAD_PERCENT.search(path):
+        raise _Refused(400, "The request target has a '%' that is not followed by two hexadecimal digits.")
+    try:
+        return path, query, unquote_to_bytes(path).decode()
+    except UnicodeDecodeError:
+        raise _Refused(400, "The path is not UTF-8.") from None
+
+
+def _fields(lines: list[bytes]) -> list[tuple[str, str]]:
+    if len(lines) > _MAX_FIELDS:
+        raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
+    fields: list[tuple[str, str]] = []
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            raise _Refused(400, "A header line is not 'Name: value', or has a control character.")
+        fields.append((match[1].decode().lower(), match[2].decode("latin-1")))
+    return fields
+
+
+def _parse_head(head: bytes) -> _Head:
+    """A request's head, from the request line to the empty line, without the CR LF that ends that."""
+    line, _, rest = head.partition(b"\r\n")
+    method, target, http11 = _request_line(line)
+    path, query, route = _target(method, target)
+    fields = _fields(rest.split(b"\r\n")[:-1] if rest else [])
+    values: dict[str, list[str]] = {}
+    for name, value in fields:
+        values.setdefault(name, []).append(value)
+    hosts = values.get("host", [])
+    if len(hosts) > 1 or (http11 and not hosts) or not all(map(_HOST.fullmatch, hosts)):
+        raise _Refused(400, "The request needs one valid Host header field.")
+    tokens = {token.strip().lower() for value in values.get("connection", ()) for token in value.split(",")}
+    keep_alive = "close" not in tokens and (http11 or "keep-alive" in tokens)
+    expectations = [value.lower() for value in values.get("expect", ())] if http11 else []
+    length = _body_length(values, http11)
+    if expectations not in ([], ["100-continue"]):
+        raise _Refused(417, "The only expectation that is met is 100-continue.")
+    coding = ",".join(values.get("content-encoding", ())).strip().lower()
+    headers = _Headers(fields)
+    return _Head(method, path, query, route, headers, http11, keep_alive, length, bool(expectations), coding)
+
+
+_parse_known_head = lru_cache(128)(_parse_head)  # a client's heads are the same again and again
+
+
+def _body_length(values: dict[str, list[str]], http11: bool) -> int:
+    lengths, codings = values.get("content-length"), values.get("transfer-encoding")
+    if codings is not None:
+        if lengths is not None or not http11:
+            raise _Refused(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length.")
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise _Refused(501, "The only transfer coding that is understood is chunked.")
+        return -1
+    if lengths is None:
+        return 0
+    if len(set(lengths)) > 1 or not _LENGTH.fullmatch(lengths[0]) or not lengths[0].isascii():
+        raise _Refused(400, "Content-Length is not one number.")
+    if int(lengths[0]) > _MAX_BODY:
+        raise _too_large()
+    return int(lengths[0])
+
+
+def _too_large() -> _Refused:
+    return _Refused(413, f"The request body is larger than {_MAX_BODY} bytes.")
+
+
+def _check_beginning(data: bytes) -> None:
+    """Refuses the beginning of a head as early as it is known to be wrong: the rest may never come."""
+    line, crlf, _ = data.partition(b"\r\n")
+    if crlf or len(line) > _MAX_LINE:
+        _request_line(line)
+    elif line.endswith(b"\r"):
+        line = line[:-1]
+    if re.search(rb"[^\x20-\x7e]", line) or line[:1] == b" ":
+        raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
+    if _BARE.search(data[:-1] if data.endswith(b"\r") else data):
+        raise _Refused(400, "A line of the head does not end with CR LF.")
+    if len(data) > _MAX_HEAD:
+        raise _Refused(431, f"The head of the request is larger than {_MAX_HEAD} bytes.")
+
+
+def _decoded(body: bytes, coding: str) -> bytes:
+    """A body without its Content-Encoding. Raises APIError, as the connection stays in step."""
+    if coding in ("", "identity"):
+        return body
+    if coding == "zstd":
+        try:
+            from compression import zstd  # type: ignore[import-not-found]  # Python 3.14
+        except ImportError:
+            raise APIError(415, "Unsupported Content-Encoding: 'zstd'.") from None
+        decoder: Any = zstd.ZstdDecompressor()
+        return _inflate(body, lambda data, size: decoder.decompress(data, size), lambda: decoder.eof)
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise APIError(415, f"Unsupported Content-Encoding: {coding!r}. Use gzip, deflate or none.")
+    # RFC 9110 8.4.1.2: deflate is zlib's format, but some send it bare, which does not begin with 0x?8
+    bare = coding == "deflate" and (body[:1] or b"\0")[0] & 15 != 8
+    zlib_decoder: Any = zlib.decompressobj(31 if coding != "deflate" else -15 if bare else 15)
+
+    return _inflate(body, zlib_decoder.decompress, lambda: zlib_decoder.eof and not zlib_decoder.unused_data)
+
+
+def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Callable[[], bool]) -> bytes:
+    try:
+        data = decompress(body, _MAX_BODY + 1)
+    except Exception:  # zlib.error, ZstdError
+        data, whole = b"", lambda: False
+    if len(data) > _MAX_BODY:
+        raise APIError(413, f"The request body is larger than {_MAX_BODY} bytes when it is decoded.")
+    if not whole():
+        raise APIError(400, "The request body is not what its Content-Encoding says.")
+    return data
+
+
+# ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
+
+_USUAL = (  # on every answer of the API itself (wire.md 5)
+    b"openai-version: 2020-10-01\r\nopenai-organization: org-fake\r\nopenai-project: proj_fake\r\n"
+)
+_LIMITS = (
+    b"x-ratelimit-limit-requests: 10000\r\n"
+    b"x-ratelimit-limit-tokens: 2000000\r\n"
+    b"x-ratelimit-remaining-requests: 9999\r\n"
+    b"x-ratelimit-remaining-tokens: 1999985\r\n"
+    b"x-ratelimit-reset-requests: 6ms\r\n"
+    b"x-ratelimit-reset-tokens: 0s\r\n"
+)
+_CORS = b"access-control-allow-origin: *\r\naccess-control-expose-headers: *\r\n"
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
+_STATUS_LINES[413] = b"HTTP/1.1 413 Content Too Large\r\n"  # RFC 9110's name; Python has it since 3.13
+_STATUS_LINES[529] = b"HTTP/1.1 529 Overloaded\r\n"
+
+_date = (0, b"")
+
+
+def _date_field(now: float) -> bytes:
+    """The Date field, made once a second."""
+    global _date
+    second, text = _date
+    if second != int(now):
+        second = int(now)
+        day = time.gmtime(second)
+        names = (
+            ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"],
+            ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"],
+        )
+        text = time.strftime(
+            f"date: {names[0][day.tm_wday]}, %d {names[1][day.tm_mon - 1]} %Y %H:%M:%S GMT\r\n", day
+        ).encode()
+        _date = (second, text)
+    return text
+
+
+def _sse(event: _JSON) -> str:
+    """An event as a server-sent event; Responses' name their type."""
+    kind = event.get("type")
+    data = _dumps(event)
+    return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
+
+
+def _chunk_of(frame: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(frame), frame)
+
+
+_LAST_CHUNK = b"0\r\n\r\n"
+_SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
+
+
+def _cut(deltas: _Deltas) -> tuple[str, str, str, str]:
+    """The frame of these delta events, cut where the text, the obfuscation and the number go; "" where none does."""
+    text, padding, number = _SLOTS
+    before, _, rest = _sse(deltas.make(text, padding, number)).partition(f'"{text}"')
+    between, found, rest = rest.partition(padding)
+    if not found:
+        return before, "", "", ""
+    middle, found, after = rest.partition(f'"{number}"')
+    return before, between, middle, after if found else ""
+
+
+def _delta_chunks(deltas: _Deltas, chunked: bool) -> bytes:
+    """The bytes of delta events: what _sse gives for each of them, at a fifth of the time."""
+    item = deltas.item
+    cut = item.cut
+    if cut is None:
+        cut = item.cut = _cut(deltas)
+    before, between, middle, after = cut
+    if not between:
+        frames = [_sse(event) for event in deltas.events()]
+    else:
+        frames = []
+        add, quote, pool, number = frames.append, _quote, _POOL, deltas.first
+        for text in deltas.texts:
+            begin = number * 7 & 1023
+            padding = pool[begin : begin + (-len(text) & 15)]
+            if after:
+                add(f"{before}{quote(text)}{between}{padding}{middle}{number}{after}")
+            else:
+                add(f"{before}{quote(text)}{between}{padding}{middle}")
+            number += 1
+    if not chunked:
+        return _utf8("".join(frames))
+    joined = "".join([f"{len(frame):x}\r\n{frame}\r\n" for frame in frames])
+    if joined.isascii():
+        return joined.encode()
+    return b"".join([_chunk_of(_utf8(frame)) for frame in frames])
+
+
+# ---- Answering: who carries parts to the client ----------------------------------------------------------------------
+
+
+class _Waiter:
+    """Where the thread of an answer waits: for time, for a Stream, for a coroutine.
+
+    Every wait ends when the server stops, and when the client leaves (`connection` is None where there is none).
+    """
+
+    def __init__(self, server: _Server, connection: _Connection | None, streams: bool) -> None:
+        self.server = server
+        self.connection = connection
+        self.streams = streams  # a client that half-closed has left a stream, but still waits for JSON
+        self.wake: Callable[[], object] | None = None  # ends the wait that goes on; other threads call it
+        self.readable = False  # the loop saw something arrive from the client
+        self.watched = False
+        self.cancelled = False
+        self.lock: threading.Lock | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def _enter(self, wake: Callable[[], object]) -> None:
+        self.wake = wake  # before the flags are looked at: who sets them later finds it
+        if not self.watched:
+            self.watched = True
+            self.server.waiters.add(self)
+            self._watch()
+
+    def _watch(self) -> None:
+        if self.connection is not None:
+            self.server.watch(self.connection.request, self)
+
+    def notice(self) -> None:
+        """Called by the server's loop: the client's socket has something to read, and is not watched any more."""
+        self.readable = True
+        wake = self.wake
+        if wake is not None:
+            wake()
+
+    def left(self) -> bool:
+        """Whether the client has left. Raises _Gone where the server stops."""
+        if self.server.stopping or self.cancelled:
+            raise _Gone
+        connection = self.connection
+        if connection is None:
+            return False
+        if self.readable:
+            self.readable = False
+            if connection.read_ahead():
+                self._watch()
+        return connection.gone
+
+    def sleep(self, seconds: float) -> None:
+        """Waits. Raises _Gone where the client of a stream has left."""
+        lock = self.lock
+        if lock is None:
+            lock = self.lock = threading.Lock()
+            lock.acquire()
+        end = time.monotonic() + seconds
+        self._enter(lambda: _release(lock))
+        while True:
+            if self.left():
+                if self.streams:
+                    raise _Gone
+                return  # who has half-closed gets its JSON, just sooner
+            rest = end - time.monotonic()
+            if rest <= 0:
+                return
+            lock.acquire(timeout=rest)
+
+    def get(self, parts: queue.SimpleQueue[_Part]) -> _Part:
+        """The next part of a Stream. Raises _Gone where the client has left."""
+        self._enter(lambda: parts.put(_WAKE))
+        while True:
+            if self.left():
+                raise _Gone
+            part = parts.get()
+            if part is not _WAKE:
+                return part
+
+    def run(self, awaitable: Awaitable[Any]) -> Any:
+        """The result of a coroutine, run on this answer's own event loop."""
+        import asyncio
+
+        async def wait() -> Any:
+            return await awaitable
+
+        loop = self.loop
+        if loop is None:
+            loop = self.loop = asyncio.new_event_loop()
+        task = loop.create_task(wait())
+
+        def cancel() -> None:
+            if self.streams or self.server.stopping:
+                with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
+                    loop.call_soon_threadsafe(task.cancel)
+
+        self._enter(cancel)
+        if self.readable or self.server.stopping:
+            cancel()
+        try:
+            return loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            if self.left() and self.streams:
+                raise _Gone from None
+            raise
+
+    def end(self) -> None:
+        """The answer is over."""
+        self.wake = None
+        if self.watched:
+            self.server.waiters.discard(self)
+            if self.connection is not None:
+                self.server.unwatch(self.connection.request)
+        if self.loop is not None:
+            with suppress(Exception):
+                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+
+
+def _release(lock: threading.Lock) -> None:
+    with suppress(RuntimeError):  # it was released already
+        lock.release()
+
+
+class _Teller:
+    """Carries one answer: parts tell themselves to it. `end` is told once, after the last part."""
+
+    def __init__(self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float) -> None:
+        self.encoder = encoder
+        self.waiter = waiter
+        self.ttft = ttft
+        self.itl = itl
+        self.outcome = ""  # why the answer is not whole
+        self.streams: list[Stream] = []  # that it is made of
+
+    def say(self, part: _Spoken) -> None:
+        raise NotImplementedError
+
+    def chunk(self, chunk: Chunk) -> None:
+        raise NotImplementedError
+
+    def pause(self, seconds: float) -> None:
+        raise NotImplementedError
+
+    def disconnect(self, reset: bool) -> None:
+        raise NotImplementedError
+
+    def raw(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def error(self, error: StreamError) -> None:
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Sends what is gathered: what comes next may take its time."""
+
+    def live(self) -> None:
+        """The parts come from a Stream: the client may know that the answer has begun."""
+
+    def end(self) -> None:
+        raise NotImplementedError
+
+    def pace(self) -> None:
+        """Waits for the time of the next token."""
+        seconds, self.ttft = self.ttft or self.itl, 0.0
+        if seconds:
+            self.pause(seconds)
+
+
+class _Over(Exception):
+    """The answer ends here, with parts perhaps left: a Disconnect or a StreamError was told."""
+
+
+class _StreamTeller(_Teller):
+    """Sends an answer as server-sent events. What is known to follow is gathered; nothing waits to be gathered."""
+
+    def __init__(
+        self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float, connection: _Connection, reply: Reply
+    ):
+        super().__init__(encoder, waiter, ttft, itl)
+        self.connection = connection
+        self.reply = reply
+        self.chunked = connection.head.http11
+        self.pending: list[bytes] = []
+        self.size = 0
+        self.limit = 1  # the first event goes at once, then batches that grow
+        self.begun = False
+
+    def _add(self, data: bytes) -> None:
+        self.pending.append(data)
+        self.size += len(data)
+
+    def _begin(self) -> None:
+        """Writes what comes before the first part, whose events are numbered after it."""
+        self.begun = True
+        self._write(self.encoder.begin(), hold=True)
+
+    def _write(self, events: list[_Event], hold: bool = False) -> None:
+        chunked = self.chunked
+        for event in events:
+            if type(event) is _Deltas:
+                self._add(_delta_chunks(event, chunked))
+            else:
+                frame = _utf8(_sse(cast(_JSON, event)))
+                self._add(_chunk_of(frame) if chunked else frame)
+        if self.size >= self.limit and not hold:
+            self.flush()
+            self.limit = min(_BATCH, max(2048, self.limit * 8))
+
+    def flush(self) -> None:
+        if self.pending:
+            pending, self.pending, self.size = self.pending, [], 0
+            if not self.connection.headed:
+                pending.insert(0, self.connection.stream_head(self.reply))
+            self.connection.send(b"".join(pending))
+
+    def live(self) -> None:
+        if not self.begun:
+            self._begin()
+        if not self.connection.headed:
+            self.pending.append(b"")  # a Chat Completions stream has nothing to say yet but its head
+        self.flush()
+
+    def say(self, part: _Spoken) -> None:
+        if self.ttft or self.itl:
+            self._say_slowly(part)
+            return
+        if not self.begun:
+            self._begin()
+        self._write(self.encoder.say(part))
+
+    def _say_slowly(self, part: _Spoken) -> None:
+        for fragment in part.split():
+            self.pace()
+            if not self.begun:
+                self._begin()
+            self._write(self.encoder.say(fragment))
+
+    def chunk(self, chunk: Chunk) -> None:
+        self.pace()
+        if not self.begun:
+            self._begin()
+        self._write(self.encoder.chunk(chunk))
+
+    def pause(self, seconds: float) -> None:
+        self.flush()
+        self.waiter.sleep(seconds)
+
+    def disconnect(self, reset: bool) -> None:
+        self.flush()
+        self.outcome = "cut"
+        self.connection.hang_up(reset)
+        raise _Over
+
+    def raw(self, data: bytes) -> None:
+        if not self.begun:
+            self._begin()
+        self._add(_chunk_of(data) if self.chunked and data else data)
+        self.flush()
+
+    def error(self, error: StreamError) -> None:
+        self.outcome = error.message
+        if not self.begun:
+            self._begin()
+        self._write(self.encoder.fail(error._error()))
+        self._finish()
+        raise _Over
+
+    def fault(self, message: str) -> None:
+        """The handler failed in the middle: the client is told, and the stream cut without its terminator."""
+        self.outcome = message
+        with suppress(_Gone):
+            self._write(self.encoder.fail({"message": message, "type": "server_error", "param": None, "code": None}))
+            self.flush()
+        self.connection.hang_up(False)
+
+    def end(self) -> None:
+        if not self.begun:
+            self._begin()
+        self._write(self.encoder.end())
+        if self.encoder.done is not None:
+            frame = f"data: {self.encoder.done}\n\n".encode()
+            self._add(_chunk_of(frame) if self.chunked else frame)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self.chunked:
+            self._add(_LAST_CHUNK)
+        self.flush()
+
+
+class _BodyTeller(_Teller):
+    """Sends an answer as JSON, in one piece; or in equal shares where pauses, bytes or a cut fall between its parts."""
+
+    def __init__(
+        self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float, connection: _Connection, reply: Reply
+    ):
+        super().__init__(encoder, waiter, ttft, itl)
+        self.connection = connection
+        self.reply = reply
+        self.said = 0
+        self.acts: list[tuple[int, Pause | Raw | Disconnect]] = []
+
+    def say(self, part: _Spoken) -> None:
+        _, _, texts = self.encoder.take(part)
+        self.said += 1
+        if self.ttft or self.itl:
+            seconds = self.itl * len(texts)
+            if self.ttft:
+                seconds, self.ttft = seconds - self.itl + self.ttft, 0.0
+            self.waiter.sleep(max(0.0, seconds))
+
+    def chunk(self, chunk: Chunk) -> None:
+        self.encoder.adopt(chunk)
+        for part in chunk._parts():
+            part._tell(self)
+
+    def pause(self, seconds: float) -> None:
+        if self.said or self.acts:
+            self.acts.append((self.said, Pause(seconds)))
+        else:
+            self.waiter.sleep(seconds)
+
+    def disconnect(self, reset: bool) -> None:
+        self.outcome = "cut"
+        if not self.said and not self.acts:
+            self.connection.hang_up(reset)
+        else:
+            self.acts.append((self.said, Disconnect(reset=reset)))
+            self.end()
+        raise _Over
+
+    def raw(self, data: bytes) -> None:
+        self.acts.append((self.said, Raw(data)))
+
+    def error(self, error: StreamError) -> None:
+        raise APIError(500, error.message, type=error.type, code=error.code, param=error.param)
+
+    def end(self) -> None:
+        send, head = self.connection.send, self.connection.json_head
+        body = _utf8(_dumps(self.encoder.body())) if self.said or not self.acts else b""
+        if not self.acts:
+            send(head(self.reply, len(body)) + body)
+            return
+        length = len(body) + sum(len(act.data) for _, act in self.acts if isinstance(act, Raw))
+        piece, sent = head(self.reply, length), 0
+        for said, act in self.acts:
+            share = len(body) * said // (self.said + 1)
+            piece, sent = piece + body[sent:share], share
+            if isinstance(act, Raw):
+                piece += act.data
+                continue
+            if piece:
+                send(piece)
+                piece = b""
+            if isinstance(act, Disconnect):
+                self.connection.hang_up(act.reset)
+                return
+            self.waiter.sleep(act.seconds)
+        send(piece + body[sent:])
+
+
+def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> Iterator[_Part]:
+    """The parts of an answer that is known: as they are, but repeated for n, and with Texts in a row taken together."""
+    n = request.body.get("n") if request.api == "chat.completions" else None
+    if type(n) is int and n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
+        parts = list(_repeated(parts, min(n, _MAX_CHOICES)))
+    calls: dict[int, int] = {}
+    for part in parts:
+        if isinstance(part, _Call) and part.name:
+            calls[part.choice] = calls.get(part.choice, 0) + 1
+    if max(calls.values(), default=0) > 1:
+        encoder.parallel = True
+        if request.api == "chat.completions":
+            parts = [_spaced(part) if isinstance(part, ToolCall) else part for part in parts]
+    return _runs(parts) if len(parts) > 2 else iter(parts)
+
+
+def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
+    """What was said once, said by n choices at a time: their tokens interleave (wire.md 2)."""
+    for part in parts:
+        if isinstance(part, _Spoken) and part._in_chat:
+            for fragment in part.split():
+                yield from (_of_choice(fragment, choice) for choice in range(n))
+        elif isinstance(part, Finish):
+            yield from (Finish(part.reason, choice=choice) for choice in range(n))
+        else:
+            yield part
+
+
+def _of_choice(part: Any, choice: int) -> _Part:
+    if isinstance(part, (ToolCall, CustomToolCall)):
+        text = part._string
+        return type(part)(part.name, text, id=part.id, choice=choice)
+    return cast(_Part, type(part)(part._string, choice=choice))
+
+
+def _spaced(call: ToolCall) -> ToolCall:
+    """A call among several, whose arguments the API writes with spaces (wire.md 1), unless the text was given."""
+    if not call._ours:
+        return call
+    return ToolCall(
+        call.name, json.dumps(json.loads(call.arguments), ensure_ascii=False), id=call.id, choice=call.choice
+    )
+
+
+def _runs(parts: list[_Part]) -> Iterator[_Part]:
+    """Texts of one choice in a row as one, in runs that grow, so that the first goes out at once."""
+    fragments: list[str] = []
+    choice, limit = 0, 1
+    for part in parts:
+        if type(part) is Text:
+            if part.choice != choice or len(fragments) >= limit:
+                if fragments:
+                    yield _Run.of(fragments, choice)
+                    limit = min(512, limit * 4)
+                fragments, choice = [], part.choice
+            fragments += part._fragments()
+            continue
+        if fragments:
+            yield _Run.of(fragments, choice)
+            fragments = []
+        yield part
+    if fragments:
+        yield _Run.of(fragments, choice)
+
+
+def _next(parts: Iterator[Any]) -> Any:
+    """The handler's next part; what goes wrong in there is the handler's fault."""
+    try:
+        return _part(next(parts))
+    except StopIteration:
+        return _END
+    except _Gone:
+        raise
+    except BaseException as error:
+        raise _Fault(error) from None
+
+
+def _coming(parts: Iterator[Any], teller: _Teller) -> Iterator[_Part]:
+    """The parts of a generator: each is on the wire before the next is asked for."""
+    try:
+        while (part := _next(parts)) is not _END:
+            yield part
+            teller.flush()
+            if teller.waiter.readable and teller.waiter.left():
+                raise _Gone
+    finally:
+        close = getattr(parts, "close", None)
+        if close is not None:
+            with suppress(BaseException):  # it may ignore GeneratorExit, or raise: the answer is over
+                close()
+
+
+def _async_coming(parts: AsyncIterable[Any], waiter: _Waiter) -> Iterator[Any]:
+    """The parts of an async generator, run on the answer's own event loop."""
+    iterator: AsyncIterator[Any] = aiter(parts)
+    try:
+        while True:
+            try:
+                yield waiter.run(anext(iterator))
+            except StopAsyncIteration:
+                return
+    finally:
+        close = getattr(iterator, "aclose", None)
+        if close is not None:
+            with suppress(BaseException):
+                waiter.server.stopping or waiter.run(close())
+
+
+def _live(stream: Stream, teller: _Teller, request: Request) -> Iterator[_Part]:
+    """The parts of a Stream, as the test sends them."""
+    stream._serve(request)
+    teller.streams.append(stream)
+    taken = 0
+    teller.live()
+    while True:
+        try:
+            part = stream._queue.get_nowait()
+        except queue.Empty:
+            teller.flush()
+            stream._on_wire(taken)
+            part = teller.waiter.get(stream._queue)
+        if part is _END:
+            return
+        if part is not _WAKE:
+            taken += 1
+            yield part
+
+
+def _source(reply: Reply, request: Request, teller: _Teller) -> Iterator[_Part]:
+    """The parts of a reply, wherever they come from."""
+    known = reply._known()
+    if known is not None:
+        return _in_order(known, request, teller.encoder)
+    return _mixed(reply.parts, request, teller)
+
+
+def _mixed(contents: Iterable[_Content], request: Request, teller: _Teller) -> Iterator[_Part]:
+    for content in contents:
+        yield from _content(content, request, teller)
+
+
+def _content(content: Any, request: Request, teller: _Teller) -> Iterator[_Part]:
+    if isinstance(content, Stream):
+        return _live(content, teller, request)
+    if isinstance(content, (str, _Part)):
+        return iter([_part(content)])
+    if isinstance(content, Completion):
+        return iter(content._parts())
+    if isinstance(content, AsyncIterable):
+        return _coming(_async_coming(content, teller.waiter), teller)
+    try:
+        return _coming(iter(content), teller)
+    except TypeError as error:
+        raise _Fault(error) from None
+
+
+# ---- HTTP: connections and the server --------------------------------------------------------------------------------
+
+
+class _Answer200(NamedTuple):
+    """A whole answer that is not JSON made by an encoder: a status, header fields and a body."""
+
+    body: bytes
+    content_type: str = "application/json"
+    status: int = 200
+    headers: Mapping[str, str] = {}
+
+
+class _Exchange:
+    """A request and what became of it, for the transcript and the command line."""
+
+    __slots__ = ("encoder", "method", "outcome", "path", "request", "seconds", "status")
+
+    def __init__(self, method: str, path: str) -> None:
+        self.method = method
+        self.path = path
+        self.request: Request | None = None  # None where it is not one of the two APIs
+        self.status = 0  # 0: cut before any reply
+        self.seconds = 0.0
+        self.encoder: _Encoder | None = None
+        self.outcome = ""  # "" where the answer is whole
+
+    @property
+    def answer(self) -> list[_Spoken]:
+        """What was said, each part whole."""
+        return [] if self.encoder is None else [item.whole for item in self.encoder.items]
+
+    @property
+    def usage(self) -> Usage | None:
+        return None if self.encoder is None or self.status != 200 else self.encoder.tally()
+
+
+class _Connection(BaseRequestHandler):
+    """One client's connection: reads requests, one after another, and answers them in order."""
+
+    request: socket.socket
+    server: _Server
+
+    def setup(self) -> None:
+        self.buffer = b""
+        self.at = 0  # of the first byte of buffer that is not read yet
+        self.gone = False  # the client has closed or reset
+        self.hung_up = False  # we have
+        self.resetting = False
+        self.headed = False  # the head of the answer is on the wire
+        self.deadline = math.inf  # when the server's loop ends what this connection waits for
+        self.expired = False
+        self.head: _Head = cast(_Head, None)
+        self.exchange = _Exchange("", "")
+        self.started = 0.0
+        self.server.connections.add(self)
+
+    def handle(self) -> None:
+        """Answers requests until the connection ends."""
+        sock = self.request
+        sock.settimeout(None)
+        try:
+            with suppress(OSError):  # not all socket families know it
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while not self.server.stopping and not self.hung_up and self._serve_one():
+                pass
+        except (_Closed, _Gone, OSError):
+            pass
+        except Exception:
+            _LOG.exception("a connection failed in the server itself")
+
+    def finish(self) -> None:
+        self.server.connections.discard(self)
+        with suppress(OSError):
+            if self.resetting:
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.request.close()
+
+    # Reading.
+
+    def _receive(self) -> None:
+        """Reads more into the buffer."""
+        data = self.request.recv(_BATCH)
+        if not data:
+            if self.expired:
+                raise _Refused(408, "The request did not arrive in time.")
+            raise EOFError
+        self.buffer = self.buffer[self.at :] + data if self.at < len(self.buffer) else data
+        self.at = 0
+
+    def read_ahead(self) -> bool:
+        """Reads what has arrived behind the request that is being answered; False if the client has left."""
+        try:
+            self.request.setblocking(False)
+            data = self.request.recv(_BATCH)
+        except BlockingIOError:
+            return True
+        except OSError:
+            data = b""
+        finally:
+            with suppress(OSError):
+                self.request.setblocking(True)
+        if not data:
+            self.gone = True
+            return False
+        self.buffer = self.buffer[self.at :] + data
+        self.at = 0
+        return len(self.buffer) < _MAX_HEAD  # more is left with the kernel
+
+    def peer_gone(self) -> bool:
+        """Whether the client has closed, seen without reading."""
+        if not self.gone:
+            try:
+                waiting, _, _ = _select_now(self.request)
+                self.gone = waiting and not self.request.recv(1, socket.MSG_PEEK)
+            except (OSError, ValueError):
+                self.gone = True
+        return self.gone
+
+    def _read_head(self) -> _Head:
+        limits = self.server.limits
+        self.deadline = time.monotonic() + limits.idle
+        skipped = 0
+        while True:
+            buffer, at = self.buffer, self.at
+            while buffer.startswith(b"\r\n", at):
+                at, skipped = at + 2, skipped + 1
+                if skipped > 4:
+                    raise _Refused(400, "Too many empty lines before a request.")
+            self.at = at
+            end = buffer.find(b"\r\n\r\n", at)
+            if end >= 0:
+                head = buffer[at : end + 2]
+                self.at = end + 4
+                if len(head) > _MAX_HEAD:
+                    _check_beginning(head)
+                return _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
+            if len(buffer) > at:
+                if self.deadline_is_idle:
+                    self.deadline_is_idle = False
+                    self.deadline = time.monotonic() + limits.head
+                if buffer[at:] != b"\r":
+                    _check_beginning(buffer[at:])
+            try:
+                self._receive()
+            except EOFError:
+                raise _Closed from None
+            except _Refused:
+                if len(self.buffer) > self.at:
+                    raise
+                raise _Closed from None
+
+    deadline_is_idle = True
+
+    def _exactly(self, count: int) -> bytes:
+        have = len(self.buffer) - self.at
+        if have >= count:
+            data = self.buffer[self.at : self.at + count]
+            self.at += count
+            return data
+        body = bytearray(count)
+        view = memoryview(body)
+        view[:have] = self.buffer[self.at :]
+        self.buffer, self.at = b"", 0
+        while have < count:
+            got = self.request.recv_into(view[have:])
+            if not got:
+                if self.expired:
+                    raise _Refused(408, "The request did not arrive in time.")
+                raise EOFError
+            have += got
+        view.release()
+        return bytes(body)
+
+    def _line(self) -> bytes:
+        """A line of the chunked coding, without its CR LF."""
+        while (end := self.buffer.find(b"\n", self.at)) < 0:
+            if len(self.buffer) - self.at > 4096:
+                raise _Refused(400, "A line of the chunked body is longer than 4096 bytes.")
+            self._receive()
+        line = self.buffer[self.at : end + 1]
+        self.at = end + 1
+        if not line.endswith(b"\r\n") or len(line) > 4096:
+            raise _Refused(400, "A line of the chunked body does not end with CR LF, or is too long.")
+        return line[:-2]
+
+    def _chunked_body(self) -> bytes:
+        body = bytearray()
+        while True:
+            match = _CHUNK_SIZE.fullmatch(self._line())
+            if match is None:
+                raise _Refused(400, "The size of a chunk is not a hexadecimal number.")
+            size = int(match[1], 16)
+            if len(body) + size > _MAX_BODY:
+                raise _too_large()
+            if size == 0:
+                break
+            body += self._exactly(size)
+            if self._exactly(2) != b"\r\n":
+                raise _Refused(400, "A chunk is not as long as it says.")
+        trailers: list[bytes] = []
+        while line := self._line():
+            trailers.append(line)
+            if len(trailers) > _MAX_FIELDS:
+                break
+        _fields(trailers)
+        return bytes(body)
+
+    def _read_body(self, head: _Head) -> bytes:
+        length = head.length
+        if length == 0:
+            return b""
+        if len(self.buffer) - self.at >= length > 0:  # it came with the head
+            return self._exactly(length)
+        self.deadline = time.monotonic() + self.server.limits.body
+        if head.expects and self.at >= len(self.buffer):
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            return self._chunked_body() if length < 0 else self._exactly(length)
+        except EOFError:
+            raise _Refused(400, "The connection was closed before the request body was whole.") from None
+
+    # Sending.
+
+    def send(self, data: bytes) -> None:
+        """Sends all of it. Raises _Gone where the client is gone, or reads nothing for too long."""
+        self.headed = True
+        try:
+            sent = self.request.send(data, _DONT_WAIT)
+            if sent == len(data):
+                return
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.gone = True
+            raise _Gone from None
+        self.deadline = time.monotonic() + self.server.limits.write
+        try:
+            self.request.sendall(memoryview(data)[sent:])
+        except OSError:
+            self.gone = True
+            raise _Gone from None
+        finally:
+            self.deadline = math.inf
+
+    def hang_up(self, reset: bool) -> None:
+        """Ends the connection after what is sent."""
+        self.hung_up = True
+        self.resetting = reset
+
+    def _top(self, status: int, content_type: str, usual: bytes) -> bytes:
+        exchange = self.exchange
+        exchange.status = status
+        now = time.time()
+        fake = self.server.fake
+        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
+        milliseconds = int((time.perf_counter() - self.started) * 1000)
+        return b"".join(
+            (
+                line,
+                _date_field(now),
+                b"content-type: %b\r\nx-request-id: req_%b\r\n" % (content_type.encode(), fake._ids().hex(32).encode()),
+                b"openai-processing-ms: %d\r\n" % milliseconds if usual else b"",
+                usual,
+                _CORS if fake.cors else b"",
+                b""
+                if self.head is not None and self.head.keep_alive and not self.hung_up
+                else b"connection: close\r\n",
+            )
+        )
+
+    def _reply_top(self, reply: Reply, content_type: str) -> bytes:
+        top = self._top(200, content_type, _USUAL + _LIMITS)
+        return _with_fields(top, reply.headers) if reply.headers else top
+
+    def stream_head(self, reply: Reply) -> bytes:
+        """The head of an event stream."""
+        if not self.head.http11:  # the end of the connection ends the stream
+            self.hung_up = True
+        top = self._reply_top(reply, "text/event-stream; charset=utf-8")
+        return top + (b"transfer-encoding: chunked\r\n\r\n" if self.head.http11 else b"\r\n")
+
+    def json_head(self, reply: Reply, length: int) -> bytes:
+        """The head of a JSON answer."""
+        return self._reply_top(reply, "application/json") + b"content-length: %d\r\n\r\n" % length
+
+    def _send_whole(self, top: bytes, body: bytes, status: int = 200) -> None:
+        if status == 204:
+            self.send(top + b"\r\n")
+            return
+        head = top + b"content-length: %d\r\n\r\n" % len(body)
+        self.send(head if self.head is not None and self.head.method == "HEAD" else head + body)
+
+    def send_error(self, error: APIError, extra: Mapping[str, str] | None = None) -> None:
+        """Answers with an error of the API, in the form of who sends it there: the gateway or the application."""
+        status = error.status
+        request = self.exchange.request
+        responses = request is not None and request.api == "responses"
+        gateway = status in (401, 404) and not responses
+        top = self._top(
+            status,
+            "application/json; charset=utf-8" if gateway else "application/json",
+            b"vary: Origin\r\n" if gateway else _USUAL + (_LIMITS if not responses and status != 401 else b""),
+        )
+        fields = {**error.headers, **(extra or {})}
+        if status == 401 and responses:
+            fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
+        self._send_whole(_with_fields(top, fields) if fields else top, _utf8(_dumps({"error": error._error()})), status)
+        self.exchange.outcome = self.exchange.outcome or error.message
+
+    # One request and its answer.
+
+    def _serve_one(self) -> bool:
+        """Serves a request; False when the connection is to end."""
+        self.headed = False
+        self.deadline_is_idle = True
+        self.head = cast(_Head, None)
+        self.exchange = exchange = _Exchange("", "")
+        try:
+            head = self._read_head()
+            self.started = time.perf_counter()
+            self.head = head
+            exchange.method, exchange.path = head.method, head.path
+            body = self._read_body(head)
+        except _Refused as refused:
+            self.started = self.started or time.perf_counter()
+            self._refuse(refused)
+            return False
+        self.deadline = math.inf
+        self._answer(head, body)
+        return head.keep_alive and not self.hung_up
+
+    def _refuse(self, refused: _Refused) -> None:
+        self.hung_up = True
+        error = APIError(refused.status, refused.message)
+        self.deadline = math.inf
+        with suppress(_Gone):
+            self.send_error(error)
+            self._linger()
+        self.server.fake._ended(self)
+
+    def _linger(self) -> None:
+        """Reads what the client still sends, for a while: closing at once would reset, and destroy the reply."""
+        sock = self.request
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + 1.0
+            while (rest := end - time.monotonic()) > 0:
+                sock.settimeout(rest)
+                if not sock.recv(_BATCH):
+                    break
+
+    def _answer(self, head: _Head, raw_body: bytes) -> None:
+        fake = self.server.fake
+        route = fake._route(head.method, head.route)
+        request = Request(route.api, head.method, head.path, head.query, head.headers, raw_body)
+        request._connection = self
+        request._deployment = route.deployment
+        exchange = self.exchange
+        exchange.request = request
+        fake._arrive(request)
+        try:
+            if head.coding:
+                request.raw_body = _decoded(raw_body, head.coding)
+            fake._check_key(request)
+            self._carry_out(route, request)
+        except APIError as error:
+            self.send_error(error)
+        except _Fault as fault:
+            self._own_fault(fault.error, request)
+        except _Gone:
+            exchange.outcome = exchange.outcome or "client left"
+            self.hung_up = True
+            _LOG.info("%s %s: the client left, the answer stopped", head.method, head.path)
+        finally:
+            fake._depart(request)
+            fake._ended(self)
+            request._forget()
+
+    def _own_fault(self, error: BaseException, request: Request) -> None:
+        message = self.server.fake._keep_error(error, request)
+        if self.headed:  # half of a JSON answer is sent
+            self.hung_up = True
+            return
+        self.send_error(APIError(500, message), {"x-should-retry": "false"})
+
+    def _carry_out(self, route: _Route, request: Request) -> None:
+        result = route.endpoint(self.server.fake, request, *route.values)
+        if isinstance(result, (_Telling, _Replay)):
+            waiter = _Waiter(self.server, self, result.streamed)
+            try:
+                result.tell(self, waiter)
+            finally:
+                waiter.end()
+            return
+        answer = result if isinstance(result, _Answer200) else _Answer200(_utf8(_dumps(result)))
+        top = self._top(answer.status, answer.content_type, _USUAL)
+        self._send_whole(_with_fields(top, answer.headers) if answer.headers else top, answer.body, answer.status)
+
+
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
+
+
+def _with_fields(top: bytes, fields: Mapping[str, str]) -> bytes:
+    """A head with these fields; they take the place of fields of the same name."""
+    names = {name.lower().encode() for name in fields}
+    lines = [line for line in top.split(b"\r\n")[:-1] if line.partition(b":")[0] not in names]
+    lines += [f"{name}: {value}".encode("latin-1") for name, value in fields.items()]
+    return b"\r\n".join(lines) + b"\r\n"
+
+
+def _select_now(sock: socket.socket) -> tuple[bool, bool, bool]:
+    """Whether a socket is readable now."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0)), False, False
+
+
+class _Limits:
+    """How long, in seconds, a connection may take for what it does."""
+
+    head = 10.0
+    body = 20.0
+    idle = 60.0
+    write = 20.0
+    sweep = 0.5  # how often the deadlines are looked at
+
+
+class _Server(ThreadingHTTPServer):
+    """The listener, its loop, and the threads that connections run on, which are used again."""
+
+    daemon_threads = True
+    request_queue_size = 1024  # a backlog of 5, the default, stalls connects for a second
+    allow_reuse_address = os.name == "posix"  # elsewhere it lets two servers share a port
+    allow_reuse_port = False
+
+    def __init__(self, fake: FakeOpenAI, host: str, port: int) -> None:
+        self.fake = fake
+        self.limits = _Limits()
+        self.stopping = False
+        self.connections: set[_Connection] = set()
+        self.waiters: set[_Waiter] = set()
+        self.threads: set[threading.Thread] = set()
+        self.jobs: queue.SimpleQueue[tuple[socket.socket, Any] | None] = queue.SimpleQueue()
+        self.sockets: set[socket.socket] = set()  # of all connections, also of those that wait for a thread
+        self.idle = 0  # threads that wait for a job that nobody was promised
+        self.lock = threading.Lock()  # guards idle and threads
+        self.address_family, address = _address(host, port)
+        super().__init__(address, _Connection)
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's own asks for the host's name, which can take half a minute
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def start(self) -> None:
+        """Starts the loop's thread."""
+        self.socket.setblocking(False)
+        self.waker, self.alarm = socket.socketpair()
+        self.waker.setblocking(False)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.socket, selectors.EVENT_READ)
+        self.selector.register(self.waker, selectors.EVENT_READ)
+        self.thread = threading.Thread(target=self.serve_forever, name="openai_fake", daemon=True)
+        self.thread.start()
+
+    @override
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """The loop: accepts, tells waiters that their client did something, and looks at deadlines."""
+        select, listener, waker = self.selector.select, self.socket, self.waker
+        sweep, resume = math.inf, math.inf
+        while True:
+            now = time.monotonic()
+            sweep = min(sweep, now + self.limits.sweep) if self.sockets else math.inf
+            until = min(sweep, resume)
+            events = select(None if until == math.inf else max(0.0, until - now))
+            if self.stopping:
+                return
+            for key, _ in events:
+                if key.fileobj is listener:
+                    if not self._accept():
+                        self.selector.unregister(listener)
+                        resume = time.monotonic() + 0.1  # out of descriptors: try again when some may be free
+                elif key.fileobj is waker:
+                    waker.recv(4096)
+                else:
+                    self.unwatch(cast(socket.socket, key.fileobj))
+                    key.data.notice()
+            now = time.monotonic()
+            if now >= sweep:
+                sweep = math.inf
+                self._sweep(now)
+            if now >= resume:
+                resume = math.inf
+                self.selector.register(listener, selectors.EVENT_READ)
+
+    def _accept(self) -> bool:
+        """Accepts what has come; False if that is not possible now."""
+        for _ in range(64):
+            try:
+                sock, address = self.socket.accept()
+            except (BlockingIOError, ConnectionError):
+                return True
+            except OSError:
+                return self.stopping
+            self.sockets.add(sock)
+            self.process_request(sock, address)
+        return True
+
+    def _sweep(self, now: float) -> None:
+        for connection in tuple(self.connections):
+            if now >= connection.deadline:
+                connection.expired = True
+                connection.deadline = math.inf
+                with suppress(OSError):  # a read sees the end; a blocked write must see more
+                    connection.request.shutdown(socket.SHUT_RDWR if connection.headed else socket.SHUT_RD)
+
+    def watch(self, sock: socket.socket, waiter: _Waiter) -> None:
+        """Calls waiter.notice() once, when the socket has something to read."""
+        with suppress(ValueError, KeyError, OSError):  # it is closed, or watched already
+            self.selector.register(sock, selectors.EVENT_READ, waiter)
+        if not _SELECTS_LIVE:
+            self.wake()
+
+    def unwatch(self, sock: socket.socket) -> None:
+        """Before the socket is closed: its descriptor is used again, and a forked child may keep it open."""
+        with suppress(ValueError, KeyError, OSError):
+            self.selector.unregister(sock)
+
+    def wake(self) -> None:
+        """Makes the loop look around."""
+        with suppress(OSError):
+            self.alarm.send(b"!")
+
+    @override
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Gives a connection to a thread that waits, or to a new one."""
+        with self.lock:
+            if self.idle:
+                self.idle -= 1
+                self.jobs.put((request, client_address))
+                return
+            thread = threading.Thread(target=self._work, name="openai_fake connection", daemon=True)
+            self.threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: this connection is lost, the server is not
+            with self.lock:
+                self.threads.discard(thread)
+            self.shutdown_request(request)
+            return
+        self.jobs.put((request, client_address))
+
+    def _work(self) -> None:
+        """A connection thread: takes jobs until none has come for a second."""
+        while True:
+            try:
+                job = self.jobs.get(timeout=1.0)
+            except queue.Empty:
+                with self.lock:
+                    if self.idle:  # else a job is on its way
+                        self.idle -= 1
+                        break
+                continue
+            if job is None:
+                break
+            self.process_request_thread(*job)
+            with self.lock:
+                self.idle += 1
+        with self.lock:
+            self.threads.discard(threading.current_thread())
+
+    @override
+    def shutdown_request(self, request: Any) -> None:
+        self.sockets.discard(request)
+        super().shutdown_request(request)
+
+    @override
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _LOG.exception("a connection failed in the server itself")
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Runs a function on a thread that stop() waits for."""
+
+        def work() -> None:
+            try:
+                function()
+            finally:
+                with self.lock:
+                    self.threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=work, name="openai_fake background", daemon=True)
+        with self.lock:
+            self.threads.add(thread)
+        thread.start()
+
+    def stop(self) -> list[threading.Thread]:
+        """Stops, within a second or so. Returns the threads that did not end."""
+        for waiter in tuple(self.waiters):
+            if waiter.connection is not None:
+                waiter.connection.peer_gone()  # as long as it can be seen who has hung up
+        self.stopping = True
+        self.wake()
+        current = threading.current_thread()
+        if self.thread is not current:
+            self.thread.join()
+        with suppress(OSError):  # shutdown, not only close: a forked child may hold a copy
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.server_close()
+        for sock in tuple(self.sockets):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for waiter in tuple(self.waiters):
+            wake = waiter.wake
+            if wake is not None:
+                wake()
+        with self.lock:
+            threads = tuple(self.threads)
+        for _ in threads:
+            self.jobs.put(None)
+        end = time.monotonic() + _STOP_SECONDS
+        for thread in threads:
+            if thread is not current:
+                thread.join(max(0.0, end - time.monotonic()))
+        self.selector.close()
+        self.waker.close()
+        self.alarm.close()
+        return [thread for thread in threads if thread is not current and thread.is_alive()]
+
+
+# whether a socket may be registered while another thread selects
+_SELECTS_LIVE = hasattr(selectors, "EpollSelector") or hasattr(selectors, "KqueueSelector")
+
+
+def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    """Family and address to bind; names are looked up, addresses are not, and IPv4 comes first."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            socket.inet_pton(family, host)
+            return family, (host, port)
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
+    return family, address
+
+
+class _Telling:
+    """The answer of a model: calls the handler, and carries what it says to the client."""
+
+    def __init__(self, fake: FakeOpenAI, request: Request, make: type[_ChatEncoder | _ResponsesEncoder]) -> None:
+        self.fake = fake
+        self.request = request
+        self.make = make
+        self.streamed = request.stream
+        self.on_begin: Callable[[_Encoder], None] | None = None  # stores what will be said
+
+    def reply(self, waiter: _Waiter) -> Reply:
+        """What the handler answers. Raises _Fault for its mistakes, APIError where it says so."""
+        try:
+            answer: Any = self.fake.handler(self.request)
+            if hasattr(answer, "__await__"):
+                answer = waiter.run(answer)
+            reply = _reply(answer)
+        except (_Gone, APIError):
+            raise
+        except BaseException as error:
+            raise _Fault(error) from None
+        if reply.only == "json" and self.streamed:
+            raise _Fault(ValueError("handler returned non-streaming response for streaming request"))
+        if reply.only == "stream" and not self.streamed:
+            raise _Fault(ValueError("handler returned streaming response for non-streaming request"))
+        return reply
+
+    def encoder(self, reply: Reply) -> _Encoder:
+        """A new encoder for this answer."""
+        encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
+        if self.on_begin is not None:
+            self.on_begin(encoder)
+        return encoder
+
+    def tell(self, connection: _Connection, waiter: _Waiter) -> None:
+        """Answers on a connection."""
+        reply = self.reply(waiter)
+        encoder = connection.exchange.encoder = self.encoder(reply)
+        make = _StreamTeller if self.streamed else _BodyTeller
+        ttft = self.fake.ttft if reply.ttft is None else reply.ttft
+        itl = self.fake.itl if reply.itl is None else reply.itl
+        teller = make(encoder, waiter, ttft, itl, connection, reply)
+        try:
+            self.carry(reply, teller)
+        except _Fault as fault:
+            if not connection.headed or not isinstance(teller, _StreamTeller):
+                raise
+            teller.fault(self.fake._keep_error(fault.error, self.request))
+        except APIError as error:
+            if not connection.headed or not isinstance(teller, _StreamTeller):
+                raise
+            told = StreamError(error.message, type=error.type, code=error.code, param=error.param)
+            with suppress(_Over):
+                teller.error(told)
+        finally:
+            connection.exchange.outcome = teller.outcome
+
+    def carry(self, reply: Reply, teller: _Teller) -> None:
+        """Tells all parts, and what becomes of them to the Streams they come from."""
+        parts = _source(reply, self.request, teller)
+        try:
+            told = False
+            for part in parts:
+                told = True
+                part._tell(teller)
+            if not told and not teller.streams:
+                raise ValueError("handler returned empty response")
+            teller.end()
+        except _Over:
+            pass
+        except (_Gone, _Fault, APIError) as error:
+            if isinstance(error, _Fault) and isinstance(error.error, APIError):
+                raise error.error from None
+            raise
+        except Exception as error:  # an answer that can't be encoded
+            raise _Fault(error) from None
+        finally:
+            close = getattr(parts, "close", None)
+            if close is not None:
+                close()
+            for stream in teller.streams:
+                self.conclude(stream, teller)
+
+    def conclude(self, stream: Stream, teller: _Teller) -> None:
+        """Tells a Stream that its answer is over."""
+        waiter = teller.waiter
+        gone = waiter.connection is not None and waiter.connection.gone
+        if not gone and not waiter.server.stopping:
+            stream._on_wire(stream._sent)
+        elif not gone and not stream._ended:
+            error = RuntimeError("a Stream was never closed: the server stopped while its client was waiting for more")
+            self.fake._keep_error(error, self.request)
+        stream._left()
+
+
+# ---- Responses in the background -------------------------------------------------------------------------------------
+
+
+class _Log:
+    """The events of a response that is made in the background, for who follows it."""
+
+    def __init__(self, waiter: _Waiter) -> None:
+        self.waiter = waiter
+        self.lock = threading.Lock()  # guards the fields below
+        self.events: list[_JSON] = []
+        self.over = False
+        self.followers: list[queue.SimpleQueue[Any]] = []
+        self.encoder: _ResponsesEncoder | None = None
+
+    def add(self, events: list[_Event]) -> None:
+        """Appends events, unless the response was cancelled."""
+        with self.lock:
+            if self.over:
+                return
+            for event in events:
+                self.events += event.events() if isinstance(event, _Deltas) else [event]
+            self._tell()
+
+    def end(self) -> None:
+        with self.lock:
+            self.over = True
+            self._tell()
+
+    def _tell(self) -> None:
+        for follower in self.followers:
+            follower.put(None)
+
+    def cancel(self) -> None:
+        """Stops the answer, if it is not over."""
+        with self.lock:
+            if self.over:
+                return
+            self.over = True
+            if self.encoder is not None:
+                self.encoder.status = "cancelled"
+            self._tell()
+        self.waiter.cancelled = True
+        wake = self.waiter.wake
+        if wake is not None:
+            wake()
+
+
+class _LogTeller(_Teller):
+    """Carries an answer into a log."""
+
+    def __init__(self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float, log: _Log) -> None:
+        super().__init__(encoder, waiter, ttft, itl)
+        self.log = log
+        self.responses = cast(_ResponsesEncoder, encoder)
+
+    def _proceed(self) -> None:
+        if self.responses.status == "queued":
+            self.log.add(self.responses.proceed())
+
+    def say(self, part: _Spoken) -> None:
+        for fragment in part.split() if self.ttft or self.itl else [part]:
+            self.pace()
+            self._proceed()
+            self.log.add(self.encoder.say(fragment))
+
+    def chunk(self, chunk: Chunk) -> None:
+        self._proceed()
+        self.log.add(self.encoder.chunk(chunk))
+
+    def pause(self, seconds: float) -> None:
+        self.waiter.sleep(seconds)
+
+    def disconnect(self, reset: bool) -> None:
+        """Nobody is connected."""
+
+    def raw(self, data: bytes) -> None:
+        """There is no wire."""
+
+    def error(self, error: StreamError) -> None:
+        self._proceed()
+        self.log.add(self.encoder.fail(error._error()))
+        raise _Over
+
+    def end(self) -> None:
+        self._proceed()
+        self.log.add(self.encoder.end())
+
+
+def _in_background(fake: FakeOpenAI, request: Request, telling: _Telling) -> Any:
+    """Answers at once that the response is queued, and makes it on a thread of its own."""
+    waiter = _Waiter(fake._running(), None, True)
+    reply = telling.reply(waiter)
+    encoder = cast(_ResponsesEncoder, telling.encoder(reply))
+    log = _Log(waiter)
+    log.encoder = encoder
+    fake._responses[encoder.id].log = log
+    log.add(encoder.begin())
+    queued = encoder.response("queued")
+
+    def run() -> None:
+        try:
+            ttft = fake.ttft if reply.ttft is None else reply.ttft
+            telling.carry(reply, _LogTeller(encoder, waiter, ttft, fake.itl if reply.itl is None else reply.itl, log))
+        except _Gone:
+            pass
+        except (_Fault, APIError) as error:
+            failed = error if isinstance(error, APIError) else APIError(500, fake._keep_error(error.error, request))
+            log.add(encoder.fail(failed._error()))
+        finally:
+            log.end()
+            waiter.end()
+
+    fake._running().run(run)
+    return _Replay(log, 0) if request.stream else queued
+
+
+class _Replay:
+    """Streams a log's events, from a sequence number on, as they come."""
+
+    streamed = True
+
+    def __init__(self, log: _Log, begin: int) -> None:
+        self.log = log
+        self.begin = begin
+
+    def tell(self, connection: _Connection, waiter: _Waiter) -> None:
+        """Answers on a connection."""
+        coming: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        log, at = self.log, self.begin
+        with log.lock:
+            log.followers.append(coming)
+        try:
+            connection.send(connection.stream_head(Reply()))
+            chunked = connection.head.http11
+            while True:
+                with log.lock:
+                    events, over = log.events[at:], log.over
+                at += len(events)
+                frames = [_utf8(_sse(event)) for event in events]
+                if frames:
+                    connection.send(b"".join(map(_chunk_of, frames) if chunked else frames))
+                if over:
+                    break
+                waiter.get(coming)
+            if chunked:
+                connection.send(_LAST_CHUNK)
+        finally:
+            with log.lock:
+                log.followers.remove(coming)
+
+
+# ---- The server that tests use ---------------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _Options(TypedDict, total=False):
+        host: str
+        port: int
+        api_key: str | None
+        validate: bool
+        strict: bool
+        ttft: float
+        itl: float
+        models: Sequence[str] | None
+        routes: Mapping[str, Callable[[Request], object]] | None
+        keep: int | None
+        cors: bool
+        seed: int | None
+        clock: Callable[[], float]
+
+
+class FakeOpenAI:
+    """A server that answers like OpenAI's API, with what `handler` says. Use it in `with`, or `start` and `stop` it.
+
+    - `host`, `port`: where to listen; port 0 is any free one.
+    - `api_key`: when it is set, requests with another key, or none, get the API's 401.
+    - `validate`: refuse what the real API refuses; `strict`: also parameters and models that it does not know.
+    - `ttft`, `itl`: seconds to the first token, and between tokens.
+    - `models`: what GET /models lists.
+    - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
+      what is sent as JSON, or bytes, or an APIError.
+    - `keep`: how many requests are kept in `requests`, and how many answers with `store`; None keeps all.
+    - `cors`: answer browsers of any origin.
+    - `seed`, `clock`: ids and times come from them, and are the same in every run.
+    """
+
+    def __init__(
+        self,
+        handler: _Handler = echo,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: str | None = None,
+        validate: bool = True,
+        strict: bool = False,
+        ttft: float = 0.0,
+        itl: float = 0.0,
+        models: Sequence[str] | None = None,
+        routes: Mapping[str, Callable[[Request], object]] | None = None,
+        keep: int | None = None,
+        cors: bool = False,
+        seed: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not callable(handler):
+            raise TypeError(
+                f"a handler is a function that takes a Request, not {handler!r}; Script(...) makes one of answers"
+            )
+        self.handler = handler
+        self.host = host
+        self.port = port
+        self.api_key = api_key
+        self.validate = validate
+        self.strict = strict
+        self.ttft = ttft
+        self.itl = itl
+        self.models = models
+        self.cors = cors
+        self.seed = seed
+        self.clock = clock
+        self.errors: list[BaseException] = []
+        self._routes: dict[str, _Endpoint] = {**{name: _own_route(each) for name, each in (routes or {}).items()}}
+        self._routes.update((name, each) for name, each in _ENDPOINTS.items() if name not in self._routes)
+        self._found: dict[tuple[str, str], _Route] = {}
+        self._keep = keep
+        self._journal: deque[Request] = deque(maxlen=keep)
+        self._arrived = threading.Condition()  # guards _waiting, and tells that a request came
+        self._waiting = 0
+        self._count = 0
+        self._flying: dict[int, Request] = {}
+        self._recent: deque[_Exchange] = deque(maxlen=12)
+        self._observe: Callable[[_Exchange], None] | None = None
+        self._bits = random.Random().getrandbits
+        self._numbers = iter(range(sys.maxsize))
+        self._responses: dict[str, _StoredResponse] = {}
+        self._chats: dict[str, _StoredChat] = {}
+        self._conversations: dict[str, _Conversation] = {}
+        self._server: _Server | None = None
+        self._stopping = threading.Lock()  # taken by the first stop()
+        self._pid = 0
+
+    # For tests.
+
+    def start(self) -> Self:
+        """Starts the server. Raises OSError where it can't listen, RuntimeError when it was started before."""
+        if self._server is not None:
+            raise RuntimeError("the server was started before; a FakeOpenAI is started once")
+        server = _Server(self, self.host, self.port)
+        try:
+            server.start()
+        except BaseException:
+            server.server_close()
+            raise
+        self._server = server
+        self._pid = os.getpid()
+        return self
+
+    def stop(self) -> None:
+        """Stops the server: cuts all connections, and frees the port, its threads and descriptors.
+
+        Then raises the first of `errors`, unless an exception is being handled already. Can be called again, from any
+        thread, and from a handler.
+        """
+        self._stop(sys.exc_info()[0] is not None)
+
+    def _stop(self, failing: bool) -> None:
+        server = self._server
+        if server is None or self._pid != os.getpid() or not self._stopping.acquire(blocking=False):
+            return  # in a forked child the server is the parent's
+        for thread in server.stop():
+            _LOG.warning("stopped, but a handler still runs on %s", thread.name)
+        if isinstance(self.handler, Script) and not self.errors and not failing:
+            try:
+                self.handler._check_used()
+            except AssertionError as error:
+                self.errors.append(error)
+        if self.errors and not failing:
+            raise _annotated(self.errors, self._transcript())
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
+        self._stop(kind is not None)
+
+    @property
+    def url(self) -> str:
+        """The root: http://HOST:PORT."""
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._running().server_port}"
+
+    @property
+    def base_url(self) -> str:
+        """What clients take as base URL: `url` and /v1."""
+        return self.url + "/v1"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment variables that point OpenAI's clients here."""
+        return {"OPENAI_BASE_URL": self.base_url, "OPENAI_API_KEY": self.api_key or "sk-fake"}
+
+    @property
+    def requests(self) -> list[Request]:
+        """Every request so far, also those that were refused; the last `keep` of them."""
+        return list(self._journal)
+
+    @property
+    def in_flight(self) -> list[Request]:
+        """The requests that are being answered now."""
+        return list(self._flying.values())
+
+    def wait_for_requests(self, n: int, timeout: float = 5.0) -> list[Request]:
+        """Waits until `n` requests have come, and returns them all. Raises TimeoutError after `timeout` seconds."""
+        with self._arrived:
+            self._waiting += 1
+            try:
+                if not self._arrived.wait_for(lambda: self._count >= n, timeout):
+                    raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
+            finally:
+                self._waiting -= 1
+        return self.requests
+
+    def __repr__(self) -> str:
+        where = "not started" if self._server is None else self.base_url
+        return f"<FakeOpenAI {where}, {self._count} requests>"
+
+    # For the server.
+
+    def _running(self) -> _Server:
+        if self._server is None:
+            raise RuntimeError("the server is not started: use it in `with`, or call start()")
+        return self._server
+
+    def _ids(self) -> _Ids:
+        if self.seed is None:
+            return _Ids(self._bits)
+        return _Ids(random.Random(f"{self.seed} {next(self._numbers)}").getrandbits)
+
+    def _model_names(self) -> Sequence[str]:
+        if self.models is not None:
+            return self.models
+        return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS})
+
+    def _remember(self, store: dict[str, Any], id: str, value: object) -> None:
+        store[id] = value
+        while self._keep is not None and len(store) > max(1, self._keep):
+            store.pop(next(iter(store)), None)
+
+    def _route(self, method: str, path: str) -> _Route:
+        key = (method, path)
+        route = self._found.get(key)
+        if route is None:
+            if self.cors and method == "OPTIONS":
+                return _Route(_preflight, (), "", None)
+            route = _find_route(self._routes, method, path)
+            if len(self._found) < 1024 and not route.values:
+                self._found[key] = route
+        return route
+
+    def _arrive(self, request: Request) -> None:
+        self._journal.append(request)
+        self._flying[id(request)] = request
+        self._count += 1
+        if self._waiting:
+            with self._arrived:
+                self._arrived.notify_all()
+
+    def _depart(self, request: Request) -> None:
+        self._flying.pop(id(request), None)
+
+    def _check_key(self, request: Request) -> None:
+        if self.api_key is None or request.method == "OPTIONS":
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = request.headers.get("api-key", "") if not key or scheme.lower() != "bearer" else key.strip()
+        if key == self.api_key:
+            return
+        if key:
+            shown = key if len(key) <= 12 else key[:8] + "*" * (len(key) - 12) + key[-4:]
+            text = f"Incorrect API key provided: {shown}. "
+            text += "You can find your API key at https://platform.openai.com/account/api-keys."
+            raise APIError(401, text, code="invalid_api_key")
+        if request.api == "responses":
+            raise APIError(401, "Missing bearer or basic authentication in header")
+        raise APIError(401, _NO_KEY)
+
+    def _keep_error(self, error: BaseException, request: Request) -> str:
+        """Keeps what went wrong for the test. Returns what the client is told."""
+        self.errors.append(error)
+        try:
+            text = str(error)
+        except BaseException:
+            text = "(and its str() raised as well)"
+        message = text if text.startswith("handler returned") else f"handler raised {type(error).__name__}: {text}"
+        _LOG.info("%s %s: %s", request.method, request.path, message)
+        return message
+
+    def _ended(self, connection: _Connection) -> None:
+        exchange = connection.exchange
+        exchange.seconds = time.perf_counter() - connection.started
+        self._recent.append(exchange)
+        if self._observe is not None:
+            with suppress(Exception):
+                self._observe(exchange)
+
+    def _transcript(self) -> str:
+        lines = ["The last requests to the fake, and its answers:"]
+        for exchange in self._recent:
+            request = exchange.request
+            asked = repr(request) if request is not None else f"{exchange.method} {exchange.path}"
+            said = ", ".join(_short(repr(part)) for part in exchange.answer[:4])
+            lines.append(f"  {asked} -> {exchange.status or 'cut'} {_short(exchange.outcome) or said}")
+        return "\n".join(lines)
+
+
+_OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "omni-moderation-latest")
+
+_NO_KEY = (
+    "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth (i.e. "
+    "Authorization: Bearer YOUR_KEY), or as the password field (with blank username) if you're accessing the API from "
+    "your browser and are prompted for a username and password. You can obtain an API key from "
+    "https://platform.openai.com/account/api-keys."
+)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
+    """The first error, with a transcript that is shown under its traceback."""
+    error = errors[0]
+    if len(errors) > 1:
+        transcript += "".join(f"\nAnother error: {_short(repr(other))}" for other in errors[1:])
+    if sys.version_info >= (3, 11):
+        error.add_note(transcript)
+    elif error.__cause__ is None:
+        error.__cause__ = Exception(transcript)
+    return error
+
+
+def _own_route(function: Callable[[Request], object]) -> _Endpoint:
+    """An endpoint from a user's function."""
+
+    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> Any:
+        try:
+            result: Any = function(request)
+            if isinstance(result, bytes):
+                return _Answer200(result, "application/octet-stream")
+            if not isinstance(result, APIError):
+                return _Answer200(_utf8(_dumps(result)))
+        except APIError as error:
+            result = error
+        except BaseException as error:
+            raise _Fault(error) from None
+        raise result
+
+    return endpoint
+
+
+def _preflight(fake: FakeOpenAI, request: Request) -> _Answer200:
+    headers = {
+        "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+        "access-control-allow-headers": request.headers.get("access-control-request-headers", "*"),
+        "access-control-max-age": "86400",
+    }
+    return _Answer200(b"", status=204, headers=headers)
+
+
+def start(
+    test: unittest.TestCase | type[unittest.TestCase], handler: _Handler = echo, **options: Unpack[_Options]
+) -> FakeOpenAI:
+    """Starts a server for a test, or, given a TestCase class, for its tests; it is stopped at cleanup.
+
+    What went wrong in the fake fails the test then, unless the test has failed already. Options: FakeOpenAI's.
+    """
+    server = FakeOpenAI(handler, **options).start()
+    if isinstance(test, type):
+        test.addClassCleanup(server.stop)
+    else:
+        test.addCleanup(lambda: server._stop(_has_failed(test)))
+    return server
+
+
+def _has_failed(test: unittest.TestCase) -> bool:
+    """Whether the body of a test has failed; unittest says so in private only (3.10 to 3.14)."""
+    outcome: Any = getattr(test, "_outcome", None)
+    return getattr(outcome, "success", True) is False
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+# `python -m openai_fake`. First what it shows, as functions that only make text; then the terminal; then the
+# handlers that it offers; `main` last. What only the command line needs is imported where it is used: tests import
+# this module a great deal more often than they run it.
+
+# What a terminal would obey, or could not encode: controls but tab and newline, line separators, changes of
+# direction (CVE-2021-42574), lone surrogates.
+_UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+_HUES = {2: "32", 4: "33"}  # SGR colours by the hundreds of a status: green, yellow; red for the rest
+_SHOWN = 2_000  # characters of one message that --verbose shows; a prompt may be megabytes
+_BACKLOG = 1_000  # pieces of output that wait for a slow reader; beyond that, they are dropped
+_TICK = 0.1  # seconds between looks at whether a client has left; a person does not notice
+_SETTINGS = ("host", "port", "api_key", "ttft", "itl", "models", "cors")  # options that are the server's own
+
+
+def _safe(text: str, limit: int = _SHOWN) -> str:
+    """`text` as a terminal can be given it: escaped where it would be obeyed, cut off where it is long."""
+    left_out = len(text) - limit
+    shown = re.sub(_UNSAFE, lambda match: match[0].encode("unicode_escape").decode(), text[:limit])
+    return shown + (f"... ({left_out:,} more characters)" if left_out > 0 else "")
+
+
+def _safe_line(text: str, limit: int = 300) -> str:
+    return _safe(text, limit).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _painted(text: str, colour: str, wanted: bool) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
+
+
+def _request_words(request: Request) -> str:
+    return f"{request.api} {_safe_line(request.model, 60)} {'stream' if request.stream else 'json'}"
+
+
+def _log_line(exchange: _Exchange, clock: str, colour: bool = False) -> str:
+    """One request in one line: time, API, model, stream, status, duration, tokens, and what went wrong."""
+    asked = exchange.request
+    what = _request_words(asked) if asked and asked.api else _safe_line(f"{exchange.method} {exchange.path}", 100)
+    hue = _HUES.get(exchange.status // 100, "31")
+    status = _painted(str(exchange.status or "---"), hue, colour)
+    columns = [f"{clock} {what:<40}", status, f"{exchange.seconds:6.3f} s"]
+    if exchange.usage:
+        columns.append(f"{exchange.usage.prompt_tokens}+{exchange.usage.completion_tokens} tokens")
+    if exchange.outcome:
+        columns.append(_painted(_safe_line(exchange.outcome), "31", colour))
+    return "  ".join(columns) + "\n"
+
+
+# Label and text of a part. One that is not here shows its repr.
+_SPOKEN: dict[type[object], Callable[[Any], tuple[str, str]]] = {
+    Text: lambda part: ("answer", part.text),
+    Refusal: lambda part: ("refusal", part.text),
+    Reasoning: lambda part: ("reasoning", part.summary),
+    ToolCall: lambda part: ("call", f"{part.name}({part.arguments})"),
+    CustomToolCall: lambda part: ("call", f"{part.name}({part.input})"),
+    WebSearch: lambda part: ("search", part.query),
+}
+
+
+def _paragraph(mark: str, label: str, text: str) -> str:
+    """A label and, beside it, a text of any number of lines."""
+    return f"{mark:>3} {_safe_line(label, 12):<10} " + _safe(text).replace("\n", "\n" + " " * 15) + "\n"
+
+
+def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
+    spoken = [_SPOKEN.get(type(part), lambda part: (type(part).__name__, repr(part)))(part) for part in parts]
+    return "".join(_paragraph(mark, label, text) for label, text in spoken)
+
+
+def _shown_conversation(messages: Sequence[Message]) -> str:
+    shown: list[str] = []
+    for message in messages:
+        if message.text or not message.tool_calls:
+            shown.append(_paragraph(">", message.role, message.text))
+        shown.append(_answer_text(message.tool_calls, ">"))
+    return "".join(shown)
+
+
+def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str | None) -> str:
+    """The URL first, then what to paste into a shell."""
+    import shlex
+
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
+    curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json"]
+    curl += ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
+    exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items())
+    return f"openai_fake listens on {base_url}\n\n{exports}  {shlex.join([*curl, '-d', body])}\n\nCtrl-C ends it.\n"
+
+
+class _Console:
+    """Standard output, written by a thread of its own: one that nobody reads must not hold up an answer."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.colour = stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
+        self._encoding = (stream and stream.encoding) or "utf-8"
+        # Below the buffers: they have a lock that the interpreter takes as it ends, and would then wait for the
+        # thread, which waits for a reader. `stream` is None where the shell closed it (>&-).
+        buffer: Any = getattr(stream, "buffer", None)
+        self._raw: Any = getattr(buffer, "raw", buffer)
+        self._pieces: queue.Queue[str | threading.Event] = queue.Queue(_BACKLOG)
+        if self._raw is not None:
+            threading.Thread(target=self._run, name="openai_fake console", daemon=True).start()
+
+    def write(self, text: str) -> None:
+        with suppress(queue.Full):
+            self._pieces.put_nowait(text)
+
+    def flush(self, timeout: float = 0.5) -> None:
+        """Wait until all is written, or until it seems that nobody reads it."""
+        written = threading.Event()
+        with suppress(queue.Full):
+            self._pieces.put_nowait(written)
+            written.wait(timeout if self._raw is not None else 0)
+
+    def _run(self) -> None:
+        while True:
+            piece = self._pieces.get()
+            if isinstance(piece, threading.Event):
+                piece.set()
+                continue
+            data = memoryview(piece.encode(self._encoding, "backslashreplace"))
+            with suppress(OSError, ValueError):  # the reader has left; the service goes on
+                while data:
+                    data = data[self._raw.write(data) or len(data) :]  # None: it would block, and is dropped
+
+
+class _ShownServer(FakeOpenAI):
+    """Shows each exchange as it ends: a line or, when verbose, also what was said and where a handler failed."""
+
+    def __init__(self, console: _Console, handler: Callable[[Request], Any], verbose: bool, **settings: Any) -> None:
+        super().__init__(handler, **settings)
+        self._console, self._verbose = console, verbose
+        self._shown_lock = threading.Lock()  # guards _shown: an error is shown once
+        self._shown = 0
+        self._observe = self._show
+
+    def _show(self, exchange: _Exchange) -> None:
+        text = _log_line(exchange, time.strftime("%H:%M:%S"), self._console.colour)
+        if self._verbose:
+            text += _shown_conversation(exchange.request.messages) if exchange.request and exchange.request.api else ""
+            text += _answer_text(exchange.answer) + self._new_failures()
+        self._console.write(text)
+
+    def _new_failures(self) -> str:
+        import traceback
+
+        with self._shown_lock:
+            errors = self.errors[self._shown :]
+            self._shown += len(errors)
+        return "".join(_safe("".join(traceback.format_exception(error)), 10 * _SHOWN) for error in errors)
+
+
+def _error_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class _NamedHandler:
+    """The handler that --handler names, loaded again whenever its file has changed."""
+
+    def __init__(self, target: str, console: _Console) -> None:
+        self._source, _, self._name = target.rpartition(":")
+        if not (self._source and self._name):
+            raise ValueError("expected FILE.py:NAME or module:NAME")
+        # Bytecode is matched by size and whole seconds: it would hide an edit made soon after another.
+        sys.dont_write_bytecode = True
+        sys.path.append(os.path.dirname(os.path.abspath(self._source)))  # its neighbours can be imported
+        self._console = console
+        self._lock = threading.Lock()  # guards all below: one request loads, those beside it wait
+        self._module: Any = None
+        self._function = self._load()
+        self._seen = self._stat()
+        self._error = ""
+
+    def __call__(self, request: Request) -> Any:
+        with self._lock:
+            seen = self._stat()
+            if seen not in (None, self._seen):
+                self._seen = seen
+                self._reload()
+            function, error = self._function, self._error
+        if error:
+            raise APIError(500, error, headers={"x-should-retry": "false"})
+        return function(request)
+
+    def _reload(self) -> None:
+        try:
+            self._function, self._error = self._load(), ""
+        except (Exception, SystemExit) as error:
+            self._error = f"{self._source} has changed and cannot be loaded: {_error_words(error)}"
+        self._console.write(_safe_line(self._error or f"{self._source} has changed and was loaded again") + "\n")
+
+    def _load(self) -> Callable[[Request], Any]:
+        import importlib.util
+
+        if not self._source.endswith(".py"):
+            self._module = importlib.reload(self._module) if self._module else importlib.import_module(self._source)
+        else:
+            # The name is ours: the file's own could be that of a module of the standard library.
+            spec = importlib.util.spec_from_file_location("openai_fake_handler", self._source)
+            assert spec is not None and spec.loader is not None  # so it is for .py
+            self._module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(self._module)
+        function: Callable[[Request], Any] | None = getattr(self._module, self._name, None)
+        if not callable(function):
+            raise TypeError(f"it has no function {self._name}")
+        return function
+
+    def _stat(self) -> tuple[int, int] | None:
+        """What an edit changes; None while an editor is replacing the file, and for a module that has none."""
+        try:
+            status = os.stat(self._module.__file__)
+        except (OSError, TypeError, AttributeError):
+            return None
+        return status.st_mtime_ns, status.st_size
+
+
+class _Turn:
+    """One request that a person answers."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.stream = Stream()
+        # What the handler returns: the stream at the first thing said; or an error, whose status the reply then has.
+        self.begun: queue.SimpleQueue[Stream | APIError] = queue.SimpleQueue()
+        self.said = False
+        self.over = False
+
+    def left(self) -> bool:
+        return self.request.disconnected or self.stream.disconnected
+
+    def say(self, *parts: Text | ToolCall | Disconnect) -> None:
+        if not self.said:
+            self.begun.put(self.stream)
+        self.said = True
+        self.stream.send(*parts)
+
+    def end(self, *last: Disconnect) -> None:
+        self.over = True
+        self.say(*last)
+        self.stream.close()
+
+    def fail(self, error: APIError) -> None:
+        self.over = True
+        if self.said:
+            self.stream.fail(error)
+        else:
+            self.begun.put(error)
+
+
+def _type_call(turn: _Turn, rest: str) -> None:
+    name, _, arguments = rest.partition(" ")
+    if not name:
+        raise ValueError
+    turn.say(ToolCall(name, arguments.strip() or "{}"))
+
+
+def _type_error(turn: _Turn, rest: str) -> None:
+    number, _, message = rest.partition(" ")
+    status = int(number)
+    if not 400 <= status <= 599:
+        raise ValueError
+    turn.fail(APIError(status, message or "An error typed at the terminal."))
+
+
+# What each does (ValueError: that does not fit the usage), its usage, and its help.
+_COMMANDS: dict[str, tuple[Callable[[_Turn, str], None], str, str]] = {
+    "/end": (lambda turn, rest: turn.end(), "/end", "ends the answer"),
+    "/call": (_type_call, "/call NAME JSON", "calls a tool"),
+    "/error": (_type_error, "/error STATUS MESSAGE", "fails, with that status while nothing is said"),
+    "/hangup": (lambda turn, rest: turn.end(Disconnect()), "/hangup", "drops the connection"),
+}
+_HELP = "Each line that you type is streamed to the client at once. A line that begins with // says /.\n" + "".join(
+    f"  {usage:<22} {effect}\n" for _, usage, effect in _COMMANDS.values()
+)
+
+
+class _Operator:
+    """The handler of --interactive: a person at the terminal is the model, for one conversation at a time."""
+
+    def __init__(self, console: _Console, stdin: TextIO | None) -> None:
+        self._console, self._stdin = console, stdin
+        self._turns: queue.SimpleQueue[_Turn] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None: the input has ended
+        self._ended = False
+
+    def start(self) -> None:
+        self._console.write(_HELP)
+        for target in (self._read, self._run):
+            threading.Thread(target=target, name="openai_fake operator", daemon=True).start()
+
+    def __call__(self, request: Request) -> Stream | APIError:
+        turn = _Turn(request)
+        self._turns.put(turn)
+        while True:
+            try:
+                return turn.begun.get(timeout=_TICK)
+            except queue.Empty:
+                if request.disconnected:
+                    return turn.stream
+
+    def _read(self) -> None:
+        # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
+        if self._stdin is not None:  # None: the shell closed it (<&-)
+            with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+                for line in raw:
+                    self._lines.put(line.decode(errors="replace").rstrip("\r\n"))
+        self._lines.put(None)
+
+    def _run(self) -> None:
+        while True:
+            turn = self._turns.get()
+            if not (self._ended or turn.left()):
+                self._console.write(f"\n{_request_words(turn.request)}\n{_shown_conversation(turn.request.messages)}< ")
+            while not turn.over:
+                self._step(turn)
+
+    def _step(self, turn: _Turn) -> None:
+        """One line of input at most."""
+        if turn.left():
+            self._console.write("\nThe client has left.\n")
+            turn.end()
+            return
+        try:
+            line = None if self._ended else self._lines.get(timeout=_TICK)
+        except queue.Empty:
+            return
+        if line is not None:
+            self._obey(turn, line)
+            return
+        if not self._ended:
+            self._console.write("\nThe input has ended: from now on, requests get a 503.\n")
+        self._ended = True
+        if turn.said:
+            turn.end()
+        else:
+            turn.fail(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
+
+    def _obey(self, turn: _Turn, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        if word in _COMMANDS:
+            run, usage, _ = _COMMANDS[word]
+            try:
+                run(turn, rest.strip())
+            except ValueError:
+                self._console.write(f"usage: {usage}\n")
+        elif line.startswith("/") and not line.startswith("//"):
+            self._console.write(_HELP)
+        else:
+            turn.say(Text(line.removeprefix("/") + "\n"))
+        self._console.write("" if turn.over else "< ")
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:  # one line, where argparse prints the usage too
+            self.exit(2, f"openai_fake: {_safe_line(message)} (--help lists the options)\n")
+
+    def port(text: str) -> int:
+        if not (text.isdecimal() and int(text) <= 65535):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+        return int(text)
+
+    def seconds(text: str) -> float:
+        if not 0 <= float(text) <= threading.TIMEOUT_MAX:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+        return float(text)
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    parser = Parser(
+        prog="python -m openai_fake",
+        description="A server that answers like OpenAI's API. Unless told otherwise, it repeats what the user said.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"openai_fake {__version__}")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=port, default=8080, help="%(default)s; 0: any free one; a busy one is an error")
+    answers = parser.add_mutually_exclusive_group()
+    answers.add_argument("--reply", metavar="TEXT", help="answer TEXT, always")
+    answers.add_argument(
+        "--handler",
+        metavar="FILE.py:NAME",
+        help="answer what this function returns (or module:NAME); loaded again when its file changes",
+    )
+    answers.add_argument("--interactive", action="store_true", help="you are the model: type the answers")
+    parser.add_argument("--ttft", type=seconds, default=0.0, metavar="SECONDS", help="time to the first token")
+    parser.add_argument("--itl", type=seconds, default=0.0, metavar="SECONDS", help="time between tokens")
+    parser.add_argument("--api-key", metavar="KEY", help="refuse other keys than this")
+    parser.add_argument("--cors", action="store_true", help="let web pages of any origin call")
+    parser.add_argument("--models", type=names, metavar="NAME,NAME", help="what GET /v1/models lists")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("--quiet", action="store_true", help="no line per request")
+    loudness.add_argument("--verbose", action="store_true", help="show conversations, answers and tracebacks")
+    return parser
+
+
+def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[[Request], Any]:
+    if options.interactive:
+        return _Operator(console, sys.stdin)
+    if options.handler is not None:
+        return _NamedHandler(options.handler, console)
+    if options.reply is not None:
+        return lambda request: Text(options.reply)
+    return echo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until interrupted: `python -m openai_fake`. What cannot be done is one line and exit status 2."""
+    import signal
+
+    if __name__ == "__main__":
+        # A handler's file imports openai_fake: it must get these classes, not a second copy of them.
+        sys.modules["openai_fake"] = sys.modules[__name__]
+    parser = _parser()
+    options = parser.parse_args(argv)
+    console = _Console(sys.stdout)
+    try:
+        handler = _chosen_handler(options, console)
+    except BaseException as error:  # whatever the handler's file does as it is loaded, Ctrl-C meanwhile too
+        parser.error(f"--handler {options.handler}: {_error_words(error)}")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
+    settings["keep"] = 1_000  # the journal of a service must not grow for ever
+    interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is reentrant; an Event's set() is not
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: interrupts.put(number))
+    try:
+        if options.quiet:
+            server = FakeOpenAI(handler, **settings)
+        else:
+            server = _ShownServer(console, handler, options.verbose, **settings)
+        server.start()
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
+    console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-4o"])[0], options.api_key))
+    if isinstance(handler, _Operator):
+        handler.start()
+    console.flush()
+    while True:
+        with suppress(queue.Empty):
+            interrupts.get(timeout=0.5)  # Windows runs no signal handler while this waits
+            break
+    with suppress(BaseException):  # the errors that it raises were shown as they happened
+        server.stop()
+    console.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
