@@ -33,6 +33,7 @@ import os
 import queue
 import random
 import re
+import select
 import selectors
 import socket
 import struct
@@ -54,6 +55,7 @@ from collections.abc import (
 )
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
+from email.utils import formatdate
 from functools import lru_cache
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
@@ -457,16 +459,18 @@ class Request:
     @property
     def body(self) -> _JSON:
         """The JSON object that was sent; {} where there was none."""
-        if self._body is None:
+        body = self._body
+        if body is None:
             try:
-                _parse_body(self)
+                body = _parse_body(self)
             except APIError:  # the client was told
-                self._body = {}
-        return cast(_JSON, self._body)
+                body = self._body = {}
+        return body
 
     def _forget(self) -> None:
         """Drops what can be made again from the bytes: the journal holds many requests."""
-        self._gone = self.disconnected
+        if self._connection is not None:
+            self._gone = self._connection.gone
         self._body = self._messages = self._connection = None
 
     @property
@@ -1126,34 +1130,20 @@ def _citations(text: str, sources: Sequence[str]) -> list[_JSON]:
 class _Item:
     """One thing being said: the part that opened it, and the fragments it has grown by."""
 
-    __slots__ = (
-        "call_id",
-        "cited",
-        "cut",
-        "entries",
-        "id",
-        "index",
-        "opened",
-        "part",
-        "pieces",
-        "position",
-        "sources",
-        "status",
-    )
+    index = 0  # of a tool call, among its choice's
+    id = ""  # Responses: the item's id
+    call_id = ""
+    sources: Sequence[str] = ()  # what a message after a web search cites
+    cited = 0  # of them, in the stream so far
+    entries: Sequence[_JSON] = ()  # logprobs, one a token, where they were asked for
+    opened = False  # Responses: the events before the first delta are sent
+    cut: tuple[str, str, str, str] | None = None  # its delta's frame, encoded but for what differs
+    status = "in_progress"
 
     def __init__(self, part: _Spoken, position: int) -> None:
         self.part = part
         self.pieces: list[str] = []
         self.position = position  # output_index in Responses
-        self.index = 0  # of a tool call, among its choice's
-        self.id = ""  # Responses: the item's id
-        self.call_id = ""
-        self.sources: list[str] = []  # what a message after a web search cites
-        self.cited = 0  # of them, in the stream so far
-        self.entries: list[_JSON] = []  # logprobs, one a token, where they were asked for
-        self.opened = False  # Responses: the events before the first delta are sent
-        self.cut: tuple[str, str, str, str] | None = None  # its delta's frame, encoded but for what differs
-        self.status = "in_progress"
 
     @property
     def text(self) -> str:
@@ -1281,7 +1271,7 @@ class _MessagePart(_Spoken):
     def _fragments(self) -> Sequence[str]:
         return _tokens(self.text) or ("",)  # an empty text is said too: mirascope waits for a delta (clients.md)
 
-    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: list[_JSON]) -> _JSON:
+    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: Sequence[_JSON]) -> _JSON:
         raise NotImplementedError
 
     @override
@@ -1350,7 +1340,7 @@ class Text(_MessagePart):
             message["annotations"].append({"type": "url_citation", "url_citation": source})
 
     @override
-    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: list[_JSON]) -> _JSON:
+    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: Sequence[_JSON]) -> _JSON:
         return {"type": "output_text", "annotations": annotations, "logprobs": logprobs, "text": text}
 
     @override
@@ -1414,7 +1404,7 @@ class Refusal(_MessagePart):
         message["refusal"] = (message["refusal"] or "") + item.text
 
     @override
-    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: list[_JSON]) -> _JSON:
+    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: Sequence[_JSON]) -> _JSON:
         return {"type": "refusal", "refusal": text}
 
     @override
@@ -1691,8 +1681,9 @@ class Usage(_Part):
     reasoning_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, prompt_tokens=(self.prompt_tokens, int), completion_tokens=(self.completion_tokens, int))
-        _check(self, cached_tokens=(self.cached_tokens, int), reasoning_tokens=(self.reasoning_tokens, int))
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
+            if type(getattr(self, name)) is not int:
+                _check(self, **{name: (getattr(self, name), int)})
 
     @property
     def total_tokens(self) -> int:
@@ -2240,6 +2231,11 @@ class _Encoder:
     """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
 
     done: ClassVar[str | None] = None  # the data of the event after the last
+    usage: Usage | None = None
+    tokens = 0
+    number = 0  # of the next event
+    parallel = False  # several calls are known to come
+    wants_logprobs = False
     logprobs_top = 0
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
@@ -2251,11 +2247,6 @@ class _Encoder:
         self.items: list[_Item] = []
         self.open: dict[int, _Item] = {}  # the item that each choice is saying
         self.finish: dict[int, str] = {}
-        self.usage: Usage | None = None
-        self.tokens = 0
-        self.number = 0  # of the next event
-        self.parallel = False  # several calls are known to come
-        self.wants_logprobs = False
 
     def take(self, part: _Spoken) -> tuple[_Item, _Item | None, Sequence[str]]:
         """Folds a part in. Returns its item, the item that it ended, and the texts it adds."""
@@ -2270,7 +2261,7 @@ class _Encoder:
             item.pieces.extend(texts)
             self.tokens += len(texts)
             if self.wants_logprobs and isinstance(part, _MessagePart):
-                item.entries.extend(_logprobs(text, self.logprobs_top) for text in texts if text)
+                item.entries = [*item.entries, *(_logprobs(text, self.logprobs_top) for text in texts if text)]
         return item, ended, texts
 
     def _new_item(self, part: _Spoken) -> _Item:
@@ -2282,7 +2273,7 @@ class _Encoder:
             for before in self.items:
                 if isinstance(before.part, WebSearch) and not before.cited:
                     before.cited = len(before.part.sources)
-                    item.sources += before.part.sources
+                    item.sources = [*item.sources, *before.part.sources]
         self.items.append(item)
         self.open[part.choice] = item
         return item
@@ -2326,9 +2317,13 @@ class _Encoder:
         """The JSON body: the fold of all that was said."""
         raise NotImplementedError
 
+    def body_text(self) -> str:
+        """The JSON body, encoded."""
+        return _dumps(self.body())
+
     def close_items(self) -> None:
         """Gives the items that are still being said the status they end with."""
-        cut = any(reason in ("length", "content_filter") for reason in self.finish.values())
+        cut = self.finish and any(reason in ("length", "content_filter") for reason in self.finish.values())
         for item in self.items:
             if item.status == "in_progress":
                 item.status = "incomplete" if cut else "completed"
@@ -2339,10 +2334,11 @@ class _Encoder:
             return self.usage
         body = self.request.body
         items = self.request._items if self.request.api == "responses" else body.get("messages") or ()
-        thought = 64 * sum(1 for item in self.items if isinstance(item.part, Reasoning))
-        called = sum(4 for item in self.items if isinstance(item.part, _Call))
-        said = self.tokens + thought + called
-        return Usage(_estimate(items), max(1, said), reasoning_tokens=thought)
+        thought, said = 0, self.tokens
+        for item in self.items:
+            thought += 64 * (type(item.part) is Reasoning)
+            said += 4 * isinstance(item.part, _Call)
+        return Usage(_estimate(items), max(1, said + thought), reasoning_tokens=thought)
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
@@ -2350,6 +2346,9 @@ class _Encoder:
 
 class _ChatEncoder(_Encoder):
     done = "[DONE]"
+    with_usage = False
+    obfuscated = True
+    given = False  # all that was said are Chunks: nothing is added to them
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
@@ -2357,16 +2356,20 @@ class _ChatEncoder(_Encoder):
         model = self.model
         self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
         self.fingerprint = _fingerprint(self.model_name) if model.fingerprint else None
+        tier = body.get("service_tier")
+        tier = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
+        self.tier = {"service_tier": tier} if model.service_tier else {}
         options = body.get("stream_options")
-        asked = cast(_JSON, options) if isinstance(options, dict) else {}
-        self.with_usage = bool(asked.get("include_usage"))
-        self.obfuscated = asked.get("include_obfuscation") is not False
-        self.wants_logprobs = body.get("logprobs") is True
-        top = body.get("top_logprobs")
-        self.logprobs_top = min(top, 20) if type(top) is int else 0
+        if isinstance(options, dict):
+            asked = cast(_JSON, options)
+            self.with_usage = bool(asked.get("include_usage"))
+            self.obfuscated = asked.get("include_obfuscation") is not False
+        if body.get("logprobs") is True:
+            self.wants_logprobs = True
+            top = body.get("top_logprobs")
+            self.logprobs_top = min(top, 20) if type(top) is int else 0
         self.started: dict[int, bool] = {}  # the choices whose role chunk is sent
         self.calls: dict[int, int] = {}  # how many calls each choice has made
-        self.given = False  # all that was said are Chunks: nothing is added to them
 
     def name_item(self, item: _Item) -> None:
         part = item.part
@@ -2379,13 +2382,6 @@ class _ChatEncoder(_Encoder):
         self.id = chunk.id or self.id
         self.created = chunk.created or self.created
         self.model_name = chunk.model or self.model_name
-
-    @property
-    def tier(self) -> _JSON:
-        if not self.model.service_tier:
-            return {}
-        tier = self.request.body.get("service_tier")
-        return {"service_tier": _TIERS.get(tier, "default") if isinstance(tier, str) else "default"}
 
     def _chunk(self, choices: list[_JSON], obfuscation: str | None, usage: _JSON | None, swapped: bool) -> _JSON:
         event: _JSON = {
@@ -2597,6 +2593,52 @@ class _ChatEncoder(_Encoder):
             **self.tier,
             "system_fingerprint": self.fingerprint,
         }
+
+    def body_text(self) -> str:
+        """The JSON body, encoded: that of one plain text from a cut that is made once, any other from its dict."""
+        item = self.items[0] if len(self.items) == 1 else None
+        if (
+            item is None
+            or not isinstance(item.part, Text)
+            or item.part.choice
+            or item.sources
+            or self.usage
+            or self.wants_logprobs
+            or self.finish
+        ):
+            return super().body_text()
+        key = (self.model, self.model_name, self.tier.get("service_tier"))
+        cut = _COMPLETIONS.get(key)
+        if cut is None:
+            if len(_COMPLETIONS) >= 256:
+                _COMPLETIONS.clear()
+            cut = _COMPLETIONS[key] = self._cut_body()
+        item.status = "completed"
+        usage = self.tally()
+        values = (
+            _quote(self.id),
+            str(self.created),
+            _quote(item.text),
+            str(usage.prompt_tokens),
+            str(usage.completion_tokens),
+            str(usage.total_tokens),
+        )
+        return cut % values
+
+    def _cut_body(self) -> str:
+        """The JSON of this completion, with a %s for each of what differs in the next one."""
+        body = self.body()
+        usage = body["usage"]
+        body["id"], body["created"], body["choices"][0]["message"]["content"] = _SLOTS
+        usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"] = _SLOTS
+        text = _dumps(body).replace("%", "%%")
+        for slot in _SLOTS:
+            text = text.replace(f'"{slot}"', "%s")
+        return text
+
+
+_COMPLETIONS: dict[Any, str] = {}  # cuts by what is fixed in them
+_SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
 
 
 def _chat_logprobs(entry: _JSON) -> _JSON:
@@ -3628,25 +3670,23 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".en
 _STATUS_LINES[413] = b"HTTP/1.1 413 Content Too Large\r\n"  # RFC 9110's name; Python has it since 3.13
 _STATUS_LINES[529] = b"HTTP/1.1 529 Overloaded\r\n"
 
-_date = (0, b"")
+
+@lru_cache(64)
+def _fixed_top(status: int, content_type: str, usual: bytes, cors: bool, close: bool) -> bytes:
+    """The status line, and the fields that are the same on every answer of a kind."""
+    line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
+    fields = [line, b"content-type: %b\r\n" % content_type.encode(), usual]
+    return b"".join([*fields, _CORS if cors else b"", b"connection: close\r\n" if close else b""])
 
 
-def _date_field(now: float) -> bytes:
+@lru_cache(2)
+def _date_of(second: int) -> bytes:
+    return f"date: {formatdate(second, usegmt=True)}\r\n".encode()
+
+
+def _date_field() -> bytes:
     """The Date field, made once a second."""
-    global _date
-    second, text = _date
-    if second != int(now):
-        second = int(now)
-        day = time.gmtime(second)
-        names = (
-            ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"],
-            ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"],
-        )
-        text = time.strftime(
-            f"date: {names[0][day.tm_wday]}, %d {names[1][day.tm_mon - 1]} %Y %H:%M:%S GMT\r\n", day
-        ).encode()
-        _date = (second, text)
-    return text
+    return _date_of(int(time.time()))
 
 
 def _sse(event: _JSON) -> str:
@@ -3661,7 +3701,6 @@ def _chunk_of(frame: bytes) -> bytes:
 
 
 _LAST_CHUNK = b"0\r\n\r\n"
-_SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
 
 
 def _cut(deltas: _Deltas) -> tuple[str, str, str, str]:
@@ -3712,16 +3751,17 @@ class _Waiter:
     Every wait ends when the server stops, and when the client leaves (`connection` is None where there is none).
     """
 
+    wake: Callable[[], object] | None = None  # ends the wait that goes on; other threads call it
+    readable = False  # the loop saw something arrive from the client
+    watched = False
+    cancelled = False
+    lock: threading.Lock | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+
     def __init__(self, server: _Server, connection: _Connection | None, streams: bool) -> None:
         self.server = server
         self.connection = connection
         self.streams = streams  # a client that half-closed has left a stream, but still waits for JSON
-        self.wake: Callable[[], object] | None = None  # ends the wait that goes on; other threads call it
-        self.readable = False  # the loop saw something arrive from the client
-        self.watched = False
-        self.cancelled = False
-        self.lock: threading.Lock | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
 
     def _enter(self, wake: Callable[[], object]) -> None:
         self.wake = wake  # before the flags are looked at: who sets them later finds it
@@ -3811,8 +3851,8 @@ class _Waiter:
 
     def end(self) -> None:
         """The answer is over."""
-        self.wake = None
         if self.watched:
+            self.wake = None
             self.server.waiters.discard(self)
             if self.connection is not None:
                 self.server.unwatch(self.connection.request)
@@ -4043,7 +4083,7 @@ class _BodyTeller(_Teller):
 
     def end(self) -> None:
         send, head = self.connection.send, self.connection.json_head
-        body = _utf8(_dumps(self.encoder.body())) if self.said or not self.acts else b""
+        body = _utf8(self.encoder.body_text()) if self.said or not self.acts else b""
         if not self.acts:
             send(head(self.reply, len(body)) + body)
             return
@@ -4068,6 +4108,8 @@ class _BodyTeller(_Teller):
 def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> Iterator[_Part]:
     """The parts of an answer that is known: as they are, but repeated for n, and with Texts in a row taken together."""
     n = request.body.get("n") if request.api == "chat.completions" else None
+    if n is None and len(parts) == 1:
+        return iter(parts)
     if type(n) is int and n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
         parts = list(_repeated(parts, min(n, _MAX_CHOICES)))
     calls: dict[int, int] = {}
@@ -4236,16 +4278,13 @@ class _Answer200(NamedTuple):
 class _Exchange:
     """A request and what became of it, for the transcript and the command line."""
 
-    __slots__ = ("encoder", "method", "outcome", "path", "request", "seconds", "status")
-
-    def __init__(self, method: str, path: str) -> None:
-        self.method = method
-        self.path = path
-        self.request: Request | None = None  # None where it is not one of the two APIs
-        self.status = 0  # 0: cut before any reply
-        self.seconds = 0.0
-        self.encoder: _Encoder | None = None
-        self.outcome = ""  # "" where the answer is whole
+    method = ""
+    path = ""
+    request: Request | None = None  # None where what came was no request
+    status = 0  # 0: cut before any reply
+    seconds = 0.0
+    encoder: _Encoder | None = None
+    outcome = ""  # "" where the answer is whole
 
     @property
     def answer(self) -> list[_Spoken]:
@@ -4273,7 +4312,7 @@ class _Connection(BaseRequestHandler):
         self.deadline = math.inf  # when the server's loop ends what this connection waits for
         self.expired = False
         self.head: _Head = cast(_Head, None)
-        self.exchange = _Exchange("", "")
+        self.exchange = _Exchange()
         self.started = 0.0
         self.server.connections.add(self)
 
@@ -4333,8 +4372,10 @@ class _Connection(BaseRequestHandler):
         """Whether the client has closed, seen without reading."""
         if not self.gone:
             try:
-                waiting, _, _ = _select_now(self.request)
-                self.gone = waiting and not self.request.recv(1, socket.MSG_PEEK)
+                if _DONT_WAIT or select.select([self.request], [], [], 0)[0]:
+                    self.gone = not self.request.recv(1, socket.MSG_PEEK | _DONT_WAIT)
+            except BlockingIOError:
+                pass
             except (OSError, ValueError):
                 self.gone = True
         return self.gone
@@ -4434,9 +4475,10 @@ class _Connection(BaseRequestHandler):
             return b""
         if len(self.buffer) - self.at >= length > 0:  # it came with the head
             return self._exactly(length)
-        self.deadline = time.monotonic() + self.server.limits.body
         if head.expects and self.at >= len(self.buffer):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.headed = False
+        self.deadline = time.monotonic() + self.server.limits.body
         try:
             return self._chunked_body() if length < 0 else self._exactly(length)
         except EOFError:
@@ -4471,28 +4513,20 @@ class _Connection(BaseRequestHandler):
         self.resetting = reset
 
     def _top(self, status: int, content_type: str, usual: bytes) -> bytes:
-        exchange = self.exchange
-        exchange.status = status
-        now = time.time()
+        self.exchange.status = status
         fake = self.server.fake
-        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
-        milliseconds = int((time.perf_counter() - self.started) * 1000)
-        return b"".join(
-            (
-                line,
-                _date_field(now),
-                b"content-type: %b\r\nx-request-id: req_%b\r\n" % (content_type.encode(), fake._ids().hex(32).encode()),
-                b"openai-processing-ms: %d\r\n" % milliseconds if usual else b"",
-                usual,
-                _CORS if fake.cors else b"",
-                b""
-                if self.head is not None and self.head.keep_alive and not self.hung_up
-                else b"connection: close\r\n",
-            )
+        top = _fixed_top(
+            status, content_type, usual, fake.cors, self.head is None or not self.head.keep_alive or self.hung_up
         )
+        request_id = fake._ids().hex(32)
+        if not usual:
+            return b"%b%bx-request-id: req_%b\r\n" % (top, _date_field(), request_id.encode())
+        milliseconds = int((time.perf_counter() - self.started) * 1000)
+        fields = "x-request-id: req_%s\r\nopenai-processing-ms: %d\r\n" % (request_id, milliseconds)
+        return top + _date_field() + fields.encode()
 
     def _reply_top(self, reply: Reply, content_type: str) -> bytes:
-        top = self._top(200, content_type, _USUAL + _LIMITS)
+        top = self._top(200, content_type, _ON_REPLIES)
         return _with_fields(top, reply.headers) if reply.headers else top
 
     def stream_head(self, reply: Reply) -> bytes:
@@ -4537,7 +4571,7 @@ class _Connection(BaseRequestHandler):
         self.headed = False
         self.deadline_is_idle = True
         self.head = cast(_Head, None)
-        self.exchange = exchange = _Exchange("", "")
+        self.exchange = exchange = _Exchange()
         try:
             head = self._read_head()
             self.started = time.perf_counter()
@@ -4629,13 +4663,6 @@ def _with_fields(top: bytes, fields: Mapping[str, str]) -> bytes:
     lines = [line for line in top.split(b"\r\n")[:-1] if line.partition(b":")[0] not in names]
     lines += [f"{name}: {value}".encode("latin-1") for name, value in fields.items()]
     return b"\r\n".join(lines) + b"\r\n"
-
-
-def _select_now(sock: socket.socket) -> tuple[bool, bool, bool]:
-    """Whether a socket is readable now."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0)), False, False
 
 
 class _Limits:
