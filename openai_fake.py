@@ -3665,6 +3665,7 @@ _LIMITS = (
     b"x-ratelimit-reset-requests: 6ms\r\n"
     b"x-ratelimit-reset-tokens: 0s\r\n"
 )
+_ON_REPLIES = _USUAL + _LIMITS
 _CORS = b"access-control-allow-origin: *\r\naccess-control-expose-headers: *\r\n"
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 _STATUS_LINES[413] = b"HTTP/1.1 413 Content Too Large\r\n"  # RFC 9110's name; Python has it since 3.13
