@@ -414,6 +414,35 @@ def _input_items(value: object) -> list[Any]:
     return list(cast("list[Any]", value)) if isinstance(value, list) else []
 
 
+class _Asked:
+    """What a body asks of the encoders, read out once. Bodies that come again byte by byte share it."""
+
+    def __init__(self, api: str, body: _JSON) -> None:
+        options, include, tier, top = (
+            body.get(key) for key in ("stream_options", "include", "service_tier", "top_logprobs")
+        )
+        asked = cast(_JSON, options) if isinstance(options, dict) else {}
+        n = body.get("n") if api == "chat.completions" else None
+        self.model = _string(body.get("model"))
+        self.stream = body.get("stream") is True
+        self.with_usage = bool(asked.get("include_usage"))
+        self.obfuscated = asked.get("include_obfuscation") is not False
+        self.includes: list[Any] = cast("list[Any]", include) if isinstance(include, list) else []
+        self.logprobs = body.get("logprobs") is True or "message.output_text.logprobs" in self.includes
+        self.top_logprobs = min(top, 20) if type(top) is int and self.logprobs else 0
+        self.tier = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
+        self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
+        self.forced = isinstance(body.get("tool_choice"), dict)
+        self.store = body.get("store")
+        self.prompt_tokens = (
+            _estimate(cast("list[Any]", body["messages"])) if isinstance(body.get("messages"), list) else 3
+        )
+        # A string is all of the answer's choice, and its JSON like any other's: see _Telling.plain.
+        self.plain = api == "chat.completions" and not (self.stream or self.logprobs or self.store or self.n > 1)
+        self.plain = self.plain and _model(self.model).service_tier  # the others' ids are not like the rest
+        self.cut = ""  # that JSON, encoded but for what differs
+
+
 _OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
 
 
@@ -426,6 +455,7 @@ class Request:
     """
 
     __slots__ = (
+        "_asked",
         "_body",
         "_connection",
         "_conversation",
@@ -450,6 +480,7 @@ class Request:
         self.headers = headers
         self.raw_body = raw_body
         self._deployment: str | None = None  # Azure names the model in the path
+        self._asked: _Asked | None = None
         self._body: _JSON | None = None
         self._messages: list[Message] | None = None
         self._conversation: list[Any] | None = None  # Responses: stored turns and input, where they are not the input
@@ -471,17 +502,23 @@ class Request:
         """Drops what can be made again from the bytes: the journal holds many requests."""
         if self._connection is not None:
             self._gone = self._connection.gone
-        self._body = self._messages = self._connection = None
+        self._asked = self._body = self._messages = self._connection = None
+
+    def _ask(self) -> _Asked:
+        asked = self._asked
+        if asked is None:
+            asked = self._asked = _Asked(self.api, self.body)
+        return asked
 
     @property
     def model(self) -> str:
         """The model that was asked for."""
-        return _string(self.body.get("model"))
+        return self._ask().model
 
     @property
     def stream(self) -> bool:
         """Whether the client wants server-sent events."""
-        return self.body.get("stream") is True
+        return self._ask().stream
 
     @property
     def messages(self) -> list[Message]:
@@ -2235,14 +2272,13 @@ class _Encoder:
     tokens = 0
     number = 0  # of the next event
     parallel = False  # several calls are known to come
-    wants_logprobs = False
-    logprobs_top = 0
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
         self.ids = ids
         self.created = reply.created if reply.created is not None else created
-        self.model = _model(request.model)
+        self.asked = request._ask()
+        self.model = _model(self.asked.model)
         self.model_name = reply.model or self.model.snapshot
         self.items: list[_Item] = []
         self.open: dict[int, _Item] = {}  # the item that each choice is saying
@@ -2260,8 +2296,8 @@ class _Encoder:
         if texts:
             item.pieces.extend(texts)
             self.tokens += len(texts)
-            if self.wants_logprobs and isinstance(part, _MessagePart):
-                item.entries = [*item.entries, *(_logprobs(text, self.logprobs_top) for text in texts if text)]
+            if self.asked.logprobs and isinstance(part, _MessagePart):
+                item.entries = [*item.entries, *(_logprobs(text, self.asked.top_logprobs) for text in texts if text)]
         return item, ended, texts
 
     def _new_item(self, part: _Spoken) -> _Item:
@@ -2317,10 +2353,6 @@ class _Encoder:
         """The JSON body: the fold of all that was said."""
         raise NotImplementedError
 
-    def body_text(self) -> str:
-        """The JSON body, encoded."""
-        return _dumps(self.body())
-
     def close_items(self) -> None:
         """Gives the items that are still being said the status they end with."""
         cut = self.finish and any(reason in ("length", "content_filter") for reason in self.finish.values())
@@ -2332,13 +2364,12 @@ class _Encoder:
         """The usage that was given, or an estimate."""
         if self.usage is not None:
             return self.usage
-        body = self.request.body
-        items = self.request._items if self.request.api == "responses" else body.get("messages") or ()
         thought, said = 0, self.tokens
         for item in self.items:
             thought += 64 * (type(item.part) is Reasoning)
             said += 4 * isinstance(item.part, _Call)
-        return Usage(_estimate(items), max(1, said + thought), reasoning_tokens=thought)
+        prompt = _estimate(self.request._items) if self.request.api == "responses" else self.asked.prompt_tokens
+        return Usage(prompt, max(1, said + thought), reasoning_tokens=thought)
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
@@ -2346,28 +2377,14 @@ class _Encoder:
 
 class _ChatEncoder(_Encoder):
     done = "[DONE]"
-    with_usage = False
-    obfuscated = True
     given = False  # all that was said are Chunks: nothing is added to them
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
-        body = request.body
         model = self.model
         self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
         self.fingerprint = _fingerprint(self.model_name) if model.fingerprint else None
-        tier = body.get("service_tier")
-        tier = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
-        self.tier = {"service_tier": tier} if model.service_tier else {}
-        options = body.get("stream_options")
-        if isinstance(options, dict):
-            asked = cast(_JSON, options)
-            self.with_usage = bool(asked.get("include_usage"))
-            self.obfuscated = asked.get("include_obfuscation") is not False
-        if body.get("logprobs") is True:
-            self.wants_logprobs = True
-            top = body.get("top_logprobs")
-            self.logprobs_top = min(top, 20) if type(top) is int else 0
+        self.tier = {"service_tier": self.asked.tier} if model.service_tier else {}
         self.started: dict[int, bool] = {}  # the choices whose role chunk is sent
         self.calls: dict[int, int] = {}  # how many calls each choice has made
 
@@ -2392,13 +2409,13 @@ class _ChatEncoder(_Encoder):
             **self.tier,
             "system_fingerprint": self.fingerprint,
         }
-        told = {"usage": usage} if self.with_usage else {}
+        told = {"usage": usage} if self.asked.with_usage else {}
         if swapped:  # of parallel calls, all chunks before the finish chunk (wire.md 2)
             event.update(told)
         event["choices"] = choices
         if not swapped:
             event.update(told)
-        if self.obfuscated:
+        if self.asked.obfuscated:
             event["obfuscation"] = obfuscation
         return event
 
@@ -2415,7 +2432,7 @@ class _ChatEncoder(_Encoder):
         obfuscation: str | None = None,
     ) -> _JSON:
         entry: _JSON = {"index": choice, "delta": delta}
-        if self.model.logprobs or self.wants_logprobs:
+        if self.model.logprobs or self.asked.logprobs:
             entry["logprobs"] = logprobs
         entry["finish_reason"] = finish
         if obfuscation is None:
@@ -2423,7 +2440,7 @@ class _ChatEncoder(_Encoder):
         return self._chunk([entry], obfuscation, None, self.parallel and finish is None)
 
     def _empty_logprobs(self, part: _Spoken) -> _JSON | None:
-        if not self.wants_logprobs or not isinstance(part, _MessagePart):
+        if not self.asked.logprobs or not isinstance(part, _MessagePart):
             return None
         return {"content": None, "refusal": []} if isinstance(part, Refusal) else {"content": [], "refusal": None}
 
@@ -2452,10 +2469,10 @@ class _ChatEncoder(_Encoder):
 
     def _deltas(self, part: _Spoken, item: _Item, texts: Sequence[str]) -> list[_Event]:
         opened, choice = item.part, part.choice
-        if self.wants_logprobs and isinstance(part, _MessagePart):
+        if self.asked.logprobs and isinstance(part, _MessagePart):
             kind = "refusal" if isinstance(part, Refusal) else "content"
             empty = {"content": None, "refusal": None}
-            entries = [[_chat_logprobs(_logprobs(text, self.logprobs_top))] if text else [] for text in texts]
+            entries = [[_chat_logprobs(_logprobs(text, self.asked.top_logprobs))] if text else [] for text in texts]
             return [
                 self._choice(choice, opened._chat_delta(item, text), {**empty, kind: entry})
                 for text, entry in zip(texts, entries)
@@ -2514,7 +2531,7 @@ class _ChatEncoder(_Encoder):
             if body["message"]["annotations"]:
                 events.append(self._choice(choice, {"annotations": body["message"]["annotations"]}))
         events += [self._choice(choice, {}, finish=body["finish_reason"]) for choice, body in bodies.items()]
-        if self.with_usage:
+        if self.asked.with_usage:
             events.append(self._chunk([], self._padding(), self._usage(), False))
         return events
 
@@ -2524,7 +2541,7 @@ class _ChatEncoder(_Encoder):
     def _finish_reason(self, choice: int, called: bool) -> str:
         if choice in self.finish:
             return self.finish[choice]
-        forced = isinstance(self.request.body.get("tool_choice"), dict) and self.model.forced_stop
+        forced = self.asked.forced and self.model.forced_stop
         return "tool_calls" if called and not forced else "stop"
 
     def _choices(self) -> list[_JSON]:
@@ -2554,7 +2571,7 @@ class _ChatEncoder(_Encoder):
             if message["content"] is None and message["refusal"] is None and not called:
                 message["content"] = ""
             entry: _JSON = {"index": choice, "message": message}
-            if self.wants_logprobs:
+            if self.asked.logprobs:
                 entry["logprobs"] = entries.get(choice)
             elif self.model.logprobs:
                 entry["logprobs"] = None
@@ -2594,39 +2611,8 @@ class _ChatEncoder(_Encoder):
             "system_fingerprint": self.fingerprint,
         }
 
-    def body_text(self) -> str:
-        """The JSON body, encoded: that of one plain text from a cut that is made once, any other from its dict."""
-        item = self.items[0] if len(self.items) == 1 else None
-        if (
-            item is None
-            or not isinstance(item.part, Text)
-            or item.part.choice
-            or item.sources
-            or self.usage
-            or self.wants_logprobs
-            or self.finish
-        ):
-            return super().body_text()
-        key = (self.model, self.model_name, self.tier.get("service_tier"))
-        cut = _COMPLETIONS.get(key)
-        if cut is None:
-            if len(_COMPLETIONS) >= 256:
-                _COMPLETIONS.clear()
-            cut = _COMPLETIONS[key] = self._cut_body()
-        item.status = "completed"
-        usage = self.tally()
-        values = (
-            _quote(self.id),
-            str(self.created),
-            _quote(item.text),
-            str(usage.prompt_tokens),
-            str(usage.completion_tokens),
-            str(usage.total_tokens),
-        )
-        return cut % values
-
-    def _cut_body(self) -> str:
-        """The JSON of this completion, with a %s for each of what differs in the next one."""
+    def cut_body(self) -> str:
+        """The JSON of this completion, with %s for the id, the time, the text, and the three numbers of its usage."""
         body = self.body()
         usage = body["usage"]
         body["id"], body["created"], body["choices"][0]["message"]["content"] = _SLOTS
@@ -2637,7 +2623,6 @@ class _ChatEncoder(_Encoder):
         return text
 
 
-_COMPLETIONS: dict[Any, str] = {}  # cuts by what is fixed in them
 _SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
 
 
@@ -2739,16 +2724,9 @@ class _ResponsesEncoder(_Encoder):
         self.id = reply.id or self._id("resp_")
         if reply.id and _RESPONSE_ID.fullmatch(reply.id):
             self.shared = reply.id[5:23]
-        include = body.get("include")
-        self.included: list[Any] = cast("list[Any]", include) if isinstance(include, list) else []
-        options = body.get("stream_options")
-        asked = cast(_JSON, options) if isinstance(options, dict) else {}
         self.background = body.get("background") is True
+        self.obfuscated = self.asked.obfuscated and not self.background
         self.status = "queued" if self.background else "in_progress"
-        self.obfuscated = asked.get("include_obfuscation") is not False and not self.background
-        self.wants_logprobs = self.includes("message.output_text.logprobs")
-        top = body.get("top_logprobs")
-        self.logprobs_top = min(top, 20) if type(top) is int else 0
         self.base = self._echo(body)
 
     def _id(self, prefix: str) -> str:
@@ -2763,7 +2741,7 @@ class _ResponsesEncoder(_Encoder):
             item.call_id = part.id or "call_" + self.ids.alnum(24)
 
     def includes(self, what: str) -> bool:
-        return what in self.included
+        return what in self.asked.includes
 
     def secret(self, item: _Item) -> str:
         """Made-up encrypted content: other letters each time it is sent (wire.md 4)."""
@@ -2898,7 +2876,7 @@ class _ResponsesEncoder(_Encoder):
     def _deltas(self, item: _Item, texts: Sequence[str]) -> list[_Event]:
         kind, fields = item.part._delta(item)
         fields.update(item_id=item.id, output_index=item.position)
-        if (self.wants_logprobs or item.sources) and isinstance(item.part, Text):
+        if (self.asked.logprobs or item.sources) and isinstance(item.part, Text):
             return self._careful_deltas(item, texts, kind, fields)
 
         def make(text: str, obfuscation: Any, number: Any) -> _JSON:
@@ -2917,8 +2895,8 @@ class _ResponsesEncoder(_Encoder):
         said = before[: len(before) - sum(map(len, texts))]
         for text in texts:
             event = {**fields, "delta": text}
-            if self.wants_logprobs:
-                event["logprobs"] = [_logprobs(text, self.logprobs_top)] if text else []
+            if self.asked.logprobs:
+                event["logprobs"] = [_logprobs(text, self.asked.top_logprobs)] if text else []
             if self.obfuscated:
                 event["obfuscation"] = _obfuscation(self.number, -len(text) & 15)
             events.append(self._event(kind, event))
@@ -3062,7 +3040,7 @@ def _parse_body(request: Request) -> _JSON:
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
     name = request.model
-    if not fake.strict or name in fake._model_names():
+    if name in fake._model_names():
         return
     if request.api == "responses":
         raise APIError(400, f"The requested model '{name}' does not exist.", param="model", code="model_not_found")
@@ -3070,21 +3048,34 @@ def _check_model(fake: FakeOpenAI, request: Request) -> None:
     raise APIError(404, text, code="model_not_found")
 
 
-def _check_body(fake: FakeOpenAI, request: Request) -> _JSON:
-    body = _parse_body(request)
-    if fake.validate:
-        fault = _fault(request.api, body, fake.strict)
+def _check_body(fake: FakeOpenAI, request: Request) -> _Asked:
+    """What the body asks. Raises APIError where it is refused."""
+    key = (request.api, request._deployment, request.raw_body)
+    asked = fake._asked.get(key)
+    if asked is None:
+        body = _parse_body(request)
+        fault = _fault(request.api, body, fake.strict) if fake.validate else None
         if fault is not None:
             raise fault
-    return body
+        asked = _Asked(request.api, body)
+        if len(request.raw_body) <= _KNOWN_BODY:
+            if len(fake._asked) >= 256:
+                fake._asked.clear()
+            fake._asked[key] = asked
+    request._asked = asked
+    return asked
+
+
+_KNOWN_BODY = 4096  # bytes of a body that is recognized when it comes again; load tests send small ones, the same
 
 
 @_endpoint("POST /chat/completions")
 def _chat_completions(fake: FakeOpenAI, request: Request) -> _Telling:
-    body = _check_body(fake, request)
-    _check_model(fake, request)
+    asked = _check_body(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
     telling = _Telling(fake, request, _ChatEncoder)
-    if body.get("store") is True:
+    if asked.store is True:
         telling.on_begin = lambda encoder: fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
     return telling
 
@@ -3245,7 +3236,8 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
 
 @_endpoint("POST /responses")
 def _create_response(fake: FakeOpenAI, request: Request) -> Any:
-    body = _check_body(fake, request)
+    _check_body(fake, request)
+    body = request.body
     history = _history(fake, request, body)
     items = _input_items(body.get("input"))
     resolved = _resolved(fake, items)
@@ -3255,7 +3247,8 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
         fault = _conversation_fault([*history, *resolved], len(history))
         if fault is not None:
             raise fault
-    _check_model(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
     telling = _Telling(fake, request, _ResponsesEncoder)
     background = body.get("background") is True
     if body.get("store") is False and not background:
@@ -3408,7 +3401,8 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
     if not isinstance(model, str) or not model:
         raise APIError(400, "you must provide a model parameter")
-    _check_model(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
     if not isinstance(given, (str, list)) or not given:
         raise APIError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     inputs: list[Any] = [given] if isinstance(given, str) else cast("list[Any]", given)
@@ -4084,7 +4078,7 @@ class _BodyTeller(_Teller):
 
     def end(self) -> None:
         send, head = self.connection.send, self.connection.json_head
-        body = _utf8(self.encoder.body_text()) if self.said or not self.acts else b""
+        body = _utf8(_dumps(self.encoder.body())) if self.said or not self.acts else b""
         if not self.acts:
             send(head(self.reply, len(body)) + body)
             return
@@ -4108,11 +4102,11 @@ class _BodyTeller(_Teller):
 
 def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> Iterator[_Part]:
     """The parts of an answer that is known: as they are, but repeated for n, and with Texts in a row taken together."""
-    n = request.body.get("n") if request.api == "chat.completions" else None
-    if n is None and len(parts) == 1:
+    n = encoder.asked.n
+    if n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
+        parts = list(_repeated(parts, n))
+    elif len(parts) == 1:
         return iter(parts)
-    if type(n) is int and n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
-        parts = list(_repeated(parts, min(n, _MAX_CHOICES)))
     calls: dict[int, int] = {}
     for part in parts:
         if isinstance(part, _Call) and part.name:
@@ -4285,15 +4279,21 @@ class _Exchange:
     status = 0  # 0: cut before any reply
     seconds = 0.0
     encoder: _Encoder | None = None
+    plain: str | None = None  # the text that was said, where no encoder was needed
+    plain_usage = (0, 0)
     outcome = ""  # "" where the answer is whole
 
     @property
     def answer(self) -> list[_Spoken]:
         """What was said, each part whole."""
+        if self.plain is not None:
+            return [Text(self.plain)]
         return [] if self.encoder is None else [item.whole for item in self.encoder.items]
 
     @property
     def usage(self) -> Usage | None:
+        if self.plain is not None:
+            return Usage(*self.plain_usage)
         return None if self.encoder is None or self.status != 200 else self.encoder.tally()
 
 
@@ -4526,9 +4526,9 @@ class _Connection(BaseRequestHandler):
         fields = "x-request-id: req_%s\r\nopenai-processing-ms: %d\r\n" % (request_id, milliseconds)
         return top + _date_field() + fields.encode()
 
-    def _reply_top(self, reply: Reply, content_type: str) -> bytes:
+    def _reply_top(self, reply: Reply | None, content_type: str) -> bytes:
         top = self._top(200, content_type, _ON_REPLIES)
-        return _with_fields(top, reply.headers) if reply.headers else top
+        return _with_fields(top, reply.headers) if reply is not None and reply.headers else top
 
     def stream_head(self, reply: Reply) -> bytes:
         """The head of an event stream."""
@@ -4537,7 +4537,7 @@ class _Connection(BaseRequestHandler):
         top = self._reply_top(reply, "text/event-stream; charset=utf-8")
         return top + (b"transfer-encoding: chunked\r\n\r\n" if self.head.http11 else b"\r\n")
 
-    def json_head(self, reply: Reply, length: int) -> bytes:
+    def json_head(self, reply: Reply | None, length: int) -> bytes:
         """The head of a JSON answer."""
         return self._reply_top(reply, "application/json") + b"content-length: %d\r\n\r\n" % length
 
@@ -4899,25 +4899,48 @@ class _Telling:
         self.fake = fake
         self.request = request
         self.make = make
-        self.streamed = request.stream
+        self.asked = request._ask()
+        self.streamed = self.asked.stream
         self.on_begin: Callable[[_Encoder], None] | None = None  # stores what will be said
 
-    def reply(self, waiter: _Waiter) -> Reply:
-        """What the handler answers. Raises _Fault for its mistakes, APIError where it says so."""
+    def answer(self, waiter: _Waiter) -> Any:
+        """What the handler answers. Raises _Fault for what it raises, but for an APIError."""
         try:
             answer: Any = self.fake.handler(self.request)
-            if hasattr(answer, "__await__"):
+            if type(answer) is not str and hasattr(answer, "__await__"):
                 answer = waiter.run(answer)
-            reply = _reply(answer)
         except (_Gone, APIError):
             raise
         except BaseException as error:
+            raise _Fault(error) from None
+        return answer
+
+    def reply(self, answer: object) -> Reply:
+        """The Reply that an answer stands for. Raises _Fault if it is none, or not one for this request."""
+        try:
+            reply = _reply(answer)
+        except (TypeError, ValueError) as error:
             raise _Fault(error) from None
         if reply.only == "json" and self.streamed:
             raise _Fault(ValueError("handler returned non-streaming response for streaming request"))
         if reply.only == "stream" and not self.streamed:
             raise _Fault(ValueError("handler returned streaming response for non-streaming request"))
         return reply
+
+    def plain(self, text: str, connection: _Connection) -> None:
+        """Answers with the JSON of one text, which is what most tests want: from a cut that the encoder made once."""
+        fake, asked = self.fake, self.asked
+        if not asked.cut:
+            encoder = _ChatEncoder(self.request, Reply(), _Ids(random.getrandbits), 0)
+            encoder.take(Text(""))
+            asked.cut = encoder.cut_body()
+        completion = max(1, len(_tokens(text)))
+        prompt = asked.prompt_tokens
+        id, created = "chatcmpl-" + fake._ids().alnum(29), int(fake.clock())
+        body = _utf8(asked.cut % (f'"{id}"', created, _quote(text), prompt, completion, prompt + completion))
+        connection.exchange.plain = text
+        connection.exchange.plain_usage = (prompt, completion)
+        connection.send(connection.json_head(None, len(body)) + body)
 
     def encoder(self, reply: Reply) -> _Encoder:
         """A new encoder for this answer."""
@@ -4928,7 +4951,11 @@ class _Telling:
 
     def tell(self, connection: _Connection, waiter: _Waiter) -> None:
         """Answers on a connection."""
-        reply = self.reply(waiter)
+        answer = self.answer(waiter)
+        if type(answer) is str and self.asked.plain and not self.fake.paced:
+            self.plain(answer, connection)
+            return
+        reply = self.reply(answer)
         encoder = connection.exchange.encoder = self.encoder(reply)
         make = _StreamTeller if self.streamed else _BodyTeller
         ttft = self.fake.ttft if reply.ttft is None else reply.ttft
@@ -5078,7 +5105,7 @@ class _LogTeller(_Teller):
 def _in_background(fake: FakeOpenAI, request: Request, telling: _Telling) -> Any:
     """Answers at once that the response is queued, and makes it on a thread of its own."""
     waiter = _Waiter(fake._running(), None, True)
-    reply = telling.reply(waiter)
+    reply = telling.reply(telling.answer(waiter))
     encoder = cast(_ResponsesEncoder, telling.encoder(reply))
     log = _Log(waiter)
     log.encoder = encoder
@@ -5204,6 +5231,7 @@ class FakeOpenAI:
         self.strict = strict
         self.ttft = ttft
         self.itl = itl
+        self.paced = bool(ttft or itl)
         self.models = models
         self.cors = cors
         self.seed = seed
@@ -5212,6 +5240,7 @@ class FakeOpenAI:
         self._routes: dict[str, _Endpoint] = {**{name: _own_route(each) for name, each in (routes or {}).items()}}
         self._routes.update((name, each) for name, each in _ENDPOINTS.items() if name not in self._routes)
         self._found: dict[tuple[str, str], _Route] = {}
+        self._asked: dict[tuple[str, str | None, bytes], _Asked] = {}
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
         self._arrived = threading.Condition()  # guards _waiting, and tells that a request came
