@@ -1846,7 +1846,7 @@ class Reply:
             elif isinstance(content, Completion):
                 known.extend(content._parts())
             elif isinstance(content, (list, tuple)):
-                known.extend(_part(each) for each in content)
+                known.extend(content if {*map(type, content)} == {Text} else map(_part, content))
             else:
                 return None
         return known
@@ -3717,24 +3717,25 @@ def _delta_chunks(deltas: _Deltas, chunked: bool) -> bytes:
         cut = item.cut = _cut(deltas)
     before, between, middle, after = cut
     if not between:
-        frames = [_sse(event) for event in deltas.events()]
-    else:
-        frames = []
-        add, quote, pool, number = frames.append, _quote, _POOL, deltas.first
-        for text in deltas.texts:
-            begin = number * 7 & 1023
-            padding = pool[begin : begin + (-len(text) & 15)]
-            if after:
-                add(f"{before}{quote(text)}{between}{padding}{middle}{number}{after}")
-            else:
-                add(f"{before}{quote(text)}{between}{padding}{middle}")
-            number += 1
-    if not chunked:
-        return _utf8("".join(frames))
-    joined = "".join([f"{len(frame):x}\r\n{frame}\r\n" for frame in frames])
-    if joined.isascii():
-        return joined.encode()
-    return b"".join([_chunk_of(_utf8(frame)) for frame in frames])
+        frames = [_utf8(_sse(event)) for event in deltas.events()]
+        return b"".join(map(_chunk_of, frames) if chunked else frames)
+    quote, pool, number = _quote, _POOL, deltas.first
+    ascii_only = chunked and "".join((before, between, middle, after, *deltas.texts)).isascii()
+    fixed = len(before) + len(between) + len(middle) + len(after)  # bytes, where all is ASCII
+    framed: list[str] = []
+    for text in deltas.texts:
+        begin, quoted = number * 7 & 1023, quote(text)
+        padding = pool[begin : begin + (-len(text) & 15)]
+        count = str(number) if after else ""
+        if ascii_only:
+            size = fixed + len(quoted) + len(padding) + len(count)
+            framed.append(f"{size:x}\r\n{before}{quoted}{between}{padding}{middle}{count}{after}\r\n")
+        else:
+            framed.append(f"{before}{quoted}{between}{padding}{middle}{count}{after}")
+        number += 1
+    if ascii_only:
+        return "".join(framed).encode()
+    return b"".join([_chunk_of(_utf8(frame)) if chunked else _utf8(frame) for frame in framed])
 
 
 # ---- Answering: who carries parts to the client ----------------------------------------------------------------------
@@ -4147,22 +4148,22 @@ def _spaced(call: ToolCall) -> ToolCall:
 
 
 def _runs(parts: list[_Part]) -> Iterator[_Part]:
-    """Texts of one choice in a row as one, in runs that grow, so that the first goes out at once."""
+    """Texts of one choice in a row as one: the first fragment alone, so that it goes out at once, then many at a time."""
     fragments: list[str] = []
-    choice, limit = 0, 1
+    choice, size = 0, 1
     for part in parts:
-        if type(part) is Text:
-            if part.choice != choice or len(fragments) >= limit:
-                if fragments:
-                    yield _Run.of(fragments, choice)
-                    limit = min(512, limit * 4)
-                fragments, choice = [], part.choice
-            fragments += part._fragments()
-            continue
-        if fragments:
+        if type(part) is not Text or part.choice != choice:
+            if fragments:
+                yield _Run.of(fragments, choice)
+                fragments = []
+            if type(part) is not Text:
+                yield part
+                continue
+            choice = part.choice
+        fragments += part._fragments()
+        if len(fragments) >= size:
             yield _Run.of(fragments, choice)
-            fragments = []
-        yield part
+            fragments, size = [], 256
     if fragments:
         yield _Run.of(fragments, choice)
 
