@@ -58,6 +58,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from email.utils import formatdate
 from functools import lru_cache
 from http.server import ThreadingHTTPServer
+from importlib import import_module
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
@@ -150,7 +151,7 @@ def _make_dumps() -> Callable[[object], str]:
 
 
 _dumps = _make_dumps()
-_quote: Callable[[str], str] = json.encoder.encode_basestring  # type: ignore[attr-defined]
+_quote: Callable[[str], str] = json.encoder.encode_basestring
 
 # Line readers split at U+0085, U+2028 and U+2029 (clients.md); a lone surrogate has no UTF-8 form.
 _UNSENDABLE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
@@ -161,6 +162,19 @@ def _utf8(text: str) -> bytes:
     if text.isascii():
         return text.encode()
     return _UNSENDABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode()
+
+
+def _dict(value: Any) -> _JSON:
+    """A JSON object, or an empty one in the place of anything else."""
+    return cast(_JSON, value) if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    """A JSON array, or an empty one in the place of anything else."""
+    if not isinstance(value, list):
+        return []
+    found: list[Any] = value
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -299,9 +313,7 @@ def _text_of(content: object) -> str:
     """All the text of a message's content: a string, or a list of content parts."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
-        return ""
-    parts = (part.get("text") if isinstance(part, dict) else part for part in cast("list[Any]", content))
+    parts = (part if isinstance(part, str) else _dict(part).get("text") for part in _list(content))
     return "".join(part for part in parts if isinstance(part, str))
 
 
@@ -340,25 +352,18 @@ class Tool:
 
 
 def _tool(value: object) -> Tool:
-    if not isinstance(value, dict):
-        return Tool("", type="")
-    tool = cast(_JSON, value)
+    tool = _dict(value)
     kind = _string(tool.get("type"))
-    nested = tool.get(kind)  # Chat Completions nests under "function" and "custom", Responses does not
-    about = cast(_JSON, nested) if kind in ("function", "custom") and isinstance(nested, dict) else tool
+    about = (_dict(tool.get(kind)) if kind in ("function", "custom") else {}) or tool  # Chat Completions nests it
     return Tool(
         _string(about.get("name")), about.get("description"), about.get("parameters"), about.get("strict"), type=kind
     )
 
 
 def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
-    if not isinstance(value, dict):
-        return None
-    call = cast(_JSON, value)
+    call = _dict(value)
     for key, kind, text in (("function", ToolCall, "arguments"), ("custom", CustomToolCall, "input")):
-        about = call.get(key)
-        if isinstance(about, dict):
-            said = cast(_JSON, about)
+        if said := _dict(call.get(key)):
             return kind(_string(said.get("name")), _string(said.get(text)), id=_string(call.get("id")))
     return None
 
@@ -366,12 +371,9 @@ def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
 def _chat_messages(value: object) -> list[Message]:
     """The messages of a Chat Completions request."""
     messages: list[Message] = []
-    for each in cast("list[Any]", value) if isinstance(value, list) else []:
-        if not isinstance(each, dict):
-            continue
-        sent = cast(_JSON, each)
-        calls: Any = sent.get("tool_calls")
-        made = [_chat_call(call) for call in cast("list[Any]", calls)] if isinstance(calls, list) else []
+    for each in _list(value):
+        sent = _dict(each)
+        made = [_chat_call(call) for call in _list(sent.get("tool_calls"))]
         tool_call_id = sent.get("tool_call_id")
         messages.append(
             Message(
@@ -388,9 +390,7 @@ def _items_messages(items: Iterable[object]) -> list[Message]:
     """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
     messages: list[Message] = []
     for each in items:
-        if not isinstance(each, dict):
-            continue
-        item = cast(_JSON, each)
+        item = _dict(each)
         kind = item.get("type", "message")
         if kind == "message":
             messages.append(Message(_string(item.get("role")), item.get("content")))
@@ -411,7 +411,7 @@ def _input_items(value: object) -> list[Any]:
     """A Responses request's `input` as a list of items."""
     if isinstance(value, str):
         return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": value}]}]
-    return list(cast("list[Any]", value)) if isinstance(value, list) else []
+    return list(_list(value))
 
 
 class _Asked:
@@ -421,22 +421,20 @@ class _Asked:
         options, include, tier, top = (
             body.get(key) for key in ("stream_options", "include", "service_tier", "top_logprobs")
         )
-        asked = cast(_JSON, options) if isinstance(options, dict) else {}
+        asked = _dict(options)
         n = body.get("n") if api == "chat.completions" else None
         self.model = _string(body.get("model"))
         self.stream = body.get("stream") is True
         self.with_usage = bool(asked.get("include_usage"))
         self.obfuscated = asked.get("include_obfuscation") is not False
-        self.includes: list[Any] = cast("list[Any]", include) if isinstance(include, list) else []
+        self.includes: list[Any] = _list(include)
         self.logprobs = body.get("logprobs") is True or "message.output_text.logprobs" in self.includes
         self.top_logprobs = min(top, 20) if type(top) is int and self.logprobs else 0
         self.tier = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
         self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
         self.forced = isinstance(body.get("tool_choice"), dict)
         self.store = body.get("store")
-        self.prompt_tokens = (
-            _estimate(cast("list[Any]", body["messages"])) if isinstance(body.get("messages"), list) else 3
-        )
+        self.prompt_tokens = _estimate(_list(body.get("messages")))
         # A string is all of the answer's choice, and its JSON like any other's: see _Telling.plain.
         self.plain = api == "chat.completions" and not (self.stream or self.logprobs or self.store or self.n > 1)
         self.plain = self.plain and _model(self.model).service_tier  # the others' ids are not like the rest
@@ -549,8 +547,7 @@ class Request:
     @property
     def tools(self) -> list[Tool]:
         """The tools that are offered, in one shape for both APIs."""
-        tools: Any = self.body.get("tools")
-        return [_tool(tool) for tool in cast("list[Any]", tools)] if isinstance(tools, list) else []
+        return [_tool(tool) for tool in _list(self.body.get("tools"))]
 
     @property
     def prompt(self) -> Any:
@@ -585,14 +582,13 @@ def _estimate(items: Iterable[object]) -> int:
     """About how many tokens messages or items are: four characters each, and four for what is around a message."""
     tokens = 3
     for item in items:
-        if isinstance(item, dict):
-            sent = cast(_JSON, item)
-            content = sent.get("content")
-            text = content if isinstance(content, str) else _text_of(content)
-            for key in ("output", "arguments"):
-                if key in sent:
-                    text += _text_of(sent[key])
-            tokens += 4 + (len(text) + 3) // 4
+        sent = _dict(item)
+        content = sent.get("content")
+        text = content if isinstance(content, str) else _text_of(content)
+        for key in ("output", "arguments"):
+            if key in sent:
+                text += _text_of(sent[key])
+        tokens += 4 + (len(text) + 3) // 4
     return tokens
 
 
@@ -1214,8 +1210,8 @@ class _Spoken(_Part):
 
     def split(self) -> list[Self]:
         """The fragments that a stream sends: parts of the same kind, word-sized, the first with the name and id."""
-        first, *rest = self._fragments() or ("",)
-        return [self._with(first), *(self._more(text) for text in rest)]
+        texts = self._fragments()
+        return [self._with(texts[0]), *map(self._more, texts[1:])] if texts else [self]
 
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
@@ -1654,10 +1650,6 @@ class WebSearch(_Spoken):
         object.__setattr__(self, "sources", tuple(self.sources))
 
     @override
-    def split(self) -> list[WebSearch]:
-        return [self]
-
-    @override
     def _fragments(self) -> Sequence[str]:
         return ()
 
@@ -1846,7 +1838,7 @@ class Reply:
             elif isinstance(content, Completion):
                 known.extend(content._parts())
             elif isinstance(content, (list, tuple)):
-                known.extend(content if {*map(type, content)} == {Text} else map(_part, content))
+                known.extend(cast("list[_Part]", content) if {*map(type, content)} == {Text} else map(_part, content))
             else:
                 return None
         return known
@@ -2048,8 +2040,9 @@ class Chunk(_Part):
         for choice in self.choices:
             if choice.delta:
                 parts.append(_Run.of([choice.delta], choice.index))
-            for call in choice.tool_calls:
-                parts.append(ToolCall(call.name, call.arguments, id=call.id, choice=choice.index))
+            parts += [
+                ToolCall(call.name, call.arguments, id=call.id, choice=choice.index) for call in choice.tool_calls
+            ]
             if choice.finish_reason:
                 parts.append(Finish(choice.finish_reason, choice=choice.index))
         return parts + ([self.usage] if self.usage else [])
@@ -2226,8 +2219,10 @@ def _model(name: str) -> _Model:
 
 _TIERS = {"flex": "flex", "fast": "priority", "priority": "priority"}
 
-_ALTERNATIVES = (" the", " a", " and", " of", " to", " in", " that", " it", " is", " for")
-_ALTERNATIVES += (" on", " with", " as", " at", " by", " an", " be", " this", " from", " or")
+_ALTERNATIVES = [
+    f" {word}"
+    for word in "the a and of to in that it is for on with as at by an be this from or".split()  # noqa: SIM905
+]
 
 
 def _logprobs(token: str, top: int) -> _JSON:
@@ -2268,6 +2263,7 @@ class _Encoder:
     """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
 
     done: ClassVar[str | None] = None  # the data of the event after the last
+    id: str
     usage: Usage | None = None
     tokens = 0
     number = 0  # of the next event
@@ -2475,7 +2471,7 @@ class _ChatEncoder(_Encoder):
             entries = [[_chat_logprobs(_logprobs(text, self.asked.top_logprobs))] if text else [] for text in texts]
             return [
                 self._choice(choice, opened._chat_delta(item, text), {**empty, kind: entry})
-                for text, entry in zip(texts, entries)
+                for text, entry in zip(texts, entries, strict=True)
             ]
 
         def make(text: str, obfuscation: Any, number: Any) -> _JSON:
@@ -2664,15 +2660,14 @@ _RESPONSE_ID = re.compile(r"resp_[0-9a-f]{50}")
 def _strict_schema(schema: Any) -> Any:
     """A function's parameters as the API echoes them when it turns `strict` on itself."""
     if isinstance(schema, list):
-        return [_strict_schema(each) for each in cast("list[Any]", schema)]
+        return [_strict_schema(each) for each in _list(schema)]
     if not isinstance(schema, dict):
         return schema
-    strict = {key: _strict_schema(value) for key, value in cast(_JSON, schema).items()}
+    strict = {key: _strict_schema(value) for key, value in _dict(schema).items()}
     if strict.get("type") == "object":
         strict["additionalProperties"] = False
-        properties = strict.get("properties")
-        if isinstance(properties, dict):
-            strict["required"] = list(cast(_JSON, properties))
+        if isinstance(strict.get("properties"), dict):
+            strict["required"] = list(strict["properties"])
     return strict
 
 
@@ -2682,9 +2677,7 @@ def _by_key(value: _JSON) -> _JSON:
 
 
 def _tool_echo(value: object) -> object:
-    if not isinstance(value, dict):
-        return value
-    tool = cast(_JSON, value)
+    tool = _dict(value)
     if tool.get("type") == "function":
         strict = tool.get("strict")
         parameters = tool.get("parameters")
@@ -2698,20 +2691,17 @@ def _tool_echo(value: object) -> object:
 
 
 def _text_echo(value: object) -> _JSON:
-    asked = cast(_JSON, value) if isinstance(value, dict) else {}
-    given = asked.get("format")
-    form: Any = {"type": "text"}
-    if isinstance(given, dict):
-        form = cast(_JSON, given)
-        if form.get("type") == "json_schema":
-            strict = form.get("strict")
-            form = {
-                "type": "json_schema",
-                "description": form.get("description"),
-                "name": form.get("name"),
-                "schema": form.get("schema"),
-                "strict": True if strict is None else strict,
-            }
+    asked = _dict(value)
+    form = _dict(asked.get("format")) or {"type": "text"}
+    if form.get("type") == "json_schema":
+        strict = form.get("strict")
+        form = {
+            "type": "json_schema",
+            "description": form.get("description"),
+            "name": form.get("name"),
+            "schema": form.get("schema"),
+            "strict": True if strict is None else strict,
+        }
     return {"format": form, "verbosity": asked.get("verbosity") or "medium"}
 
 
@@ -2758,7 +2748,7 @@ class _ResponsesEncoder(_Encoder):
             return default if value is None else value
 
         asked = told("reasoning", {})
-        asked = cast(_JSON, asked) if isinstance(asked, dict) else {}
+        asked = _dict(asked)
         reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
         if model.context is not None:
             reasoning["mode"] = "standard"
@@ -2766,7 +2756,6 @@ class _ResponsesEncoder(_Encoder):
         conversation = told("conversation")
         if isinstance(conversation, str):
             conversation = {"id": conversation}
-        tools = told("tools", [])
         return {
             "id": self.id,
             "object": "response",
@@ -2800,7 +2789,7 @@ class _ResponsesEncoder(_Encoder):
             "text": _text_echo(body.get("text")),
             "tool_choice": told("tool_choice", "auto"),
             "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}},
-            "tools": [_tool_echo(tool) for tool in cast("list[Any]", tools)] if isinstance(tools, list) else [],
+            "tools": [_tool_echo(tool) for tool in _list(body.get("tools"))],
             "top_logprobs": told("top_logprobs", 0),
             "top_p": told("top_p", model.top_p),
             "truncation": told("truncation", "disabled"),
@@ -3019,8 +3008,8 @@ _NOT_JSON = {
     True: "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP "
     "library correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON. If you have "
     "trouble figuring out how to fix this, please contact us through our help center at help.openai.com.)",
-    False: "Invalid body: failed to parse JSON value. Please check the value to ensure it is valid JSON. (Common errors "
-    "include trailing commas, missing closing brackets, missing quotation marks, etc.)",
+    False: "Invalid body: failed to parse JSON value. Please check the value to ensure it is valid JSON. (Common "
+    "errors include trailing commas, missing closing brackets, missing quotation marks, etc.)",
 }
 
 
@@ -3032,10 +3021,10 @@ def _parse_body(request: Request) -> _JSON:
         body = None
     if not isinstance(body, dict):
         raise APIError(400, _NOT_JSON[request.api == "chat.completions"])
-    if request._deployment is not None and not body.get("model"):
-        body["model"] = request._deployment
-    request._body = cast(_JSON, body)
-    return request._body
+    request._body = found = _dict(body)
+    if request._deployment is not None and not found.get("model"):
+        found["model"] = request._deployment
+    return found
 
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
@@ -3148,7 +3137,7 @@ def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages = _stored_chat(fake, id).request.body.get("messages") or []
+    messages: list[_JSON] = _list(_stored_chat(fake, id).request.body.get("messages"))
     return _listing(request, [{"id": f"{id}-{at}", **message} for at, message in enumerate(messages)], "asc")
 
 
@@ -3178,9 +3167,7 @@ _ITEM_PREFIXES = {"function_call": "fc_", "function_call_output": "fc_", "reason
 
 def _stored_item(item: Any, encoder: _ResponsesEncoder) -> Any:
     """An input item as the API lists it: with an id, a status, and content parts."""
-    if not isinstance(item, dict):
-        return item
-    stored = {"type": "message", **cast(_JSON, item)}
+    stored = {"type": "message", **_dict(item)}
     if isinstance(stored.get("content"), str) and stored["type"] == "message":
         kind = "output_text" if stored.get("role") == "assistant" else "input_text"
         stored["content"] = [{"type": kind, "text": stored["content"]}]
@@ -3192,7 +3179,7 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
     """The stored items before this request's input. Raises APIError for what is not stored."""
     conversation, previous = body.get("conversation"), body.get("previous_response_id")
     if isinstance(conversation, dict):
-        conversation = cast(_JSON, conversation).get("id")
+        conversation = _dict(conversation).get("id")
     if conversation is not None and previous is not None and fake.validate:
         raise APIError(
             400,
@@ -3220,18 +3207,15 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
 
 def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
     """Input items with those that they refer to in the place of references."""
-    if not any(isinstance(item, dict) and item.get("type") == "item_reference" for item in items):
+    references = [_dict(item).get("type") == "item_reference" for item in items]
+    if not any(references):
         return items
-    stored = {
-        item["id"]: item
+    stored: dict[Any, Any] = {
+        _dict(item).get("id"): item
         for response in tuple(fake._responses.values())
         for item in (*response.input, *response.output())
-        if isinstance(item, dict) and "id" in item
     }
-    return [
-        stored.get(item.get("id"), item) if isinstance(item, dict) and item.get("type") == "item_reference" else item
-        for item in items
-    ]
+    return [stored.get(item["id"], item) if refers else item for item, refers in zip(items, references, strict=True)]
 
 
 @_endpoint("POST /responses")
@@ -3339,9 +3323,9 @@ def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
 def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = _parse_body(request) if request.raw_body else {}
     ids = fake._ids()
-    items: list[Any] = []
-    for item in _input_items(body.get("items")):
-        items.append({"id": "msg_" + ids.hex(50), "status": "completed", **item} if isinstance(item, dict) else item)
+    items: list[Any] = [
+        {"id": "msg_" + ids.hex(50), "status": "completed", **_dict(item)} for item in _input_items(body.get("items"))
+    ]
     id = "conv_" + ids.hex(48)
     fake._remember(fake._conversations, id, _Conversation(int(fake.clock()), body.get("metadata") or {}, items))
     return fake._conversations[id].body(id)
@@ -3403,9 +3387,9 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
         raise APIError(400, "you must provide a model parameter")
     if fake.strict:
         _check_model(fake, request)
-    if not isinstance(given, (str, list)) or not given:
+    if not isinstance(given, (str, list)) or given in ("", []):
         raise APIError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
-    inputs: list[Any] = [given] if isinstance(given, str) else cast("list[Any]", given)
+    inputs: list[Any] = [given] if isinstance(given, str) else _list(given)
     if all(isinstance(each, int) for each in inputs):  # one text, as tokens
         inputs = [inputs]
     if dimensions is None:
@@ -3419,9 +3403,7 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
-    tokens = sum(
-        len(each) // (4 if isinstance(each, str) else 1) + 1 for each in inputs if isinstance(each, (str, list))
-    )
+    tokens = sum(len(each) // 4 + 1 if isinstance(each, str) else len(_list(each)) for each in inputs)
     name = "text-embedding-ada-002-v2" if model == "text-embedding-ada-002" else model
     return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
@@ -3447,8 +3429,8 @@ _MODERATION = [
 def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     """Nothing is ever flagged; a test that wants it flagged gives its own route."""
     body = _parse_body(request)
-    given: Any = body.get("input")
-    many = isinstance(given, list) and given and all(isinstance(each, str) for each in cast("list[Any]", given))
+    given = _list(body.get("input"))
+    texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     result = {
         "flagged": False,
         "categories": dict.fromkeys(_MODERATION, False),
@@ -3457,7 +3439,7 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     }
     model = _string(body.get("model")) or "omni-moderation-latest"
     id = "modr-" + fake._ids().alnum(29)
-    return {"id": id, "model": model, "results": [result] * (len(cast("list[Any]", given)) if many else 1)}
+    return {"id": id, "model": model, "results": [result] * max(1, texts)}
 
 
 # ---- HTTP: what arrives ----------------------------------------------------------------------------------------------
@@ -3523,11 +3505,10 @@ def _target(method: str, target: str) -> tuple[str, str, str]:
     elif target.lower().startswith(("http://", "https://")):
         try:
             url = urlsplit(target)
-            valid = bool(url.hostname) and (url.port is None or url.port > 0)
+            if not url.hostname or url.port == 0:
+                raise ValueError
         except ValueError:
-            valid = False
-        if not valid:
-            raise _Refused(400, "The request target is not a valid URL.")
+            raise _Refused(400, "The request target is not a valid URL.") from None
         path, query = url.path or "/", url.query
     else:
         raise _Refused(400, "The request target is neither a path nor a URL.")
@@ -3620,11 +3601,10 @@ def _decoded(body: bytes, coding: str) -> bytes:
         return body
     if coding == "zstd":
         try:
-            from compression import zstd  # type: ignore[import-not-found]  # Python 3.14
+            decoder: Any = import_module("compression.zstd").ZstdDecompressor()  # Python 3.14
         except ImportError:
             raise APIError(415, "Unsupported Content-Encoding: 'zstd'.") from None
-        decoder: Any = zstd.ZstdDecompressor()
-        return _inflate(body, lambda data, size: decoder.decompress(data, size), lambda: decoder.eof)
+        return _inflate(body, decoder.decompress, lambda: bool(decoder.eof))
     if coding not in ("gzip", "x-gzip", "deflate"):
         raise APIError(415, f"Unsupported Content-Encoding: {coding!r}. Use gzip, deflate or none.")
     # RFC 9110 8.4.1.2: deflate is zlib's format, but some send it bare, which does not begin with 0x?8
@@ -3921,7 +3901,7 @@ class _StreamTeller(_Teller):
         super().__init__(encoder, waiter, ttft, itl)
         self.connection = connection
         self.reply = reply
-        self.chunked = connection.head.http11
+        self.chunked = connection.http11
         self.pending: list[bytes] = []
         self.size = 0
         self.limit = 1  # the first event goes at once, then batches that grow
@@ -4148,7 +4128,7 @@ def _spaced(call: ToolCall) -> ToolCall:
 
 
 def _runs(parts: list[_Part]) -> Iterator[_Part]:
-    """Texts of one choice in a row as one: the first fragment alone, so that it goes out at once, then many at a time."""
+    """Texts of one choice in a row as one; the first goes out at once, those after it many at a time."""
     fragments: list[str] = []
     choice, size = 0, 1
     for part in parts:
@@ -4208,7 +4188,8 @@ def _async_coming(parts: AsyncIterable[Any], waiter: _Waiter) -> Iterator[Any]:
         close = getattr(iterator, "aclose", None)
         if close is not None:
             with suppress(BaseException):
-                waiter.server.stopping or waiter.run(close())
+                if not waiter.server.stopping:
+                    waiter.run(close())
 
 
 def _live(stream: Stream, teller: _Teller, request: Request) -> Iterator[_Part]:
@@ -4281,7 +4262,7 @@ class _Exchange:
     seconds = 0.0
     encoder: _Encoder | None = None
     plain: str | None = None  # the text that was said, where no encoder was needed
-    plain_usage = (0, 0)
+    plain_usage: tuple[int, int] = (0, 0)
     outcome = ""  # "" where the answer is whole
 
     @property
@@ -4302,7 +4283,7 @@ class _Connection(BaseRequestHandler):
     """One client's connection: reads requests, one after another, and answers them in order."""
 
     request: socket.socket
-    server: _Server
+    server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]  # typeshed's is the base class's
 
     def setup(self) -> None:
         self.buffer = b""
@@ -4313,7 +4294,8 @@ class _Connection(BaseRequestHandler):
         self.headed = False  # the head of the answer is on the wire
         self.deadline = math.inf  # when the server's loop ends what this connection waits for
         self.expired = False
-        self.head: _Head = cast(_Head, None)
+        self.head: _Head | None = None  # of the request that is being answered
+        self.http11 = True
         self.exchange = _Exchange()
         self.started = 0.0
         self.server.connections.add(self)
@@ -4524,7 +4506,7 @@ class _Connection(BaseRequestHandler):
         if not usual:
             return b"%b%bx-request-id: req_%b\r\n" % (top, _date_field(), request_id.encode())
         milliseconds = int((time.perf_counter() - self.started) * 1000)
-        fields = "x-request-id: req_%s\r\nopenai-processing-ms: %d\r\n" % (request_id, milliseconds)
+        fields = f"x-request-id: req_{request_id}\r\nopenai-processing-ms: {milliseconds}\r\n"
         return top + _date_field() + fields.encode()
 
     def _reply_top(self, reply: Reply | None, content_type: str) -> bytes:
@@ -4533,10 +4515,10 @@ class _Connection(BaseRequestHandler):
 
     def stream_head(self, reply: Reply) -> bytes:
         """The head of an event stream."""
-        if not self.head.http11:  # the end of the connection ends the stream
+        if not self.http11:  # the end of the connection ends the stream
             self.hung_up = True
         top = self._reply_top(reply, "text/event-stream; charset=utf-8")
-        return top + (b"transfer-encoding: chunked\r\n\r\n" if self.head.http11 else b"\r\n")
+        return top + (b"transfer-encoding: chunked\r\n\r\n" if self.http11 else b"\r\n")
 
     def json_head(self, reply: Reply | None, length: int) -> bytes:
         """The head of a JSON answer."""
@@ -4572,12 +4554,12 @@ class _Connection(BaseRequestHandler):
         """Serves a request; False when the connection is to end."""
         self.headed = False
         self.deadline_is_idle = True
-        self.head = cast(_Head, None)
+        self.head = None
         self.exchange = exchange = _Exchange()
         try:
             head = self._read_head()
             self.started = time.perf_counter()
-            self.head = head
+            self.head, self.http11 = head, head.http11
             exchange.method, exchange.path = head.method, head.path
             body = self._read_body(head)
         except _Refused as refused:
@@ -4701,7 +4683,7 @@ class _Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # HTTPServer's own asks for the host's name, which can take half a minute
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def start(self) -> None:
         """Starts the loop's thread."""
@@ -5148,7 +5130,7 @@ class _Replay:
             log.followers.append(coming)
         try:
             connection.send(connection.stream_head(Reply()))
-            chunked = connection.head.http11
+            chunked = connection.http11
             while True:
                 with log.lock:
                     events, over = log.events[at:], log.over
@@ -5436,8 +5418,8 @@ class FakeOpenAI:
 _OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "omni-moderation-latest")
 
 _NO_KEY = (
-    "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth (i.e. "
-    "Authorization: Bearer YOUR_KEY), or as the password field (with blank username) if you're accessing the API from "
+    "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
+    "(i.e. Authorization: Bearer YOUR_KEY), or as the password field (with blank username) if you're accessing the API from "
     "your browser and are prompted for a username and password. You can obtain an API key from "
     "https://platform.openai.com/account/api-keys."
 )
