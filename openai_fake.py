@@ -171,10 +171,7 @@ def _dict(value: Any) -> _JSON:
 
 def _list(value: Any) -> list[Any]:
     """A JSON array, or an empty one in the place of anything else."""
-    if not isinstance(value, list):
-        return []
-    found: list[Any] = value
-    return found
+    return value if isinstance(value, list) else []  # pyright: ignore[reportUnknownVariableType]
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -1844,7 +1841,7 @@ class Reply:
         return known
 
 
-def _reply(answer: object) -> Reply:
+def _reply(answer: Any) -> Reply:
     """The Reply that an answer is short for. Raises what the handler must be told, if it is none."""
     if isinstance(answer, Reply):
         return answer
@@ -1852,6 +1849,7 @@ def _reply(answer: object) -> Reply:
         raise answer
     if answer is None:
         raise ValueError("handler returned empty response")
+    kind: str = type(answer).__name__
     if isinstance(answer, Completion):
         return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
     if isinstance(answer, (str, _Part, Stream, AsyncIterable)) or (
@@ -1859,7 +1857,7 @@ def _reply(answer: object) -> Reply:
     ):
         return Reply(cast("_Content", answer))
     raise TypeError(
-        f"handler returned {type(answer).__name__}, which is no answer: {answer!r}; "
+        f"handler returned {kind}, which is no answer: {answer!r}; "
         "an answer is a str, a part, a list or generator of parts, a Stream, a Reply or an APIError"
     )
 
@@ -4175,7 +4173,7 @@ def _coming(parts: Iterator[Any], teller: _Teller) -> Iterator[_Part]:
                 close()
 
 
-def _async_coming(parts: AsyncIterable[Any], waiter: _Waiter) -> Iterator[Any]:
+def _async_coming(parts: Any, waiter: _Waiter) -> Iterator[Any]:
     """The parts of an async generator, run on the answer's own event loop."""
     iterator: AsyncIterator[Any] = aiter(parts)
     try:
@@ -5419,8 +5417,8 @@ _OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embed
 
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
-    "(i.e. Authorization: Bearer YOUR_KEY), or as the password field (with blank username) if you're accessing the API from "
-    "your browser and are prompted for a username and password. You can obtain an API key from "
+    "(i.e. Authorization: Bearer YOUR_KEY), or as the password field (with blank username) if you're accessing the API "
+    "from your browser and are prompted for a username and password. You can obtain an API key from "
     "https://platform.openai.com/account/api-keys."
 )
 
