@@ -54,9 +54,10 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from email.utils import formatdate
 from functools import lru_cache
+from heapq import heappop, heappush
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from socketserver import BaseRequestHandler, TCPServer
@@ -126,6 +127,7 @@ _MAX_LINE = 64 << 10  # bytes of a request line; RFC 9112 3 asks for 8,000 at le
 _MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 to 64 KiB, Go at 1 MiB
 _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
+_READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
 
 _JSON: TypeAlias = "dict[str, Any]"
@@ -271,6 +273,27 @@ class _Gone(Exception):
     """The client has left, or the server is stopping: there is nobody to answer."""
 
 
+class _Value:
+    """What the frozen dataclasses share: compiled for each class, as dataclass() would, it takes half of the import."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def _fields(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in self.__slots__ if name[0] != "_"]
+
+    @override
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._fields())})"
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Value) and type(other) is type(self) and self._fields() == other._fields()
+
+    @override
+    def __hash__(self) -> int:
+        return hash((type(self), *self._fields()))
+
+
 # ---- What the client sent --------------------------------------------------------------------------------------------
 
 
@@ -318,8 +341,8 @@ def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Message(_Value):
     """One message of a conversation. `content` is as it came: a string, a list of content parts, or None.
 
     `tool_calls` are the calls that an assistant's message makes; `tool_call_id` names the call that a tool's
@@ -337,8 +360,8 @@ class Message:
         return _text_of(self.content)
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Tool(_Value):
     """A tool that the request offers, in one shape for both APIs. A hosted tool (`web_search`) has a type only."""
 
     name: str
@@ -1187,7 +1210,7 @@ class _Item:
         return self.part._with(self.text)
 
 
-class _Part:
+class _Part(_Value):
     """What every part can do: tell itself to whoever carries the answer to the client."""
 
     __slots__ = ()
@@ -1337,7 +1360,7 @@ class _MessagePart(_Spoken):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Text(_MessagePart):
     """Text of the answer. A given Text is sent in word-sized deltas; several in a row are one text.
 
@@ -1407,7 +1430,7 @@ class _Run(Text):
         return Text(text, choice=self.choice)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Refusal(_MessagePart):
     """The model refuses, in these words (`message.refusal`; a refusal content part in Responses)."""
 
@@ -1446,7 +1469,7 @@ class Refusal(_MessagePart):
         return {"refusal": text}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Reasoning(_Spoken):
     """The model thinks first: a reasoning item in Responses; in Chat Completions only tokens in the usage.
 
@@ -1571,7 +1594,7 @@ class _Call(_Spoken):
         return [(f"response.{self._item_type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
 class ToolCall(_Call):
     """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping.
 
@@ -1583,7 +1606,7 @@ class ToolCall(_Call):
     arguments: str
     id: str | None
     choice: int
-    _ours: bool = field(compare=False, repr=False)  # the JSON is ours: its spaces may follow the API's habit
+    _ours: bool  # the JSON is ours: its spaces may follow the API's habit
 
     _grows = "arguments"
     _prefix = "fc_"
@@ -1606,7 +1629,7 @@ class ToolCall(_Call):
             object.__setattr__(self, key, value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class CustomToolCall(_Call):
     """The model calls a custom tool, whose input is free text. `id` and "" as a name: as in ToolCall."""
 
@@ -1626,7 +1649,7 @@ class CustomToolCall(_Call):
         _check(self, name=(self.name, str), input=(self.input, str), id=(self.id, (str, type(None))))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class WebSearch(_Spoken):
     """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
 
@@ -1679,7 +1702,7 @@ _Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
 _REASONS = ("stop", "length", "tool_calls", "content_filter")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Finish(_Part):
     """Why the answer ends. Without it: "tool_calls" where tools were called, else "stop"."""
 
@@ -1696,7 +1719,7 @@ class Finish(_Part):
         teller.encoder.finish[self.choice] = self.reason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Usage(_Part):
     """The tokens that the answer says it used. Without it they are estimated from the texts."""
 
@@ -1721,7 +1744,7 @@ class Usage(_Part):
         teller.encoder.usage = self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Pause(_Part):
     """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
 
@@ -1736,7 +1759,7 @@ class Pause(_Part):
         teller.pause(self.seconds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Disconnect(_Part):
     """The server hangs up here: with a FIN, or a RST if `reset`. A stream has no terminator, a JSON body is cut."""
 
@@ -1748,7 +1771,7 @@ class Disconnect(_Part):
         teller.disconnect(self.reset)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Raw(_Part):
     """These bytes, as they are, in the place of an event (or in the JSON body, which they are if nothing is said)."""
 
@@ -1763,7 +1786,7 @@ class Raw(_Part):
         teller.raw(self.data)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class StreamError(_Part):
     """The answer fails here. A stream gets the API's in-stream error; a request for JSON a 500 with these fields."""
 
@@ -2005,8 +2028,8 @@ def echo(request: Request) -> str:
 # The low level: the original's data, for who wants to say exactly what a chunk holds.
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkChoice:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class ChunkChoice(_Value):
     """One choice of a Chunk: `delta` is its content, sent where it is not empty, and so are the others."""
 
     index: int = 0
@@ -2015,7 +2038,7 @@ class ChunkChoice:
     finish_reason: _Reason | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Chunk(_Part):
     """One chat.completion.chunk, sent as it is given; in Responses and in JSON, the parts that it says.
 
@@ -2046,8 +2069,8 @@ class Chunk(_Part):
         return parts + ([self.usage] if self.usage else [])
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionChoice:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class CompletionChoice(_Value):
     """One choice of a Completion."""
 
     message: Message
@@ -2055,8 +2078,8 @@ class CompletionChoice:
     finish_reason: _Reason = "stop"
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Completion(_Value):
     """A whole chat.completion. Empty `id`, `model` and `created` stand for the answer's own, as in Chunk."""
 
     choices: Sequence[CompletionChoice]
@@ -3719,6 +3742,61 @@ def _delta_chunks(deltas: _Deltas, chunked: bool) -> bytes:
 # ---- Answering: who carries parts to the client ----------------------------------------------------------------------
 
 
+class _Pacer:
+    """Wakes who sleeps, a few at a time: threads that all wake at once spend the CPU on queueing for the GIL.
+
+    Who was woken holds a baton, and passes it on when it sleeps again. Who keeps it too long (the handler does
+    something slow) loses it, so that nobody waits for a handler.
+    """
+
+    _BATONS = 2
+    _PATIENCE = 0.005  # seconds; the interpreter's own switch interval
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # guards the fields below
+        self.sleepers: list[tuple[float, int, _Waiter]] = []  # a heap, by the time they are due
+        self.holders: dict[_Waiter, float] = {}  # until when they may hold a baton
+        self.count = 0
+        self.until = -math.inf  # when the server's loop looks here again; -inf: it is about to
+
+    def add(self, waiter: _Waiter, due: float) -> bool:
+        """Has a waiter woken at that time. Returns whether the loop must be told."""
+        with self.lock:
+            self.count += 1
+            waiter.turn = self.count
+            heappush(self.sleepers, (due, self.count, waiter))
+            self._pass(waiter)
+            return due < self.until
+
+    def leave(self, waiter: _Waiter) -> None:
+        """Takes back what a waiter holds."""
+        with self.lock:
+            waiter.turn = 0
+            self._pass(waiter)
+
+    def _pass(self, waiter: _Waiter) -> None:
+        if self.holders.pop(waiter, None) is not None:
+            self._wake(time.monotonic())
+
+    def _wake(self, now: float) -> None:
+        while len(self.holders) < self._BATONS and self.sleepers and self.sleepers[0][0] <= now:
+            _, turn, waiter = heappop(self.sleepers)
+            if waiter.turn == turn and waiter.wake is not None:  # else it was woken by something else
+                self.holders[waiter] = now + self._PATIENCE
+                waiter.wake()
+
+    def run(self) -> float:
+        """Wakes who is due. Returns when the loop should come again."""
+        with self.lock:
+            now = time.monotonic()
+            for waiter in [waiter for waiter, end in self.holders.items() if end <= now]:
+                del self.holders[waiter]
+            self._wake(now)
+            due = self.sleepers[0][0] if self.sleepers else math.inf
+            self.until = min(self.holders.values()) if due <= now and self.holders else due
+            return self.until
+
+
 class _Waiter:
     """Where the thread of an answer waits: for time, for a Stream, for a coroutine.
 
@@ -3729,6 +3807,7 @@ class _Waiter:
     readable = False  # the loop saw something arrive from the client
     watched = False
     cancelled = False
+    turn = 0  # of the sleep that goes on, with the pacer
     lock: threading.Lock | None = None
     loop: asyncio.AbstractEventLoop | None = None
 
@@ -3774,17 +3853,18 @@ class _Waiter:
         if lock is None:
             lock = self.lock = threading.Lock()
             lock.acquire()
-        end = time.monotonic() + seconds
+        due = time.monotonic() + seconds
         self._enter(lambda: _release(lock))
-        while True:
-            if self.left():
-                if self.streams:
-                    raise _Gone
-                return  # who has half-closed gets its JSON, just sooner
-            rest = end - time.monotonic()
-            if rest <= 0:
+        if self.server.pacer.add(self, due):
+            self.server.wake()
+        while not self.left():
+            if time.monotonic() >= due:
                 return
-            lock.acquire(timeout=rest)
+            lock.acquire()
+        self.server.pacer.leave(self)
+        if self.streams:
+            raise _Gone
+        # who has half-closed gets its JSON, just sooner
 
     def get(self, parts: queue.SimpleQueue[_Part]) -> _Part:
         """The next part of a Stream. Raises _Gone where the client has left."""
@@ -3827,6 +3907,7 @@ class _Waiter:
         """The answer is over."""
         if self.watched:
             self.wake = None
+            self.server.pacer.leave(self)
             self.server.waiters.discard(self)
             if self.connection is not None:
                 self.server.unwatch(self.connection.request)
@@ -4323,7 +4404,7 @@ class _Connection(BaseRequestHandler):
 
     def _receive(self) -> None:
         """Reads more into the buffer."""
-        data = self.request.recv(_BATCH)
+        data = self.request.recv(_READ)
         if not data:
             if self.expired:
                 raise _Refused(408, "The request did not arrive in time.")
@@ -4657,6 +4738,24 @@ class _Limits:
     sweep = 0.5  # how often the deadlines are looked at
 
 
+class _Thread(threading.Thread):
+    """A thread whose start() does not wait until it runs: beside a thousand busy ones that takes milliseconds."""
+
+    @override
+    def start(self) -> None:
+        started = getattr(self, "_started", None)  # threading's own, in 3.10 to 3.14
+        if isinstance(started, threading.Event):
+            started.wait = lambda timeout=None: True  # type: ignore[method-assign]
+        super().start()
+
+    def finish(self, end: float) -> None:
+        """Waits for its end, until that time of time.monotonic()."""
+        while self.ident is None and time.monotonic() < end:  # it does not run yet, so join() would raise
+            time.sleep(0.001)
+        if self.ident is not None:
+            self.join(max(0.0, end - time.monotonic()))
+
+
 class _Server(ThreadingHTTPServer):
     """The listener, its loop, and the threads that connections run on, which are used again."""
 
@@ -4671,7 +4770,8 @@ class _Server(ThreadingHTTPServer):
         self.stopping = False
         self.connections: set[_Connection] = set()
         self.waiters: set[_Waiter] = set()
-        self.threads: set[threading.Thread] = set()
+        self.pacer = _Pacer()
+        self.threads: set[_Thread] = set()
         self.jobs: queue.SimpleQueue[tuple[socket.socket, Any] | None] = queue.SimpleQueue()
         self.sockets: set[socket.socket] = set()  # of all connections, also of those that wait for a thread
         self.idle = 0  # threads that wait for a job that nobody was promised
@@ -4702,7 +4802,7 @@ class _Server(ThreadingHTTPServer):
         while True:
             now = time.monotonic()
             sweep = min(sweep, now + self.limits.sweep) if self.sockets else math.inf
-            until = min(sweep, resume)
+            until = min(sweep, resume, self.pacer.run())
             events = select(None if until == math.inf else max(0.0, until - now))
             if self.stopping:
                 return
@@ -4770,7 +4870,7 @@ class _Server(ThreadingHTTPServer):
                 self.idle -= 1
                 self.jobs.put((request, client_address))
                 return
-            thread = threading.Thread(target=self._work, name="openai_fake connection", daemon=True)
+            thread = _Thread(target=self._work, name="openai_fake connection", daemon=True)
             self.threads.add(thread)
         try:
             thread.start()
@@ -4798,7 +4898,7 @@ class _Server(ThreadingHTTPServer):
             with self.lock:
                 self.idle += 1
         with self.lock:
-            self.threads.discard(threading.current_thread())
+            self.threads.discard(cast(_Thread, threading.current_thread()))
 
     @override
     def shutdown_request(self, request: Any) -> None:
@@ -4817,14 +4917,14 @@ class _Server(ThreadingHTTPServer):
                 function()
             finally:
                 with self.lock:
-                    self.threads.discard(threading.current_thread())
+                    self.threads.discard(cast(_Thread, threading.current_thread()))
 
-        thread = threading.Thread(target=work, name="openai_fake background", daemon=True)
+        thread = _Thread(target=work, name="openai_fake background", daemon=True)
         with self.lock:
             self.threads.add(thread)
         thread.start()
 
-    def stop(self) -> list[threading.Thread]:
+    def stop(self) -> list[_Thread]:
         """Stops, within a second or so. Returns the threads that did not end."""
         for waiter in tuple(self.waiters):
             if waiter.connection is not None:
@@ -4851,7 +4951,7 @@ class _Server(ThreadingHTTPServer):
         end = time.monotonic() + _STOP_SECONDS
         for thread in threads:
             if thread is not current:
-                thread.join(max(0.0, end - time.monotonic()))
+                thread.finish(end)
         self.selector.close()
         self.waker.close()
         self.alarm.close()
