@@ -3859,6 +3859,7 @@ class _Waiter:
             self.server.wake()
         while not self.left():
             if time.monotonic() >= due:
+                self.turn = 0
                 return
             lock.acquire()
         self.server.pacer.leave(self)
@@ -3889,17 +3890,17 @@ class _Waiter:
         task = loop.create_task(wait())
 
         def cancel() -> None:
-            if self.streams or self.server.stopping:
+            left = self.streams and self.connection is not None and self.connection.peer_gone()
+            if left or self.cancelled or self.server.stopping:
                 with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
                     loop.call_soon_threadsafe(task.cancel)
 
         self._enter(cancel)
-        if self.readable or self.server.stopping:
-            cancel()
+        cancel()
         try:
             return loop.run_until_complete(task)
         except asyncio.CancelledError:
-            if self.left() and self.streams:
+            if self.left():
                 raise _Gone from None
             raise
 
@@ -4415,15 +4416,13 @@ class _Connection(BaseRequestHandler):
     def read_ahead(self) -> bool:
         """Reads what has arrived behind the request that is being answered; False if the client has left."""
         try:
-            self.request.setblocking(False)
-            data = self.request.recv(_BATCH)
+            if not _DONT_WAIT and not select.select([self.request], [], [], 0)[0]:
+                return True
+            data = self.request.recv(_READ, _DONT_WAIT)
         except BlockingIOError:
             return True
-        except OSError:
+        except (OSError, ValueError):
             data = b""
-        finally:
-            with suppress(OSError):
-                self.request.setblocking(True)
         if not data:
             self.gone = True
             return False
