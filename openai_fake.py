@@ -4382,11 +4382,10 @@ class _Connection(BaseRequestHandler):
 
     def handle(self) -> None:
         """Answers requests until the connection ends."""
-        sock = self.request
-        sock.settimeout(None)
         try:
-            with suppress(OSError):  # not all socket families know it
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not _INHERITS or self.request.gettimeout() is not None:
+                self.request.settimeout(None)
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while not self.server.stopping and not self.hung_up and self._serve_one():
                 pass
         except (_Closed, _Gone, OSError):
@@ -4400,6 +4399,8 @@ class _Connection(BaseRequestHandler):
             if self.resetting:
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.request.close()
+            elif not self.gone:  # not only close(): a forked child may hold a copy
+                self.request.shutdown(socket.SHUT_WR)
 
     # Reading.
 
@@ -4469,6 +4470,7 @@ class _Connection(BaseRequestHandler):
             try:
                 self._receive()
             except EOFError:
+                self.gone = True
                 raise _Closed from None
             except _Refused:
                 if len(self.buffer) > self.at:
@@ -4716,6 +4718,7 @@ class _Connection(BaseRequestHandler):
         self._send_whole(_with_fields(top, answer.headers) if answer.headers else top, answer.body, answer.status)
 
 
+_INHERITS = sys.platform == "linux"  # accepted sockets: TCP_NODELAY from the listener, and no O_NONBLOCK
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
 
 
@@ -4785,6 +4788,8 @@ class _Server(ThreadingHTTPServer):
     def start(self) -> None:
         """Starts the loop's thread."""
         self.socket.setblocking(False)
+        with suppress(OSError):
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.waker, self.alarm = socket.socketpair()
         self.waker.setblocking(False)
         self.selector = selectors.DefaultSelector()
@@ -4902,7 +4907,7 @@ class _Server(ThreadingHTTPServer):
     @override
     def shutdown_request(self, request: Any) -> None:
         self.sockets.discard(request)
-        super().shutdown_request(request)
+        self.close_request(request)  # its handler has shut it down
 
     @override
     def handle_error(self, request: Any, client_address: Any) -> None:
