@@ -452,7 +452,7 @@ class _Asked:
         self.top_logprobs = min(top, 20) if type(top) is int and self.logprobs else 0
         self.tier = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
         self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
-        self.forced = isinstance(body.get("tool_choice"), dict)
+        self.forced = _dict(body.get("tool_choice")).get("type") in ("function", "custom")
         self.store = body.get("store")
         self.prompt_tokens = _estimate(_list(body.get("messages")))
         # A string is all of the answer's choice, and its JSON like any other's: see _Telling.plain.
@@ -1225,6 +1225,7 @@ class _Spoken(_Part):
     __slots__ = ()
     _grows: ClassVar[str]
     _prefix: ClassVar[str]  # of the item's id in Responses
+    _padded: ClassVar[bool] = True  # whether Responses obfuscates its deltas
     _in_chat: ClassVar[bool] = True  # whether Chat Completions has a place for it
     choice: int = 0
 
@@ -1306,6 +1307,8 @@ def _check(part: object, **fields: tuple[object, type | tuple[type, ...]]) -> No
         if not isinstance(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
             raise TypeError(f"{type(part).__name__} wants {wanted} for {name}, not {value!r}")
+        if kind is int and cast(int, value) < 0:
+            raise ValueError(f"{type(part).__name__} wants {name} of 0 or more, not {value!r}")
 
 
 class _MessagePart(_Spoken):
@@ -1375,7 +1378,7 @@ class Text(_MessagePart):
     _content = "output_text"
 
     def __post_init__(self) -> None:
-        if type(self.text) is not str or type(self.choice) is not int:
+        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0:
             _check(self, text=(self.text, str), choice=(self.choice, int))
 
     @override
@@ -1486,6 +1489,10 @@ class Reasoning(_Spoken):
 
     def __post_init__(self) -> None:
         _check(self, summary=(self.summary, str), encrypted_content=(self.encrypted_content, (str, type(None))))
+
+    @override
+    def _continues(self, opened: _Spoken) -> bool:
+        return isinstance(opened, Reasoning) and self.encrypted_content in (None, opened.encrypted_content)
 
     @override
     def _with(self, text: str) -> Reasoning:
@@ -1623,6 +1630,7 @@ class ToolCall(_Call):
         choice: int = 0,
     ) -> None:
         _check(self, name=(name, str), arguments=(arguments, (str, Mapping)), id=(id, (str, type(None))))
+        _check(self, choice=(choice, int))
         ours = not isinstance(arguments, str)
         text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
         for key, value in (("name", name), ("arguments", text), ("id", id), ("choice", choice), ("_ours", ours)):
@@ -1644,9 +1652,11 @@ class CustomToolCall(_Call):
     _type = "custom"
     _key = "custom"
     _item_type = "custom_tool_call"
+    _padded = False
 
     def __post_init__(self) -> None:
         _check(self, name=(self.name, str), input=(self.input, str), id=(self.id, (str, type(None))))
+        _check(self, choice=(self.choice, int))
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -1666,8 +1676,12 @@ class WebSearch(_Spoken):
     _in_chat = False
 
     def __post_init__(self) -> None:
-        _check(self, query=(self.query, str))
+        _check(self, query=(self.query, str), id=(self.id, (str, type(None))))
+        if isinstance(self.sources, str):
+            raise TypeError(f"WebSearch wants a list of URLs for sources, not {self.sources!r}")
         object.__setattr__(self, "sources", tuple(self.sources))
+        for url in self.sources:
+            _check(self, sources=(url, str))
 
     @override
     def _fragments(self) -> Sequence[str]:
@@ -1713,6 +1727,7 @@ class Finish(_Part):
     def __post_init__(self) -> None:
         if self.reason not in _REASONS:
             raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
+        _check(self, choice=(self.choice, int))
 
     @override
     def _tell(self, teller: _Teller) -> None:
@@ -1731,8 +1746,9 @@ class Usage(_Part):
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
-            if type(getattr(self, name)) is not int:
-                _check(self, **{name: (getattr(self, name), int)})
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                _check(self, **{name: (value, int)})
 
     @property
     def total_tokens(self) -> int:
@@ -1796,6 +1812,11 @@ class StreamError(_Part):
     code: str | None = None
     param: str | None = None
 
+    def __post_init__(self) -> None:
+        word = (str, type(None))
+        _check(self, message=(self.message, str), type=(self.type, str))
+        _check(self, code=(self.code, word), param=(self.param, word))
+
     @override
     def _tell(self, teller: _Teller) -> None:
         teller.error(self)
@@ -1840,6 +1861,8 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
+        word = (str, type(None))
+        _check(self, id=(id, word), model=(model, word), created=(created, (int, type(None))))
         self.parts = parts
         self.id = id
         self.model = model
@@ -2162,7 +2185,7 @@ _POOL = "".join(random.Random(16).choices(_ALNUM, k=1024 + 16))
 
 def _obfuscation(number: int, length: int) -> str:
     """The padding that hides the size of a delta: letters and digits, other ones for each event of a stream."""
-    begin = number * 7 & 1023
+    begin = number * 37 & 1023
     return _POOL[begin : begin + length]
 
 
@@ -2212,6 +2235,8 @@ _LATE: dict[str, Any] = {"top_p": 0.98, "retention": "24h"}
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gpt-3.5", _CLASSIC),
     ("gpt-4o-audio", {"fingerprint": True, "effort": None, "context": None}),
+    ("gpt-4o-mini-audio", {"fingerprint": True, "effort": None, "context": None}),
+    ("gpt-audio", {"fingerprint": True, "effort": None, "context": None}),
     ("gpt-4o-search", {"fingerprint": True, "service_tier": False, "effort": None, "context": None}),
     ("gpt-4o-mini-search", {"fingerprint": True, "service_tier": False, "effort": None, "context": None}),
     ("gpt-4o", {**_CLASSIC, "fingerprint": True}),
@@ -2295,7 +2320,7 @@ class _Encoder:
         self.ids = ids
         self.created = reply.created if reply.created is not None else created
         self.asked = request._ask()
-        self.model = _model(self.asked.model)
+        self.model = _model(reply.model or self.asked.model)
         self.model_name = reply.model or self.model.snapshot
         self.items: list[_Item] = []
         self.open: dict[int, _Item] = {}  # the item that each choice is saying
@@ -2403,6 +2428,7 @@ class _ChatEncoder(_Encoder):
         self.fingerprint = _fingerprint(self.model_name) if model.fingerprint else None
         self.tier = {"service_tier": self.asked.tier} if model.service_tier else {}
         self.started: dict[int, bool] = {}  # the choices whose role chunk is sent
+        self.finished: set[int] = set()  # the choices that a Chunk has finished
         self.calls: dict[int, int] = {}  # how many calls each choice has made
 
     def name_item(self, item: _Item) -> None:
@@ -2413,9 +2439,13 @@ class _ChatEncoder(_Encoder):
             self.calls[part.choice] = item.index + 1
 
     def adopt(self, chunk: Chunk) -> None:
+        before = self.id, self.created, self.model_name
         self.id = chunk.id or self.id
         self.created = chunk.created or self.created
         self.model_name = chunk.model or self.model_name
+        if (self.id, self.created, self.model_name) != before:
+            for item in self.open.values():
+                item.cut = None  # its frame has the envelope as it was
 
     def _chunk(self, choices: list[_JSON], obfuscation: str | None, usage: _JSON | None, swapped: bool) -> _JSON:
         event: _JSON = {
@@ -2498,7 +2528,7 @@ class _ChatEncoder(_Encoder):
         def make(text: str, obfuscation: Any, number: Any) -> _JSON:
             return self._choice(choice, opened._chat_delta(item, text), obfuscation=obfuscation)
 
-        first, self.number = self.number, self.number + len(texts)
+        first, self.number = self.number + 1, self.number + len(texts)
         return [_Deltas(item, texts, first, make)]
 
     def chunk(self, chunk: Chunk) -> list[_Event]:
@@ -2521,6 +2551,7 @@ class _ChatEncoder(_Encoder):
                 delta["tool_calls"] = calls
             if choice.finish_reason:
                 self.finish[choice.index] = choice.finish_reason
+                self.finished.add(choice.index)
             choices.append({"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason})
         self.usage = chunk.usage or self.usage
         self.adopt(chunk)
@@ -2547,7 +2578,11 @@ class _ChatEncoder(_Encoder):
         for choice, body in bodies.items():
             if body["message"]["annotations"]:
                 events.append(self._choice(choice, {"annotations": body["message"]["annotations"]}))
-        events += [self._choice(choice, {}, finish=body["finish_reason"]) for choice, body in bodies.items()]
+        events += [
+            self._choice(choice, {}, finish=body["finish_reason"])
+            for choice, body in bodies.items()
+            if choice not in self.finished
+        ]
         if self.asked.with_usage:
             events.append(self._chunk([], self._padding(), self._usage(), False))
         return events
@@ -2576,7 +2611,7 @@ class _ChatEncoder(_Encoder):
         for item in spoken:
             choice = item.part.choice
             item.part._chat_message(item, messages[choice])
-            if item.entries:
+            if self.asked.logprobs and isinstance(item.part, _MessagePart):
                 kind = "refusal" if isinstance(item.part, Refusal) else "content"
                 logprobs = entries.setdefault(choice, {"content": None, "refusal": None})
                 logprobs[kind] = (logprobs[kind] or []) + [_chat_logprobs(entry) for entry in item.entries]
@@ -2674,6 +2709,18 @@ _WEB_SEARCH = {  # what a web_search tool echoes where the request is silent (wi
     "search_context_size": "medium",
     "user_location": {"type": "approximate", "city": None, "country": "US", "region": None, "timezone": None},
 }
+_NOWHERE = {"type": "approximate", "city": None, "country": None, "region": None, "timezone": None}
+_TOOL_DEFAULTS: dict[str, _JSON] = {
+    "web_search": _WEB_SEARCH,
+    "web_search_preview": _WEB_SEARCH,
+    "file_search": {
+        "filters": None,
+        "max_num_results": 20,
+        "ranking_options": {"ranker": "auto", "score_threshold": 0.0},
+    },
+    "mcp": {"allowed_tools": None, "headers": None, "server_description": None},
+    "tool_search": {"description": None, "parameters": None},
+}
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _RESPONSE_ID = re.compile(r"resp_[0-9a-f]{50}")
 
@@ -2706,9 +2753,11 @@ def _tool_echo(value: object) -> object:
         told["parameters"] = _strict_schema(parameters) if strict is None else parameters
         told["strict"] = True if strict is None else strict
         return _by_key(told)
-    if tool.get("type") in ("web_search", "web_search_preview"):
-        return _by_key({**_WEB_SEARCH, **{key: each for key, each in tool.items() if each is not None}})
-    return _by_key(tool)
+    defaults = _TOOL_DEFAULTS.get(_string(tool.get("type")), {})
+    told = {**defaults, **{key: each for key, each in tool.items() if each is not None or key not in defaults}}
+    if isinstance(told.get("user_location"), dict):
+        told["user_location"] = {**_NOWHERE, **_dict(told["user_location"])}
+    return _by_key(told)
 
 
 def _text_echo(value: object) -> _JSON:
@@ -2768,6 +2817,10 @@ class _ResponsesEncoder(_Encoder):
             value = body.get(key)
             return default if value is None else value
 
+        def number(key: str, default: float) -> Any:
+            value = told(key, default)
+            return float(value) if type(value) is int else value  # the API's are floats: 1.0 (wire.md 0)
+
         asked = told("reasoning", {})
         asked = _dict(asked)
         reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
@@ -2787,7 +2840,7 @@ class _ResponsesEncoder(_Encoder):
             "completed_at": None,
             **({"conversation": conversation} if conversation is not None else {}),
             "error": None,
-            "frequency_penalty": told("frequency_penalty", 0.0),
+            "frequency_penalty": number("frequency_penalty", 0.0),
             "incomplete_details": None,
             "instructions": told("instructions"),
             "max_output_tokens": told("max_output_tokens"),
@@ -2796,7 +2849,7 @@ class _ResponsesEncoder(_Encoder):
             "moderation": told("moderation"),
             "output": [],
             "parallel_tool_calls": told("parallel_tool_calls", True),
-            "presence_penalty": told("presence_penalty", 0.0),
+            "presence_penalty": number("presence_penalty", 0.0),
             "previous_response_id": told("previous_response_id"),
             **({"prompt": body["prompt"]} if body.get("prompt") is not None else {}),
             "prompt_cache_key": told("prompt_cache_key"),
@@ -2806,13 +2859,13 @@ class _ResponsesEncoder(_Encoder):
             "safety_identifier": told("safety_identifier"),
             "service_tier": told("service_tier", "auto"),
             "store": told("store", True),
-            "temperature": told("temperature", 1.0),
+            "temperature": number("temperature", 1.0),
             "text": _text_echo(body.get("text")),
             "tool_choice": told("tool_choice", "auto"),
             "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}},
             "tools": [_tool_echo(tool) for tool in _list(body.get("tools"))],
             "top_logprobs": told("top_logprobs", 0),
-            "top_p": told("top_p", model.top_p),
+            "top_p": number("top_p", model.top_p),
             "truncation": told("truncation", "disabled"),
             "usage": None,
             "user": told("user"),
@@ -2891,7 +2944,7 @@ class _ResponsesEncoder(_Encoder):
 
         def make(text: str, obfuscation: Any, number: Any) -> _JSON:
             event = {**fields, "delta": text, "sequence_number": number}
-            if self.obfuscated:
+            if self.obfuscated and item.part._padded:
                 event["obfuscation"] = obfuscation
             return {"type": kind, **{key: event[key] for key in sorted(event)}}
 
@@ -3652,6 +3705,8 @@ def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Call
 _USUAL = (  # on every answer of the API itself (wire.md 5)
     b"openai-version: 2020-10-01\r\nopenai-organization: org-fake\r\nopenai-project: proj_fake\r\n"
 )
+_VERSION = b"openai-version: 2020-10-01\r\n"
+_GATEWAY = b"vary: Origin\r\n"  # sends no version and no time
 _LIMITS = (
     b"x-ratelimit-limit-requests: 10000\r\n"
     b"x-ratelimit-limit-tokens: 2000000\r\n"
@@ -3725,7 +3780,7 @@ def _delta_chunks(deltas: _Deltas, chunked: bool) -> bytes:
     fixed = len(before) + len(between) + len(middle) + len(after)  # bytes, where all is ASCII
     framed: list[str] = []
     for text in deltas.texts:
-        begin, quoted = number * 7 & 1023, quote(text)
+        begin, quoted = number * 37 & 1023, quote(text)
         padding = pool[begin : begin + (-len(text) & 15)]
         count = str(number) if after else ""
         if ascii_only:
@@ -4164,9 +4219,7 @@ class _BodyTeller(_Teller):
 def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> Iterator[_Part]:
     """The parts of an answer that is known: as they are, but repeated for n, and with Texts in a row taken together."""
     n = encoder.asked.n
-    if n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
-        parts = list(_repeated(parts, n))
-    elif len(parts) == 1:
+    if n == 1 and len(parts) == 1:
         return iter(parts)
     calls: dict[int, int] = {}
     for part in parts:
@@ -4176,6 +4229,8 @@ def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> Iterat
         encoder.parallel = True
         if request.api == "chat.completions":
             parts = [_spaced(part) if isinstance(part, ToolCall) else part for part in parts]
+    if n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
+        parts = list(_repeated(parts, n))
     return _runs(parts) if len(parts) > 2 else iter(parts)
 
 
@@ -4583,7 +4638,7 @@ class _Connection(BaseRequestHandler):
             status, content_type, usual, fake.cors, self.head is None or not self.head.keep_alive or self.hung_up
         )
         request_id = fake._ids().hex(32)
-        if not usual:
+        if usual == _GATEWAY:
             return b"%b%bx-request-id: req_%b\r\n" % (top, _date_field(), request_id.encode())
         milliseconds = int((time.perf_counter() - self.started) * 1000)
         fields = f"x-request-id: req_{request_id}\r\nopenai-processing-ms: {milliseconds}\r\n"
@@ -4616,12 +4671,16 @@ class _Connection(BaseRequestHandler):
         status = error.status
         request = self.exchange.request
         responses = request is not None and request.api == "responses"
-        gateway = status in (401, 404) and not responses
-        top = self._top(
-            status,
-            "application/json; charset=utf-8" if gateway else "application/json",
-            b"vary: Origin\r\n" if gateway else _USUAL + (_LIMITS if not responses and status != 401 else b""),
-        )
+        unknown_model = error.code == "model_not_found" and error.param is None
+        gateway = not responses and (status == 401 or (status == 404 and unknown_model))
+        if gateway:
+            usual = _GATEWAY
+        elif status == 401:
+            usual = _VERSION
+        else:
+            usual = _USUAL + (_LIMITS if request is not None and request.api == "chat.completions" else b"")
+        content_type = "application/json; charset=utf-8" if gateway else "application/json"
+        top = self._top(status, content_type, usual)
         fields = {**error.headers, **(extra or {})}
         if status == 401 and responses:
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
@@ -5041,7 +5100,10 @@ class _Telling:
             self.plain(answer, connection)
             return
         reply = self.reply(answer)
-        encoder = connection.exchange.encoder = self.encoder(reply)
+        try:
+            encoder = connection.exchange.encoder = self.encoder(reply)
+        except Exception as error:  # a Reply with what no answer can have
+            raise _Fault(error) from None
         make = _StreamTeller if self.streamed else _BodyTeller
         ttft = self.fake.ttft if reply.ttft is None else reply.ttft
         itl = self.fake.itl if reply.itl is None else reply.itl
