@@ -40,6 +40,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import zlib
 from binascii import b2a_base64
 from collections import deque
@@ -5096,7 +5097,7 @@ class _Telling:
     def tell(self, connection: _Connection, waiter: _Waiter) -> None:
         """Answers on a connection."""
         answer = self.answer(waiter)
-        if type(answer) is str and self.asked.plain and not self.fake.paced:
+        if type(answer) is str and self.asked.plain and not self.fake._paced:
             self.plain(answer, connection)
             return
         reply = self.reply(answer)
@@ -5342,7 +5343,7 @@ class FakeOpenAI:
     - `ttft`, `itl`: seconds to the first token, and between tokens.
     - `models`: what GET /models lists.
     - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
-      what is sent as JSON, or bytes, or an APIError.
+      what is sent as JSON, or bytes, or an APIError. A {name} in a route stands for any one segment of the path.
     - `keep`: how many requests are kept in `requests`, and how many answers with `store`; None keeps all.
     - `cors`: answer browsers of any origin.
     - `seed`, `clock`: ids and times come from them, and are the same in every run.
@@ -5378,7 +5379,7 @@ class FakeOpenAI:
         self.strict = strict
         self.ttft = ttft
         self.itl = itl
-        self.paced = bool(ttft or itl)
+        self._paced = bool(ttft or itl)
         self.models = models
         self.cors = cors
         self.seed = seed
@@ -5427,9 +5428,10 @@ class FakeOpenAI:
         Then raises the first of `errors`, unless an exception is being handled already. Can be called again, from any
         thread, and from a handler.
         """
-        self._stop(sys.exc_info()[0] is not None)
+        failing = sys.exc_info()[1]
+        self._stop(failing is not None, failing)
 
-    def _stop(self, failing: bool) -> None:
+    def _stop(self, failing: bool, failure: BaseException | None = None) -> None:
         server = self._server
         if server is None or self._pid != os.getpid() or not self._stopping.acquire(blocking=False):
             return  # in a forked child the server is the parent's
@@ -5440,14 +5442,22 @@ class FakeOpenAI:
                 self.handler._check_used()
             except AssertionError as error:
                 self.errors.append(error)
-        if self.errors and not failing:
+        if not self.errors:
+            return
+        if not failing:
             raise _annotated(self.errors, self._transcript())
+        story = "".join(traceback.format_exception(self.errors[0]))
+        _LOG.warning("the fake had failed before the test did: %s", story)
+        if failure is not None and sys.version_info >= (3, 11):
+            failure.add_note(f"The fake had failed before:\n{story}")
 
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        self._stop(kind is not None)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop(error is not None, error)
 
     @property
     def url(self) -> str:
@@ -5649,9 +5659,13 @@ def start(
 
 
 def _has_failed(test: unittest.TestCase) -> bool:
-    """Whether the body of a test has failed; unittest says so in private only (3.10 to 3.14)."""
-    outcome: Any = getattr(test, "_outcome", None)
-    return getattr(outcome, "success", True) is False
+    """Whether a test has failed so far; unittest says so in private only (3.10 to 3.14), and so does pytest."""
+    outcome: Any = getattr(test, "_outcome", None)  # its `success` is the cleanup's own by now
+    result: Any = getattr(outcome, "result", None)
+    told = [*getattr(outcome, "errors", ()), *getattr(result, "failures", ()), *getattr(result, "errors", ())]
+    if any(error and test in (failed, getattr(failed, "test_case", None)) for failed, error in told):
+        return True
+    return bool(getattr(result, "_excinfo", None))
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -5698,7 +5712,7 @@ def _log_line(exchange: _Exchange, clock: str, colour: bool = False) -> str:
     if exchange.usage:
         columns.append(f"{exchange.usage.prompt_tokens}+{exchange.usage.completion_tokens} tokens")
     if exchange.outcome:
-        columns.append(_painted(_safe_line(exchange.outcome), "31", colour))
+        columns.append(_painted(_safe_line(exchange.outcome, 120), "31", colour))
     return "  ".join(columns) + "\n"
 
 
@@ -5798,8 +5812,6 @@ class _ShownServer(FakeOpenAI):
         self._console.write(text)
 
     def _new_failures(self) -> str:
-        import traceback
-
         with self._shown_lock:
             errors = self.errors[self._shown :]
             self._shown += len(errors)
