@@ -181,7 +181,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_loads = json.JSONDecoder(parse_constant=_refuse_constant).decode
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # it could not be sent back
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+_loads = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -407,12 +414,18 @@ def _chat_messages(value: object) -> list[Message]:
     return messages
 
 
+def _item_type(item: _JSON) -> Any:
+    """The type of an input item; only messages and references may lack it (S)."""
+    kind = item.get("type")
+    return kind if kind is not None else "item_reference" if "id" in item and "role" not in item else "message"
+
+
 def _items_messages(items: Iterable[object]) -> list[Message]:
     """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
     messages: list[Message] = []
     for each in items:
         item = _dict(each)
-        kind = item.get("type", "message")
+        kind = _item_type(item)
         if kind == "message":
             messages.append(Message(_string(item.get("role")), item.get("content")))
         elif kind in ("function_call", "custom_tool_call"):
@@ -3042,8 +3055,11 @@ _PREFIX = re.compile(r"(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    pieces = re.split(r"\{\w+\}", path)
-    return re.compile("([^/]+)".join(map(re.escape, pieces)))
+    """`{name}` is one segment of a path; `{name*}` is the rest of it: a model's name may have slashes."""
+    pieces = re.split(r"\{\w+(\*?)\}", path)
+    pieces[::2] = map(re.escape, pieces[::2])
+    pieces[1::2] = ("(.+)" if star else "([^/]+)" for star in pieces[1::2])
+    return re.compile("".join(pieces))
 
 
 def _find_route(routes: Mapping[str, _Endpoint], method: str, path: str) -> _Route:
@@ -3157,15 +3173,15 @@ class _StoredChat:
 
 
 def _digits(text: str, default: int) -> int:
-    return int(text) if re.fullmatch("[0-9]{1,4}", text) else default
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else default
 
 
 def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
-    """A page of a list: `limit`, `order`, `after` and `before` as the query says."""
+    """A page of a list: `limit`, `order` and `after` as the query says."""
     query = {key: values[-1] for key, values in parse_qs(request.query).items()}
     ordered = list(items) if query.get("order", order) == "asc" else list(items)[::-1]
     ids = [item.get("id") for item in ordered]
-    if query.get("after") in ids:
+    if "after" in query and query["after"] in ids:
         ordered = ordered[ids.index(query["after"]) + 1 :]
     limit = max(1, min(_digits(query.get("limit", ""), 20), 100))
     page = ordered[:limit]
@@ -3187,8 +3203,9 @@ def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
 @_endpoint("GET /chat/completions")
 def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
     model = parse_qs(request.query).get("model")
-    bodies = [chat.body() for chat in tuple(fake._chats.values())]
-    return _listing(request, [body for body in bodies if model is None or body["model"] in model], "asc")
+    chats = [(chat.request.model, chat.body()) for chat in tuple(fake._chats.values())]
+    bodies = [body for asked, body in chats if model is None or asked in model or body["model"] in model]
+    return _listing(request, bodies, "asc")
 
 
 @_endpoint("GET /chat/completions/{id}")
@@ -3213,40 +3230,45 @@ def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     messages: list[_JSON] = _list(_stored_chat(fake, id).request.body.get("messages"))
-    return _listing(request, [{"id": f"{id}-{at}", **message} for at, message in enumerate(messages)], "asc")
+    return _listing(request, [{"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)], "asc")
 
 
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    def __init__(self, request: Request, encoder: Any, history: list[Any]) -> None:
-        self.request = request
+    def __init__(self, encoder: Any, history: list[Any], items: list[Any], log: _Log | None) -> None:
         self.encoder: _ResponsesEncoder = encoder
         self.history = history
-        self.log: _Log | None = None  # in the background
-        self.input = [_stored_item(item, self.encoder) for item in _input_items(request.input)]
+        self.input = [_stored_item(item, self.encoder._id) for item in items]
+        self.log = log  # in the background
 
     def output(self) -> list[_JSON]:
         return [item.part._item(item, self.encoder) for item in self.encoder.items]
+
+    def over(self) -> bool:
+        return self.encoder.status in ("completed", "incomplete")
 
     def conversation(self) -> list[Any]:
         """All items, up to the end of this response."""
         return [*self.history, *self.input, *self.output()]
 
     def body(self) -> _JSON:
-        return self.encoder.response(self.encoder.status)
+        cancelled = self.log is not None and self.log.cancelled
+        return self.encoder.response("cancelled" if cancelled else self.encoder.status)
 
 
 _ITEM_PREFIXES = {"function_call": "fc_", "function_call_output": "fc_", "reasoning": "rs_", "custom_tool_call": "ctc_"}
 
 
-def _stored_item(item: Any, encoder: _ResponsesEncoder) -> Any:
+def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     """An input item as the API lists it: with an id, a status, and content parts."""
-    stored = {"type": "message", **_dict(item)}
+    stored: _JSON = {**_dict(item), "type": _item_type(_dict(item))}
     if isinstance(stored.get("content"), str) and stored["type"] == "message":
         kind = "output_text" if stored.get("role") == "assistant" else "input_text"
         stored["content"] = [{"type": kind, "text": stored["content"]}]
-    id = encoder._id(_ITEM_PREFIXES.get(str(stored["type"]), "msg_"))
+    id = stored.pop("id", None)
+    if id is None:
+        id = new_id(_ITEM_PREFIXES.get(str(stored["type"]), "msg_"))
     return {"id": id, **({"status": "completed"} if stored["type"] == "message" else {}), **stored}
 
 
@@ -3282,15 +3304,16 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
 
 def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
     """Input items with those that they refer to in the place of references."""
-    references = [_dict(item).get("type") == "item_reference" for item in items]
+    references = [_item_type(_dict(item)) == "item_reference" for item in items]
     if not any(references):
         return items
-    stored: dict[Any, Any] = {
-        _dict(item).get("id"): item
+    stored: dict[str, Any] = {
+        str(_dict(item).get("id")): item
         for response in tuple(fake._responses.values())
         for item in (*response.input, *response.output())
     }
-    return [stored.get(item["id"], item) if refers else item for item, refers in zip(items, references, strict=True)]
+    pairs = zip(items, references, strict=True)
+    return [stored.get(str(item.get("id")), item) if refers else item for item, refers in pairs]
 
 
 @_endpoint("POST /responses")
@@ -3314,11 +3337,12 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
         return telling
 
     def store(encoder: _Encoder) -> None:
-        stored = _StoredResponse(request, encoder, history)
+        stored = _StoredResponse(encoder, history, resolved, telling.log)
         fake._remember(fake._responses, stored.encoder.id, stored)
         conversation = stored.encoder.base.get("conversation")
-        if conversation and conversation.get("id") in fake._conversations:
-            fake._conversations[conversation["id"]].responses.append(stored)
+        kept = fake._conversations.get(str(conversation.get("id"))) if conversation else None
+        if kept is not None:
+            kept.responses.append(stored)
 
     telling.on_begin = store
     return _in_background(fake, request, telling) if background else telling
@@ -3334,7 +3358,7 @@ def _stored_response(fake: FakeOpenAI, id: str) -> _StoredResponse:
 def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
     stored = _stored_response(fake, id)
     query = {key: values[-1] for key, values in parse_qs(request.query).items()}
-    if query.get("stream") != "true":
+    if query.get("stream") != "true" or request.method == "HEAD":
         return stored.body()
     if stored.log is None:
         raise APIError(400, "This response cannot be streamed because it was not created with background=true.")
@@ -3382,7 +3406,10 @@ class _Conversation:
         self.responses: list[_StoredResponse] = []
 
     def items(self) -> list[Any]:
-        return [*self.added, *(item for stored in self.responses for item in (*stored.input, *stored.output()))]
+        return [
+            *self.added,
+            *(item for each in self.responses if each.over() for item in (*each.input, *each.output())),
+        ]
 
     def body(self, id: str) -> _JSON:
         return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
@@ -3398,9 +3425,7 @@ def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
 def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = _parse_body(request) if request.raw_body else {}
     ids = fake._ids()
-    items: list[Any] = [
-        {"id": "msg_" + ids.hex(50), "status": "completed", **_dict(item)} for item in _input_items(body.get("items"))
-    ]
+    items = [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _input_items(body.get("items"))]
     id = "conv_" + ids.hex(48)
     fake._remember(fake._conversations, id, _Conversation(int(fake.clock()), body.get("metadata") or {}, items))
     return fake._conversations[id].body(id)
@@ -3439,7 +3464,7 @@ def _list_models(fake: FakeOpenAI, request: Request) -> _JSON:
     return {"object": "list", "data": [_model_object(id) for id in fake._model_names()]}
 
 
-@_endpoint("GET /models/{id}")
+@_endpoint("GET /models/{id*}")
 def _get_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     if id not in fake._model_names():
         raise APIError(404, f"The model '{id}' does not exist", param="model", code="model_not_found")
@@ -4752,6 +4777,8 @@ class _Connection(BaseRequestHandler):
             exchange.outcome = exchange.outcome or "client left"
             self.hung_up = True
             _LOG.info("%s %s: the client left, the answer stopped", head.method, head.path)
+        except Exception as error:  # the fake's own bug
+            self._own_fault(error, request)
         finally:
             fake._depart(request)
             fake._ended(self)
@@ -5047,6 +5074,7 @@ class _Telling:
         self.asked = request._ask()
         self.streamed = self.asked.stream
         self.on_begin: Callable[[_Encoder], None] | None = None  # stores what will be said
+        self.log: _Log | None = None  # in the background
 
     def answer(self, waiter: _Waiter) -> Any:
         """What the handler answers. Raises _Fault for what it raises, but for an APIError."""
@@ -5174,7 +5202,7 @@ class _Log:
         self.events: list[_JSON] = []
         self.over = False
         self.followers: list[queue.SimpleQueue[Any]] = []
-        self.encoder: _ResponsesEncoder | None = None
+        self.cancelled = False
 
     def add(self, events: list[_Event]) -> None:
         """Appends events, unless the response was cancelled."""
@@ -5199,9 +5227,7 @@ class _Log:
         with self.lock:
             if self.over:
                 return
-            self.over = True
-            if self.encoder is not None:
-                self.encoder.status = "cancelled"
+            self.over = self.cancelled = True
             self._tell()
         self.waiter.cancelled = True
         wake = self.waiter.wake
@@ -5218,6 +5244,8 @@ class _LogTeller(_Teller):
         self.responses = cast(_ResponsesEncoder, encoder)
 
     def _proceed(self) -> None:
+        if self.log.cancelled:
+            raise _Gone
         if self.responses.status == "queued":
             self.log.add(self.responses.proceed())
 
@@ -5254,10 +5282,8 @@ def _in_background(fake: FakeOpenAI, request: Request, telling: _Telling) -> Any
     """Answers at once that the response is queued, and makes it on a thread of its own."""
     waiter = _Waiter(fake._running(), None, True)
     reply = telling.reply(telling.answer(waiter))
+    log = telling.log = _Log(waiter)
     encoder = cast(_ResponsesEncoder, telling.encoder(reply))
-    log = _Log(waiter)
-    log.encoder = encoder
-    fake._responses[encoder.id].log = log
     log.add(encoder.begin())
     queued = encoder.response("queued")
 
@@ -5385,7 +5411,9 @@ class FakeOpenAI:
         self.seed = seed
         self.clock = clock
         self.errors: list[BaseException] = []
-        self._routes: dict[str, _Endpoint] = {**{name: _own_route(each) for name, each in (routes or {}).items()}}
+        self._routes: dict[str, _Endpoint] = {
+            _route_name(name): _own_route(each) for name, each in (routes or {}).items()
+        }
         self._routes.update((name, each) for name, each in _ENDPOINTS.items() if name not in self._routes)
         self._found: dict[tuple[str, str], _Route] = {}
         self._asked: dict[tuple[str, str | None, bytes], _Asked] = {}
@@ -5613,6 +5641,13 @@ def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
     elif error.__cause__ is None:
         error.__cause__ = Exception(transcript)
     return error
+
+
+def _route_name(name: str) -> str:
+    """The name without the /v1 that every path may have. Raises ValueError for one that no request could match."""
+    if not re.fullmatch(r"[A-Z]+ /\S*", name):
+        raise ValueError(f'a route is "METHOD /path", as in "POST /audio/speech", not {name!r}')
+    return name.replace(" /v1/", " /", 1)
 
 
 def _own_route(function: Callable[[Request], object]) -> _Endpoint:
