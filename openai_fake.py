@@ -1926,13 +1926,26 @@ _END: Any = object()  # in a Stream's queue: close() was called
 _WAKE: Any = object()  # in a Stream's queue: look whether the client has left
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class _Failure(_Part):
+    """An APIError at this place: itself where nothing is sent yet, a StreamError in a stream."""
+
+    error: APIError
+
+    @override
+    def _tell(self, teller: _Teller) -> None:
+        teller.refuse(self.error)
+
+
 class Stream:
     """A live answer: a test sends its parts, from any thread, while the client reads.
 
-    It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops.
+    It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops,
+    or when its client has waited for the next part for `timeout` seconds (None: for ever).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout: float | None = 30.0) -> None:
+        self._timeout = timeout
         self._queue: queue.SimpleQueue[_Part] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the fields below, and tells when they change
         self._request: Request | None = None
@@ -1967,9 +1980,7 @@ class Stream:
 
     def fail(self, error: APIError | StreamError) -> None:
         """Ends the answer with an error inside the stream. Raises RuntimeError after `close` or `fail`."""
-        if isinstance(error, APIError):
-            error = StreamError(error.message, type=error.type, code=error.code, param=error.param)
-        self.send(error)
+        self.send(_Failure(error) if isinstance(error, APIError) else error)
         self.close()
 
     def flush(self, timeout: float = 5.0) -> bool:
@@ -2001,7 +2012,7 @@ class Stream:
         """Whether the client has left before the end."""
         return self._gone
 
-    def wait_disconnected(self, timeout: float | None = None) -> bool:
+    def wait_disconnected(self, timeout: float = 5.0) -> bool:
         """Waits until the client has left. Returns False if it has not after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._gone, timeout)
@@ -2323,6 +2334,7 @@ class _Encoder:
     """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
 
     done: ClassVar[str | None] = None  # the data of the event after the last
+    ended = False  # all is said
     id: str
     usage: Usage | None = None
     tokens = 0
@@ -2405,12 +2417,16 @@ class _Encoder:
         """The events of an answer that fails. `error`: message, type, param, code."""
         raise NotImplementedError
 
+    def abandon(self) -> None:
+        """Nothing more will be said: the client has left, or the handler has failed."""
+
     def body(self) -> _JSON:
         """The JSON body: the fold of all that was said."""
         raise NotImplementedError
 
     def close_items(self) -> None:
-        """Gives the items that are still being said the status they end with."""
+        """All is said: gives the items that are still being said the status they end with."""
+        self.ended = True
         cut = self.finish and any(reason in ("length", "content_filter") for reason in self.finish.values())
         for item in self.items:
             if item.status == "in_progress":
@@ -2582,8 +2598,10 @@ class _ChatEncoder(_Encoder):
 
     def end(self) -> list[_Event]:
         if self.given and not self.started:
+            self.close_items()
             return []
         events: list[_Event] = []
+        self.close_items()
         bodies = {choice["index"]: choice for choice in self._choices()}
         for choice in bodies:
             if choice not in self.started:
@@ -3020,6 +3038,9 @@ class _ResponsesEncoder(_Encoder):
         told = {key: error[key] for key in ("type", "code", "message", "param")}
         return [self._event("error", {"error": told}), self._lifecycle("failed")]
 
+    def abandon(self) -> None:
+        self.status = "cancelled"  # as the API calls it when a connection is closed
+
     def body(self) -> _JSON:
         self.close_items()
         self.status = self.final_status()
@@ -3195,15 +3216,16 @@ def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
 
 
 def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
-    if id not in fake._chats:
+    chat = fake._chats.get(id)
+    if chat is None or not chat.encoder.ended:
         raise APIError(404, f"Chat completion with id '{id}' not found.")
-    return fake._chats[id]
+    return chat
 
 
 @_endpoint("GET /chat/completions")
 def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
     model = parse_qs(request.query).get("model")
-    chats = [(chat.request.model, chat.body()) for chat in tuple(fake._chats.values())]
+    chats = [(chat.request.model, chat.body()) for chat in tuple(fake._chats.values()) if chat.encoder.ended]
     bodies = [body for asked, body in chats if model is None or asked in model or body["model"] in model]
     return _listing(request, bodies, "asc")
 
@@ -3277,13 +3299,6 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
     conversation, previous = body.get("conversation"), body.get("previous_response_id")
     if isinstance(conversation, dict):
         conversation = _dict(conversation).get("id")
-    if conversation is not None and previous is not None and fake.validate:
-        raise APIError(
-            400,
-            "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'previous_response_id' or "
-            "'conversation'.",
-            code="mutually_exclusive_parameters",
-        )
     if isinstance(conversation, str):
         if conversation in fake._conversations:
             return fake._conversations[conversation].items()
@@ -3948,13 +3963,13 @@ class _Waiter:
             raise _Gone
         # who has half-closed gets its JSON, just sooner
 
-    def get(self, parts: queue.SimpleQueue[_Part]) -> _Part:
-        """The next part of a Stream. Raises _Gone where the client has left."""
+    def get(self, parts: queue.SimpleQueue[_Part], timeout: float | None = None) -> _Part:
+        """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
         self._enter(lambda: parts.put(_WAKE))
         while True:
             if self.left():
                 raise _Gone
-            part = parts.get()
+            part = parts.get(timeout=timeout)
             if part is not _WAKE:
                 return part
 
@@ -4032,6 +4047,9 @@ class _Teller:
 
     def error(self, error: StreamError) -> None:
         raise NotImplementedError
+
+    def refuse(self, error: APIError) -> None:
+        self.error(StreamError(error.message, type=error.type, code=error.code, param=error.param))
 
     def flush(self) -> None:
         """Sends what is gathered: what comes next may take its time."""
@@ -4168,6 +4186,7 @@ class _StreamTeller(_Teller):
     def _finish(self) -> None:
         if self.chunked:
             self._add(_LAST_CHUNK)
+        self.connection.answered()
         self.flush()
 
 
@@ -4215,6 +4234,9 @@ class _BodyTeller(_Teller):
     def raw(self, data: bytes) -> None:
         self.acts.append((self.said, Raw(data)))
 
+    def refuse(self, error: APIError) -> None:
+        raise error
+
     def error(self, error: StreamError) -> None:
         raise APIError(500, error.message, type=error.type, code=error.code, param=error.param)
 
@@ -4222,6 +4244,7 @@ class _BodyTeller(_Teller):
         send, head = self.connection.send, self.connection.json_head
         body = _utf8(_dumps(self.encoder.body())) if self.said or not self.acts else b""
         if not self.acts:
+            self.connection.answered()
             send(head(self.reply, len(body)) + body)
             return
         length = len(body) + sum(len(act.data) for _, act in self.acts if isinstance(act, Raw))
@@ -4239,6 +4262,7 @@ class _BodyTeller(_Teller):
                 self.connection.hang_up(act.reset)
                 return
             self.waiter.sleep(act.seconds)
+        self.connection.answered()
         send(piece + body[sent:])
 
 
@@ -4323,11 +4347,14 @@ def _next(parts: Iterator[Any]) -> Any:
 
 def _coming(parts: Iterator[Any], teller: _Teller) -> Iterator[_Part]:
     """The parts of a generator: each is on the wire before the next is asked for."""
+    waiter = teller.waiter
+    if waiter.streams:
+        waiter._enter(bool)  # from now on it is seen between two parts that the client has left
     try:
         while (part := _next(parts)) is not _END:
             yield part
             teller.flush()
-            if teller.waiter.readable and teller.waiter.left():
+            if waiter.left() and waiter.streams:
                 raise _Gone
     finally:
         close = getattr(parts, "close", None)
@@ -4365,7 +4392,11 @@ def _live(stream: Stream, teller: _Teller, request: Request) -> Iterator[_Part]:
         except queue.Empty:
             teller.flush()
             stream._on_wire(taken)
-            part = teller.waiter.get(stream._queue)
+            try:
+                part = teller.waiter.get(stream._queue, stream._timeout)
+            except queue.Empty:
+                told = f"a Stream was sent nothing for {stream._timeout} s: close() ends it, Stream(timeout=None) waits"
+                raise _Fault(TimeoutError(told)) from None
         if part is _END:
             return
         if part is not _WAKE:
@@ -4685,7 +4716,13 @@ class _Connection(BaseRequestHandler):
         """The head of a JSON answer."""
         return self._reply_top(reply, "application/json") + b"content-length: %d\r\n\r\n" % length
 
+    def answered(self) -> None:
+        """Before the last bytes of an answer: who has read them finds its request no more in flight."""
+        if self.exchange.request is not None:
+            self.server.fake._depart(self.exchange.request)
+
     def _send_whole(self, top: bytes, body: bytes, status: int = 200) -> None:
+        self.answered()
         if status == 204:
             self.send(top + b"\r\n")
             return
@@ -5113,6 +5150,7 @@ class _Telling:
         body = _utf8(asked.cut % (f'"{id}"', created, _quote(text), prompt, completion, prompt + completion))
         connection.exchange.plain = text
         connection.exchange.plain_usage = (prompt, completion)
+        connection.answered()
         connection.send(connection.json_head(None, len(body)) + body)
 
     def encoder(self, reply: Reply) -> _Encoder:
@@ -5154,8 +5192,9 @@ class _Telling:
 
     def carry(self, reply: Reply, teller: _Teller) -> None:
         """Tells all parts, and what becomes of them to the Streams they come from."""
-        parts = _source(reply, self.request, teller)
+        parts: Iterator[_Part] = iter(())
         try:
+            parts = _source(reply, self.request, teller)
             told = False
             for part in parts:
                 told = True
@@ -5166,6 +5205,7 @@ class _Telling:
         except _Over:
             pass
         except (_Gone, _Fault, APIError) as error:
+            teller.encoder.abandon()
             if isinstance(error, _Fault) and isinstance(error.error, APIError):
                 raise error.error from None
             raise
@@ -5281,14 +5321,14 @@ class _LogTeller(_Teller):
 def _in_background(fake: FakeOpenAI, request: Request, telling: _Telling) -> Any:
     """Answers at once that the response is queued, and makes it on a thread of its own."""
     waiter = _Waiter(fake._running(), None, True)
-    reply = telling.reply(telling.answer(waiter))
     log = telling.log = _Log(waiter)
-    encoder = cast(_ResponsesEncoder, telling.encoder(reply))
+    encoder = cast(_ResponsesEncoder, telling.encoder(Reply()))
     log.add(encoder.begin())
     queued = encoder.response("queued")
 
     def run() -> None:
         try:
+            reply = telling.reply(telling.answer(waiter))
             ttft = fake.ttft if reply.ttft is None else reply.ttft
             telling.carry(reply, _LogTeller(encoder, waiter, ttft, fake.itl if reply.itl is None else reply.itl, log))
         except _Gone:
@@ -5595,7 +5635,9 @@ class FakeOpenAI:
             text = str(error)
         except BaseException:
             text = "(and its str() raised as well)"
-        message = text if text.startswith("handler returned") else f"handler raised {type(error).__name__}: {text}"
+        message = text
+        if not text.startswith("handler returned"):
+            message = f"handler raised {type(error).__name__}: {text}{_place(error)}"
         _LOG.info("%s %s: %s", request.method, request.path, message)
         return message
 
@@ -5617,6 +5659,12 @@ class FakeOpenAI:
         return "\n".join(lines)
 
 
+def _place(error: BaseException) -> str:
+    """Where the user's code raised an error; "" where it was raised here."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+
+
 _OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "omni-moderation-latest")
 
 _NO_KEY = (
@@ -5636,10 +5684,17 @@ def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
     error = errors[0]
     if len(errors) > 1:
         transcript += "".join(f"\nAnother error: {_short(repr(other))}" for other in errors[1:])
+    if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
+        told = RuntimeError(f"handler raised {type(error).__name__}: {error}")  # itself would end the whole test run
+        told.__cause__ = error
+        error = told
     if sys.version_info >= (3, 11):
         error.add_note(transcript)
-    elif error.__cause__ is None:
-        error.__cause__ = Exception(transcript)
+    else:
+        last = error
+        while last.__cause__ is not None:
+            last = last.__cause__
+        last.__cause__ = Exception(transcript)
     return error
 
 
@@ -5654,16 +5709,21 @@ def _own_route(function: Callable[[Request], object]) -> _Endpoint:
     """An endpoint from a user's function."""
 
     def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> Any:
+        waiter = _Waiter(fake._running(), None, False)
         try:
             result: Any = function(request)
+            if hasattr(result, "__await__"):
+                result = waiter.run(result)
             if isinstance(result, bytes):
                 return _Answer200(result, "application/octet-stream")
             if not isinstance(result, APIError):
                 return _Answer200(_utf8(_dumps(result)))
-        except APIError as error:
-            result = error
+        except (APIError, _Gone):
+            raise
         except BaseException as error:
             raise _Fault(error) from None
+        finally:
+            waiter.end()
         raise result
 
     return endpoint
@@ -5671,7 +5731,7 @@ def _own_route(function: Callable[[Request], object]) -> _Endpoint:
 
 def _preflight(fake: FakeOpenAI, request: Request) -> _Answer200:
     headers = {
-        "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+        "access-control-allow-methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
         "access-control-allow-headers": request.headers.get("access-control-request-headers", "*"),
         "access-control-max-age": "86400",
     }
