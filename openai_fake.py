@@ -126,9 +126,11 @@ _MAX_CHOICES = 8  # the API's bound of n (wire.md 5)
 _MAX_BODY = 64 << 20  # bytes, decoded; OpenAI documents 50 MB for a request with images
 _MAX_LINE = 64 << 10  # bytes of a request line; RFC 9112 3 asks for 8,000 at least
 _MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 to 64 KiB, Go at 1 MiB
+_MAX_DEPTH = 200  # of JSON in requests: Python gives up at 1,000 frames, and some code takes two or three a level
 _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
+_HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
 
 _JSON: TypeAlias = "dict[str, Any]"
@@ -203,6 +205,8 @@ def _header_fields(headers: Mapping[str, str] | None) -> dict[str, str]:
     for name, value in fields.items():
         if not _FIELD_NAME.fullmatch(name):
             raise ValueError(f"not a header field name: {name!r}")
+        if name.lower() in ("content-length", "transfer-encoding"):
+            raise ValueError(f"the server itself sets {name}; use Raw(...) or Disconnect() to break an answer")
         if not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f"not a header field value, which is one line of Latin-1: {value!r} in {name!r}")
     return fields
@@ -3125,10 +3129,27 @@ _NOT_JSON = {
 }
 
 
+def _too_deep(value: Any) -> bool:
+    """Whether JSON is nested deeper than what follows it recursively can bear."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _parse_body(request: Request) -> _JSON:
     """The JSON object in the body. Raises APIError where there is none."""
     try:
         body: Any = _loads(request.raw_body.decode("utf-8-sig").strip(" \t\r\n"))
+        if request.raw_body.count(b"{") + request.raw_body.count(b"[") > _MAX_DEPTH and _too_deep(body):
+            raise RecursionError
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
@@ -3596,6 +3617,7 @@ _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_BEGINNING = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?")
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 
 
@@ -3620,8 +3642,8 @@ def _target(method: str, target: str) -> tuple[str, str, str]:
     elif target.lower().startswith(("http://", "https://")):
         try:
             url = urlsplit(target)
-            if not url.hostname or url.port == 0:
-                raise ValueError
+            if not url.hostname or url.port == 0 or not _HOST.fullmatch(url.netloc.rpartition("@")[2]):
+                raise ValueError  # Python 3.10 takes [zz] for an address
         except ValueError:
             raise _Refused(400, "The request target is not a valid URL.") from None
         path, query = url.path or "/", url.query
@@ -3702,10 +3724,12 @@ def _check_beginning(data: bytes) -> None:
         _request_line(line)
     elif line.endswith(b"\r"):
         line = line[:-1]
-    if re.search(rb"[^\x20-\x7e]", line) or line[:1] == b" ":
+    if not _BEGINNING.fullmatch(line):
         raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
     if _BARE.search(data[:-1] if data.endswith(b"\r") else data):
         raise _Refused(400, "A line of the head does not end with CR LF.")
+    if data.count(b"\r\n") > _MAX_FIELDS + 1:
+        raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
     if len(data) > _MAX_HEAD:
         raise _Refused(431, f"The head of the request is larger than {_MAX_HEAD} bytes.")
 
@@ -3941,6 +3965,8 @@ class _Waiter:
             self.readable = False
             if connection.read_ahead():
                 self._watch()
+            else:  # it has left, or it sends without end what nobody will read
+                connection.gone = True
         return connection.gone
 
     def sleep(self, seconds: float) -> None:
@@ -3967,9 +3993,15 @@ class _Waiter:
         """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
         self._enter(lambda: parts.put(_WAKE))
         while True:
-            if self.left():
+            left = self.left()
+            if left and self.streams:
                 raise _Gone
-            part = parts.get(timeout=timeout)
+            try:
+                part = parts.get(timeout=_HALF_CLOSED if left else timeout)
+            except queue.Empty:
+                if left:
+                    raise _Gone from None
+                raise
             if part is not _WAKE:
                 return part
 
@@ -3985,14 +4017,20 @@ class _Waiter:
             loop = self.loop = asyncio.new_event_loop()
         task = loop.create_task(wait())
 
-        def cancel() -> None:
-            left = self.streams and self.connection is not None and self.connection.peer_gone()
-            if left or self.cancelled or self.server.stopping:
-                with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
-                    loop.call_soon_threadsafe(task.cancel)
+        def look() -> None:  # on the loop's thread, which may read ahead
+            try:
+                over = self.left() and self.streams
+            except _Gone:
+                over = True
+            if over:
+                task.cancel()
 
-        self._enter(cancel)
-        cancel()
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
+                loop.call_soon_threadsafe(look)
+
+        self._enter(wake)
+        wake()
         try:
             return loop.run_until_complete(task)
         except asyncio.CancelledError:
@@ -4428,7 +4466,7 @@ def _content(content: Any, request: Request, teller: _Teller) -> Iterator[_Part]
         return _coming(_async_coming(content, teller.waiter), teller)
     try:
         return _coming(iter(content), teller)
-    except TypeError as error:
+    except BaseException as error:
         raise _Fault(error) from None
 
 
@@ -4597,18 +4635,18 @@ class _Connection(BaseRequestHandler):
             data = self.buffer[self.at : self.at + count]
             self.at += count
             return data
-        body = bytearray(count)
-        view = memoryview(body)
-        view[:have] = self.buffer[self.at :]
+        body = bytearray(self.buffer[self.at :])
         self.buffer, self.at = b"", 0
-        while have < count:
-            got = self.request.recv_into(view[have:])
-            if not got:
-                if self.expired:
-                    raise _Refused(408, "The request did not arrive in time.")
-                raise EOFError
-            have += got
-        view.release()
+        while have < count:  # grows with what comes: what is only announced takes no memory
+            body += bytes(min(count - have, max(have, _BATCH)))
+            with memoryview(body) as view:
+                while have < len(body):
+                    got = self.request.recv_into(view[have:])
+                    if not got:
+                        if self.expired:
+                            raise _Refused(408, "The request did not arrive in time.")
+                        raise EOFError
+                    have += got
         return bytes(body)
 
     def _line(self) -> bytes:
@@ -4920,7 +4958,12 @@ class _Server(ThreadingHTTPServer):
         self.selector.register(self.socket, selectors.EVENT_READ)
         self.selector.register(self.waker, selectors.EVENT_READ)
         self.thread = threading.Thread(target=self.serve_forever, name="openai_fake", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except BaseException:
+            for each in (self.selector, self.waker, self.alarm):
+                each.close()
+            raise
 
     @override
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -5050,7 +5093,12 @@ class _Server(ThreadingHTTPServer):
         thread = _Thread(target=work, name="openai_fake background", daemon=True)
         with self.lock:
             self.threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads
+            with self.lock:
+                self.threads.discard(thread)
+            raise
 
     def stop(self) -> list[_Thread]:
         """Stops, within a second or so. Returns the threads that did not end."""
@@ -5209,7 +5257,7 @@ class _Telling:
             if isinstance(error, _Fault) and isinstance(error.error, APIError):
                 raise error.error from None
             raise
-        except Exception as error:  # an answer that can't be encoded
+        except BaseException as error:  # an answer that can't be encoded
             raise _Fault(error) from None
         finally:
             close = getattr(parts, "close", None)

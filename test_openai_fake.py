@@ -1,0 +1,6017 @@
+"""What openai_fake promises, one law a test. In the module's order: the purest first, the real client last."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import base64
+import contextlib
+import doctest
+import errno
+import functools
+import gc
+import gzip
+import http.client
+import importlib.metadata
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import tracemalloc
+import unittest
+import zlib
+from collections.abc import Callable, Iterator
+from functools import reduce
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, TypeVar
+from unittest import mock
+
+import openai_fake
+from openai_fake import (
+    APIError,
+    Chunk,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CustomToolCall,
+    Disconnect,
+    FakeOpenAI,
+    Finish,
+    Message,
+    Pause,
+    Raw,
+    Reasoning,
+    Refusal,
+    Reply,
+    Request,
+    Script,
+    Stream,
+    StreamError,
+    Text,
+    Tool,
+    ToolCall,
+    Usage,
+    WebSearch,
+    echo,
+    non_streaming_response,
+    rate_limit,
+    start,
+    streaming_response,
+    text_chunks,
+    tool_call_chunk,
+)
+
+WAIT = 10.0  # seconds that a test waits for what must come; it never waits for time to pass
+HAS_OPENAI = find_spec("openai") is not None
+HAS_HYPOTHESIS = find_spec("hypothesis") is not None
+needs_openai = unittest.skipUnless(HAS_OPENAI, "the openai package is not installed")
+needs_hypothesis = unittest.skipUnless(HAS_HYPOTHESIS, "the hypothesis package is not installed")
+
+
+def chat(text: str = "Hi", **options: Any) -> dict[str, Any]:
+    """A Chat Completions body."""
+    return {"model": "gpt-4o", "messages": [{"role": "user", "content": text}], **options}
+
+
+def responses(text: str = "Hi", **options: Any) -> dict[str, Any]:
+    """A Responses body."""
+    return {"model": "gpt-4o", "input": text, **options}
+
+
+PATHS = {"chat.completions": "/v1/chat/completions", "responses": "/v1/responses"}
+BODIES: dict[str, Callable[..., dict[str, Any]]] = {"chat.completions": chat, "responses": responses}
+
+
+def http_bytes(body: Any, path: str = PATHS["chat.completions"], method: str = "POST", *fields: str) -> bytes:
+    """A request as raw bytes; `body` is JSON, bytes, or None."""
+    data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"{method} {path} HTTP/1.1", "Host: test", *fields, f"Content-Length: {len(data)}"]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+class Wire:
+    """A raw connection to a fake: sends bytes, and reads answers off the wire."""
+
+    def __init__(self, server: FakeOpenAI) -> None:
+        host, _, port = server.url.removeprefix("http://").rpartition(":")
+        self.sock = socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT)
+        self.buffer = b""
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> Wire:
+        self.sock.sendall(data)
+        return self
+
+    def more(self) -> bool:
+        """Reads more into the buffer; False at the end of the connection (a reset counts)."""
+        try:
+            data = self.sock.recv(65536)
+        except ConnectionError:
+            data = b""
+        self.buffer += data
+        return bool(data)
+
+    def until(self, mark: bytes) -> bytes:
+        """Reads up to and with a mark."""
+        while mark not in self.buffer:
+            if not self.more():
+                raise AssertionError(f"the connection ended before {mark!r} came, after {self.buffer!r}")
+        at = self.buffer.index(mark) + len(mark)
+        data, self.buffer = self.buffer[:at], self.buffer[at:]
+        return data
+
+    def rest(self) -> bytes:
+        """Reads to the end of the connection."""
+        while self.more():
+            pass
+        data, self.buffer = self.buffer, b""
+        return data
+
+    def exactly(self, count: int) -> bytes:
+        while len(self.buffer) < count and self.more():
+            pass
+        data, self.buffer = self.buffer[:count], self.buffer[count:]
+        return data
+
+    def answer(self) -> Answer:
+        """Reads one whole answer, unchunked; a 100 before it is skipped."""
+        head = self.until(b"\r\n\r\n").decode("latin-1")
+        if " 100 " in head.partition("\r\n")[0]:
+            return self.answer()
+        line, *lines = head.rstrip("\r\n").split("\r\n")
+        fields = {name.lower(): value for name, _, value in (each.partition(": ") for each in lines)}
+        if fields.get("transfer-encoding") == "chunked":
+            body = b""
+            while size := int(self.until(b"\r\n"), 16):
+                body += self.exactly(size)
+                self.until(b"\r\n")
+            self.until(b"\r\n")
+        elif " 204 " in line:
+            body = b""
+        elif "content-length" in fields:
+            body = self.exactly(int(fields["content-length"]))
+        else:
+            body = self.rest()
+        return Answer(int(line.split()[1]), fields, body)
+
+
+class Answer:
+    """An answer off the wire."""
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Any:
+        return self.json["error"]
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of each server-sent event: JSON, or the text of [DONE]."""
+        datas = [line[6:] for line in self.body.decode().split("\n") if line.startswith("data: ")]
+        return [data if data == "[DONE]" else json.loads(data) for data in datas]
+
+
+def call(server: FakeOpenAI, body: Any, path: str = "", method: str = "POST", *fields: str) -> Answer:
+    """One request on a connection of its own. Without a path, the one that the body's keys are of."""
+    if not path:
+        path = PATHS["responses" if isinstance(body, dict) and "input" in body else "chat.completions"]
+    with Wire(server) as wire:
+        return wire.send(http_bytes(body, path, method, *fields)).answer()
+
+
+def spoken(api: str, answer: Any, **options: Any) -> Any:
+    """The JSON that a handler with this answer gives."""
+    with FakeOpenAI(lambda request: answer) as server:
+        return call(server, BODIES[api](**options)).json
+
+
+def streamed(api: str, answer: Any, **options: Any) -> list[Any]:
+    """The events that a handler with this answer gives."""
+    with FakeOpenAI(lambda request: answer) as server:
+        return call(server, BODIES[api](stream=True, **options)).events
+
+
+# ---- Parts, encoders, bytes on the wire ------------------------------------------------------------------------------
+
+
+CLOCK = 1_750_000_000
+SPEECH = 'é "quoted" \\ \t\n</b> \x00\x85\u2028\u2029 \ud800 日本語 😀 naïve-word ' + "x" * 40
+# A part of every kind that is said, and of those whose splitting is peculiar.
+SPOKEN: dict[str, Any] = {
+    "text": Text("Hello there, big world."),
+    "empty text": Text(""),
+    "odd text": Text(SPEECH, choice=2),
+    "refusal": Refusal("I can't do that."),
+    "empty refusal": Refusal(""),
+    "reasoning": Reasoning("First think, then speak.", encrypted_content="secret"),
+    "silent reasoning": Reasoning(),
+    "call": ToolCall("weather", {"city": "Köln", "days": [1, 2]}, id="call_1"),
+    "call without id": ToolCall("weather", '{"city": "Paris"}', choice=1),
+    "call without arguments": ToolCall("now"),
+    "custom call": CustomToolCall("run", "print('hi there')", id="call_2"),
+    "custom call without input": CustomToolCall("run"),
+    "search": WebSearch("what is new", sources=["https://a.example/1", "https://b.example"], id="ws_1"),
+}
+
+
+def seeded(api: str, answer: Any, **options: Any) -> Answer:
+    """The answer of a fake whose ids and clock are the same each time."""
+    with FakeOpenAI(lambda request: answer, seed=7, clock=lambda: CLOCK) as server:
+        return call(server, BODIES[api](**options))
+
+
+def both(api: str, answer: Any, **options: Any) -> tuple[Any, list[Any]]:
+    """One answer as JSON, and as the events of a stream."""
+    usage = {"stream_options": {"include_usage": True}} if api == "chat.completions" else {}
+    return seeded(api, answer, **options).json, seeded(api, answer, stream=True, **usage, **options).events
+
+
+def random_text(rng: random.Random) -> str:
+    return "".join(rng.choice('ab é\n\t"\\\u2028\x85\ud800😀日.,') for _ in range(rng.randrange(40)))
+
+
+def random_answer(rng: random.Random) -> list[Any]:
+    """Some parts of any kind, in any order."""
+    makers: list[Callable[[], Any]] = [
+        lambda: Text(random_text(rng), choice=rng.randrange(2)),
+        lambda: Text(random_text(rng)),
+        lambda: Refusal(random_text(rng)),
+        lambda: Reasoning(random_text(rng)),
+        lambda: ToolCall("f", {"a": random_text(rng)}, choice=rng.randrange(2)),
+        lambda: ToolCall("g", random_text(rng), id=f"call_{rng.random()}"),
+        lambda: CustomToolCall("h", random_text(rng)),
+        lambda: WebSearch(random_text(rng), sources=["https://a.example", "é"][: rng.randrange(3)]),
+    ]
+    parts = [rng.choice(makers)() for _ in range(rng.randrange(1, 6))]
+    ends = [Finish("stop"), Finish("length"), Finish("content_filter"), Usage(3, 4, cached_tokens=1)]
+    return parts + rng.sample(ends, rng.randrange(2))
+
+
+def merged(part: Any) -> Any:
+    first, *rest = part.split()
+    return reduce(lambda whole, fragment: whole.merge(fragment), rest, first)
+
+
+class PartsAlgebraTest(unittest.TestCase):
+    def test_merging_the_fragments_gives_the_part_back(self) -> None:
+        """For every kind of part: what split() yields, merged in order, is the part."""
+        for name, part in SPOKEN.items():
+            with self.subTest(name=name):
+                self.assertEqual(merged(part), part)
+
+    def test_fragments_are_parts_of_the_same_kind(self) -> None:
+        """A fragment of a part is a part, of its kind and of its choice."""
+        for name, part in SPOKEN.items():
+            with self.subTest(name=name):
+                self.assertEqual({(type(each), each.choice) for each in part.split()}, {(type(part), part.choice)})
+
+    def test_random_texts_split_into_words_and_merge_back(self) -> None:
+        """Any text's fragments are not empty, hold at most one word of 16 characters, and join to the text."""
+        rng = random.Random(1)
+        for text in ["x" * 40, "é" * 17, "?!" * 20, *(random_text(rng) for _ in range(500))]:
+            with self.subTest(text=text):
+                pieces = [part.text for part in Text(text).split()]
+                self.assertEqual("".join(pieces), text)
+                self.assertTrue(all(pieces) or not text)
+                self.assertLessEqual(max(len(piece.strip()) for piece in pieces), 16)
+                self.assertFalse([piece for piece in pieces if len(piece.split()) > 1])
+
+    @needs_hypothesis
+    def test_any_text_of_any_kind_splits_and_merges_back(self) -> None:
+        """The law of split and merge, for texts that hypothesis thinks of."""
+        from hypothesis import given, settings
+        from hypothesis import strategies as st
+
+        calls: list[Callable[[str], Any]] = [lambda text: ToolCall("f", text), lambda text: CustomToolCall("f", text)]
+        makers: list[Callable[[str], Any]] = [Text, Refusal, Reasoning, *calls]
+
+        @settings(deadline=None, database=None)
+        @given(st.sampled_from(makers), st.text(st.characters()))
+        def law(make: Callable[[str], Any], text: str) -> None:
+            part = make(text)
+            self.assertEqual(merged(part), part)
+
+        law()
+
+    def test_a_foreign_fragment_does_not_merge(self) -> None:
+        """merge() refuses a fragment of another kind, choice or call."""
+        for name, part, fragment in (
+            ("kind", Text("a"), Refusal("b")),
+            ("choice", Text("a"), Text("b", choice=1)),
+            ("call", ToolCall("f", id="call_1"), ToolCall("f", id="call_2")),
+            ("named call", ToolCall("f"), ToolCall("g")),
+            ("search", WebSearch("a"), WebSearch("b")),
+            ("thought", Reasoning("a", encrypted_content="x"), Reasoning("b", encrypted_content="y")),
+        ):
+            with self.subTest(name=name), self.assertRaises(ValueError):
+                part.merge(fragment)  # type: ignore[arg-type]
+
+    def test_a_mistake_surfaces_where_the_part_is_made(self) -> None:
+        """A part of the wrong type or value is a TypeError or ValueError in the line that makes it."""
+        make: Any
+        for name, error, make in (
+            ("Text of bytes", TypeError, lambda: Text(b"a")),  # type: ignore[arg-type]
+            ("Text of None", TypeError, lambda: Text(None)),  # type: ignore[arg-type]
+            ("choice", TypeError, lambda: Text("a", choice="0")),  # type: ignore[arg-type]
+            ("negative choice", ValueError, lambda: Text("a", choice=-1)),
+            ("Refusal", TypeError, lambda: Refusal(1)),  # type: ignore[arg-type]
+            ("Reasoning", TypeError, lambda: Reasoning(None)),  # type: ignore[arg-type]
+            ("encrypted content", TypeError, lambda: Reasoning("a", encrypted_content=b"a")),  # type: ignore[arg-type]
+            ("name", TypeError, lambda: ToolCall(None)),  # type: ignore[arg-type]
+            ("arguments", TypeError, lambda: ToolCall("f", ["a"])),  # type: ignore[arg-type]
+            ("arguments not JSON", TypeError, lambda: ToolCall("f", {"a": object()})),
+            ("arguments NaN", ValueError, lambda: ToolCall("f", {"a": float("nan")})),
+            ("call's choice", TypeError, lambda: ToolCall("f", choice="0")),  # type: ignore[arg-type]
+            ("id", TypeError, lambda: ToolCall("f", id=1)),  # type: ignore[arg-type]
+            ("input", TypeError, lambda: CustomToolCall("f", {"a": 1})),  # type: ignore[arg-type]
+            ("custom call's choice", TypeError, lambda: CustomToolCall("f", choice="0")),  # type: ignore[arg-type]
+            ("query", TypeError, lambda: WebSearch(None)),  # type: ignore[arg-type]
+            ("sources", TypeError, lambda: WebSearch("q", sources=[1])),  # type: ignore[list-item]
+            ("sources a string", TypeError, lambda: WebSearch("q", sources="https://a.example")),
+            ("search's id", TypeError, lambda: WebSearch("q", id=1)),  # type: ignore[arg-type]
+            ("reason", ValueError, lambda: Finish("done")),  # type: ignore[arg-type]
+            ("finish's choice", TypeError, lambda: Finish("stop", choice="0")),  # type: ignore[arg-type]
+            ("tokens", TypeError, lambda: Usage(1.5, 2)),  # type: ignore[arg-type]
+            ("negative tokens", ValueError, lambda: Usage(-1, 2)),
+            ("negative pause", ValueError, lambda: Pause(-1)),
+            ("pause NaN", ValueError, lambda: Pause(float("nan"))),
+            ("pause of words", TypeError, lambda: Pause("1")),  # type: ignore[arg-type]
+            ("raw text", TypeError, lambda: Raw("a")),  # type: ignore[arg-type]
+            ("error's message", TypeError, lambda: StreamError(1)),  # type: ignore[arg-type]
+        ):
+            with self.subTest(name=name), self.assertRaises(error):
+                make()
+
+    def test_parts_are_values(self) -> None:
+        """Parts are frozen, hashable, and equal where they say the same."""
+        for name, part in SPOKEN.items():
+            with self.subTest(name=name), self.assertRaises(AttributeError):
+                self.assertEqual(hash(part), hash(part))
+                setattr(part, next(iter(part.__dataclass_fields__)), "other")
+
+
+# ---- Chat Completions ----
+
+CHAT_CALL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {}}}
+# Asked model: its name in answers, then whether `logprobs` is there unasked, fingerprint, service tier, cache writes.
+CHAT_FAMILIES: dict[str, tuple[str, bool, bool, bool, bool]] = {
+    "gpt-3.5-turbo": ("gpt-3.5-turbo-0125", True, False, True, False),
+    "gpt-4": ("gpt-4-0613", True, False, True, False),
+    "gpt-4o": ("gpt-4o-2024-08-06", True, True, True, False),
+    "gpt-4o-mini": ("gpt-4o-mini-2024-07-18", True, True, True, False),
+    "gpt-4o-2024-11-20": ("gpt-4o-2024-11-20", True, True, True, False),
+    "gpt-4.1": ("gpt-4.1-2025-04-14", True, True, True, False),
+    "gpt-4.1-nano": ("gpt-4.1-nano-2025-04-14", True, True, True, False),
+    "gpt-5": ("gpt-5-2025-08-07", False, False, True, False),
+    "gpt-5-pro": ("gpt-5-pro-2025-10-06", False, False, True, False),
+    "gpt-5.1": ("gpt-5.1-2025-11-13", False, False, True, False),
+    "gpt-5.2": ("gpt-5.2-2025-12-11", False, False, True, False),
+    "gpt-5.4": ("gpt-5.4-2026-03-05", False, False, True, False),
+    "gpt-5.4-mini": ("gpt-5.4-mini-2026-03-17", False, False, True, False),
+    "gpt-5.5": ("gpt-5.5-2026-04-23", False, False, True, False),
+    "gpt-5.6": ("gpt-5.6-sol", False, False, True, True),
+    "o1-mini": ("o1-mini-2024-09-12", False, False, True, False),
+    "o3": ("o3-2025-04-16", False, False, True, False),
+    "o3-mini": ("o3-mini-2025-01-31", False, True, True, False),
+    "o4-mini": ("o4-mini-2025-04-16", False, False, True, False),
+    "gpt-4o-audio-preview": ("gpt-4o-audio-preview", False, True, True, False),
+    "gpt-4o-mini-audio-preview": ("gpt-4o-mini-audio-preview", False, True, True, False),
+    "gpt-4o-search-preview": ("gpt-4o-search-preview", False, True, False, False),
+    "gpt-4o-mini-search-preview": ("gpt-4o-mini-search-preview", False, True, False, False),
+}
+PARALLEL = [ToolCall("f", {"a": 1, "b": [2]}, id="call_1"), ToolCall("g", {}, id="call_2")]
+# Each case of wire.md's table in section 2: an answer, and what is asked.
+CHAT_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "text": ("Hello big world", {}),
+    "two texts": (["Hi", "there"], {}),
+    "length": (["Hello", Finish("length")], {}),
+    "length at once": (Finish("length"), {}),
+    "content filter": (["No", Finish("content_filter")], {}),
+    "one tool call": (ToolCall("f", {"a": 1}, id="call_1"), {}),
+    "custom call": (CustomToolCall("run", "ls", id="call_1"), {}),
+    "parallel calls": ([ToolCall("f", "1", id="call_1"), ToolCall("g", "2", id="call_2")], {}),
+    "text and call": (["Hi", ToolCall("f", "1", id="call_1")], {}),
+    "refusal": (Refusal("No way"), {}),
+    "n > 1": ("Hello world", {"n": 2}),
+    "usage": ("Hi", {"stream_options": {"include_usage": True}}),
+    "reasoning": ([Reasoning("Hm"), "Hi"], {}),
+    "error": (["Hi", StreamError("Broke", code="oops")], {}),
+}
+
+
+def transcripts(text: str, **short: str) -> dict[str, list[str]]:
+    """The cases of a text: a name, a colon, and what is sent, with dots between; `short` are its abbreviations."""
+    for name, line in short.items():
+        text = text.replace(f"${name}", line)
+    cases = (case.partition(": ") for case in re.split(r"\n(?! )", text.strip()))
+    return {name: re.split(r"\s+·\s+", lines) for name, _, lines in cases}
+
+
+# The stream of each: choice, delta, finish reason.
+CHAT_TRANSCRIPTS = transcripts(
+    """
+text: $ROLE · 0 {"content":"Hello"} · 0 {"content":" big"} · 0 {"content":" world"} · 0 {} stop · [DONE]
+two texts: $ROLE · 0 {"content":"Hi"} · 0 {"content":"there"} · 0 {} stop · [DONE]
+length: $ROLE · 0 {"content":"Hello"} · 0 {} length · [DONE]
+length at once: $ROLE · 0 {} length · [DONE]
+content filter: $ROLE · 0 {"content":"No"} · 0 {} content_filter · [DONE]
+one tool call: 0 {"role":"assistant","content":null,"tool_calls":[{"index":0,$CALL1}],"refusal":null}
+    · 0 {"tool_calls":[{"index":0,"function":{"arguments":"{\\""}}]}
+    · 0 {"tool_calls":[{"index":0,"function":{"arguments":"a"}}]}
+    · 0 {"tool_calls":[{"index":0,"function":{"arguments":"\\":"}}]}
+    · 0 {"tool_calls":[{"index":0,"function":{"arguments":"1"}}]}
+    · 0 {"tool_calls":[{"index":0,"function":{"arguments":"}"}}]} · 0 {} tool_calls · [DONE]
+custom call: 0 {"role":"assistant","content":null,"tool_calls":[{"index":0,$CUSTOM}],"refusal":null}
+    · 0 {"tool_calls":[{"index":0,"custom":{"input":"ls"}}]} · 0 {} tool_calls · [DONE]
+parallel calls: 0 {"role":"assistant","content":null}
+    · 0 {"tool_calls":[{"index":0,$CALL1}]} · 0 {"tool_calls":[{"index":0,"function":{"arguments":"1"}}]}
+    · 0 {"tool_calls":[{"index":1,$CALL2}]} · 0 {"tool_calls":[{"index":1,"function":{"arguments":"2"}}]}
+    · 0 {} tool_calls · [DONE]
+text and call: $ROLE · 0 {"content":"Hi"} · 0 {"tool_calls":[{"index":0,$CALL1}]}
+    · 0 {"tool_calls":[{"index":0,"function":{"arguments":"1"}}]} · 0 {} tool_calls · [DONE]
+refusal: 0 {"role":"assistant","content":null,"refusal":""} · 0 {"refusal":"No"} · 0 {"refusal":" way"}
+    · 0 {} stop · [DONE]
+n > 1: $ROLE · 0 {"content":"Hello"} · 1 {"role":"assistant","content":"","refusal":null} · 1 {"content":"Hello"}
+    · 0 {"content":" world"} · 1 {"content":" world"} · 0 {} stop · 1 {} stop · [DONE]
+usage: $ROLE · 0 {"content":"Hi"} · 0 {} stop · usage · [DONE]
+reasoning: $ROLE · 0 {"content":"Hi"} · 0 {} stop · [DONE]
+error: $ROLE · 0 {"content":"Hi"}
+    · {"error":{"message":"Broke","type":"server_error","param":null,"code":"oops"}}
+""",
+    ROLE='0 {"role":"assistant","content":"","refusal":null}',
+    CALL1='"id":"call_1","type":"function","function":{"name":"f","arguments":""}',
+    CALL2='"id":"call_2","type":"function","function":{"name":"g","arguments":""}',
+    CUSTOM='"id":"call_1","type":"custom","custom":{"name":"run","input":""}',
+)
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def chat_line(chunk: Any) -> str:
+    """A chunk as a line of a transcript."""
+    if chunk == "[DONE]" or "error" in chunk:
+        return chunk if isinstance(chunk, str) else compact(chunk)
+    if not chunk["choices"]:
+        return "usage" if chunk["usage"]["total_tokens"] else "nothing"
+    (choice,) = chunk["choices"]
+    return " ".join([str(choice["index"]), compact(choice["delta"]), choice["finish_reason"] or ""]).strip()
+
+
+class ChatJSONTest(unittest.TestCase):
+    def test_the_completion_has_the_keys_and_values_of_its_models_family(self) -> None:
+        """Key order, snapshot name, logprobs, fingerprint, service tier and usage details: as of each family."""
+        for model, (snapshot, logprobs, fingerprint, tier, writes) in CHAT_FAMILIES.items():
+            with self.subTest(name=model):
+                body = spoken("chat.completions", "Hi", model=model)
+                keys = ["id", "object", "created", "model", "choices", "usage"]
+                self.assertEqual(list(body), [*keys, *["service_tier"] * tier, "system_fingerprint"])
+                self.assertEqual(body["model"], snapshot)
+                self.assertEqual(body.get("service_tier"), "default" if tier else None)
+                self.assertRegex(str(body["system_fingerprint"]), "^fp_[0-9a-f]{10}$" if fingerprint else "^None$")
+                (choice,) = body["choices"]
+                self.assertEqual(list(choice), ["index", "message", *["logprobs"] * logprobs, "finish_reason"])
+                self.assertIsNone(choice.get("logprobs"))
+                prompt = ["cached_tokens", *["cache_write_tokens"] * writes, "audio_tokens"]
+                self.assertEqual(list(body["usage"]["prompt_tokens_details"]), prompt)
+
+    def test_the_message_says_each_kind_as_the_api_does(self) -> None:
+        """role, content, [tool_calls], refusal, annotations: null and absent where the API has them so."""
+        call1 = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+        spaced1 = {**call1, "function": {"name": "f", "arguments": '{"a": 1, "b": [2]}'}}
+        spaced2 = {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": "{}"}}
+        custom = {"id": "call_1", "type": "custom", "custom": {"name": "run", "input": "ls"}}
+        rows: tuple[tuple[str, Any, dict[str, Any], str], ...] = (
+            ("text", "Hi", {"content": "Hi", "refusal": None}, "stop"),
+            ("several texts", ["a ", "b"], {"content": "a b", "refusal": None}, "stop"),
+            ("refusal", Refusal("No"), {"content": None, "refusal": "No"}, "stop"),
+            ("call", ToolCall("f", {"a": 1}, id="call_1"),
+             {"content": None, "tool_calls": [call1], "refusal": None}, "tool_calls"),
+            ("parallel calls are spaced", PARALLEL,
+             {"content": None, "tool_calls": [spaced1, spaced2], "refusal": None}, "tool_calls"),
+            ("custom call", CustomToolCall("run", "ls", id="call_1"),
+             {"content": None, "tool_calls": [custom], "refusal": None}, "tool_calls"),
+            ("length", ["Hi", Finish("length")], {"content": "Hi", "refusal": None}, "length"),
+            ("length at once", Finish("length"), {"content": "", "refusal": None}, "length"),
+            ("filtered", Finish("content_filter"), {"content": "", "refusal": None}, "content_filter"),
+        )  # fmt: skip
+        for name, answer, message, reason in rows:
+            with self.subTest(name=name):
+                (choice,) = spoken("chat.completions", answer)["choices"]
+                want: Any = {"role": "assistant", **message, "annotations": []}
+                self.assertEqual((compact(choice["message"]), choice["finish_reason"]), (compact(want), reason))
+
+    def test_parallel_arguments_given_as_text_stay_as_they_are(self) -> None:
+        """Only JSON that is the fake's own follows the API's habit of spaces."""
+        (choice,) = spoken("chat.completions", [ToolCall("f", '{"a":1}'), ToolCall("g", {"a": 1})])["choices"]
+        told = [each["function"]["arguments"] for each in choice["message"]["tool_calls"]]
+        self.assertEqual(told, ['{"a":1}', '{"a": 1}'])
+
+    def test_parallel_calls_are_spaced_in_every_choice(self) -> None:
+        """The habit of spaces holds for n > 1 too."""
+        for choice in spoken("chat.completions", PARALLEL, n=2)["choices"]:
+            told = [each["function"]["arguments"] for each in choice["message"]["tool_calls"]]
+            self.assertEqual(told, ['{"a": 1, "b": [2]}', "{}"])
+
+    def test_a_forced_call_finishes_as_its_models_family_does(self) -> None:
+        """A named tool_choice ends with "stop" on gpt-3.5/4/4o; every other call with "tool_calls"."""
+        named: Any = {"type": "function", "function": {"name": "f"}}
+        some = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named]}}
+        for model, choice, reason in (
+            ("gpt-4o", named, "stop"), ("gpt-4", named, "stop"), ("gpt-3.5-turbo", named, "stop"),
+            ("gpt-5-mini", named, "tool_calls"), ("gpt-4o", "required", "tool_calls"), ("gpt-4o", "auto", "tool_calls"),
+            ("gpt-4o", some, "tool_calls"),
+        ):  # fmt: skip
+            with self.subTest(name=f"{model} {choice}"):
+                asked: dict[str, Any] = {"model": model, "tools": [CHAT_CALL], "tool_choice": choice}
+                body, events = both("chat.completions", ToolCall("f"), **asked)
+                self.assertEqual(body["choices"][0]["finish_reason"], reason)
+                self.assertEqual(events[-3]["choices"][0]["finish_reason"], reason)
+
+    def test_n_choices_have_one_usage(self) -> None:
+        """n > 1: choices 0..n-1 with what was said, one usage."""
+        body = spoken("chat.completions", [Reasoning("hm"), "Hi"], n=3)
+        self.assertEqual([each["index"] for each in body["choices"]], [0, 1, 2])
+        self.assertEqual({each["message"]["content"] for each in body["choices"]}, {"Hi"})
+
+    def test_usage_is_told_in_the_apis_form(self) -> None:
+        """Given tokens are told as they are; estimated ones are never 0; the total is the sum."""
+        usage = spoken("chat.completions", ["Hi", Usage(5, 7, cached_tokens=2, reasoning_tokens=3)])["usage"]
+        self.assertEqual(compact(usage), compact({
+            "prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 2, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 0, "accepted_prediction_tokens": 0,
+                                          "rejected_prediction_tokens": 0},
+        }))  # fmt: skip
+        usage = spoken("chat.completions", "Hi")["usage"]
+        self.assertTrue(usage["prompt_tokens"] and usage["completion_tokens"])
+        self.assertEqual(usage["total_tokens"], usage["prompt_tokens"] + usage["completion_tokens"])
+
+    def test_the_service_tier_is_the_one_that_served(self) -> None:
+        """auto and default are served by "default", fast and priority by "priority", flex by "flex"."""
+        for asked, served in (("auto", "default"), ("default", "default"), ("flex", "flex"), ("priority", "priority")):
+            with self.subTest(name=asked):
+                body, events = both("chat.completions", "Hi", service_tier=asked)
+                self.assertEqual((body["service_tier"], events[0]["service_tier"]), (served, served))
+
+
+class ChatStreamTest(unittest.TestCase):
+    def test_each_case_streams_as_recorded(self) -> None:
+        """The golden transcript of every case: role chunk, tool heads, deltas, finish chunks last, usage, [DONE]."""
+        for name, (answer, options) in CHAT_CASES.items():
+            with self.subTest(name=name):
+                lines = [chat_line(chunk) for chunk in streamed("chat.completions", answer, **options)]
+                self.assertEqual(lines, CHAT_TRANSCRIPTS[name])
+
+    def test_each_chunk_has_its_keys_in_order(self) -> None:
+        """id ... choices, [usage], [obfuscation]; before the finish of parallel calls usage comes before choices."""
+        head = ["id", "object", "created", "model", "service_tier", "system_fingerprint"]
+        for name, answer, usage, obfuscation in (
+            ("text", "Hi there", True, True), ("no usage", "Hi", False, True), ("bare", "Hi", False, False),
+            ("usage only", "Hi", True, False), ("parallel", PARALLEL, True, True),
+            ("parallel, no usage", PARALLEL, False, True), ("n", "Hi", True, True),
+            ("refusal", Refusal("No"), True, True),
+        ):  # fmt: skip
+            with self.subTest(name=name):
+                asked: dict[str, Any] = {"n": 2} if name == "n" else {}
+                asked["stream_options"] = {"include_usage": usage, "include_obfuscation": obfuscation}
+                *chunks, done = streamed("chat.completions", answer, **asked)
+                self.assertEqual(done, "[DONE]")
+                last = next(at for at, each in enumerate(chunks) if each["choices"][0]["finish_reason"])
+                for at, chunk in enumerate(chunks):
+                    middle = ["choices", *["usage"] * usage]
+                    if "parallel" in name and at < last:
+                        middle.reverse()
+                    self.assertEqual(list(chunk), [*head, *middle, *["obfuscation"] * obfuscation])
+                    for choice in chunk["choices"]:
+                        self.assertEqual(list(choice), ["index", "delta", "logprobs", "finish_reason"])
+
+    def test_chunks_agree_on_the_envelope_of_their_models_family(self) -> None:
+        """id, created, model, tier and fingerprint are constant, and the JSON answer's; logprobs as there."""
+        for model, (_, logprobs, _, tier, _) in CHAT_FAMILIES.items():
+            with self.subTest(name=model):
+                body, (*chunks, _) = both("chat.completions", "Hi there", model=model)
+                for chunk in chunks:
+                    self.assertEqual("service_tier" in chunk, tier)
+                    for key in ["id", "created", "model", *["service_tier"] * tier, "system_fingerprint"]:
+                        self.assertEqual(chunk[key], body[key])
+                    self.assertTrue(all(("logprobs" in choice) == logprobs for choice in chunk["choices"]))
+
+    def test_usage_is_null_until_the_last_chunk(self) -> None:
+        """include_usage: null on every chunk, then one without choices that has the JSON answer's usage."""
+        body, (*chunks, last, _) = both("chat.completions", ["Hi", ToolCall("f")])
+        self.assertEqual([chunk["usage"] for chunk in chunks], [None] * len(chunks))
+        self.assertEqual((last["choices"], last["usage"]), ([], body["usage"]))
+
+    def test_obfuscation_is_short_letters_and_digits(self) -> None:
+        """Every chunk has 0 to 15 of them, not always as many, and others than the chunk before it."""
+        pads = [chunk["obfuscation"] for chunk in streamed("chat.completions", "The quick brown fox jumps")[:-1]]
+        self.assertTrue(all(re.fullmatch("[A-Za-z0-9]{0,15}", pad) for pad in pads), pads)
+        self.assertGreater(len({len(pad) for pad in pads}), 2)
+        begins = [pad[:4] for pad in pads if len(pad) >= 4]
+        self.assertEqual(len(set(begins)), len(begins), pads)
+
+    def test_chunks_among_parts_agree_on_the_envelope(self) -> None:
+        """A Chunk's id holds from there on; what it finished is not finished again."""
+        ending = Chunk([ChunkChoice(finish_reason="stop")], id="x")
+        *chunks, _ = streamed("chat.completions", ["Hi", Chunk([ChunkChoice(delta=" you")], id="x"), " there", ending])
+        self.assertEqual([chunk["id"] == "x" for chunk in chunks], [False, False, *[True] * (len(chunks) - 2)])
+        self.assertEqual([bool(chunk["choices"][0]["finish_reason"]) for chunk in chunks].count(True), 1)
+
+    def test_a_replys_model_is_the_family_too(self) -> None:
+        """Reply(model=...) answers as that model's family does."""
+        body = spoken("chat.completions", Reply("Hi", model="gpt-5"))
+        self.assertEqual((body["model"], body["system_fingerprint"]), ("gpt-5", None))
+        self.assertNotIn("logprobs", body["choices"][0])
+
+    def test_a_generators_calls_stream_with_a_head_each(self) -> None:
+        """Calls that are not known beforehand still have an id, type and name once, and an index each."""
+        with FakeOpenAI(lambda request: iter([ToolCall("f", "1"), ToolCall("g", "2")])) as server:
+            *chunks, _ = call(server, chat(stream=True)).events
+        calls = [each for chunk in chunks for each in chunk["choices"][0]["delta"].get("tool_calls", ())]
+        self.assertEqual([(each["index"], each["function"].get("name"), "id" in each) for each in calls],
+                         [(0, "f", True), (0, None, False), (1, "g", True), (1, None, False)])  # fmt: skip
+
+
+# ---- Responses ----
+
+RESPONSE_KEYS = """id object created_at status background billing completed_at conversation error frequency_penalty
+incomplete_details instructions max_output_tokens max_tool_calls model moderation output parallel_tool_calls
+presence_penalty previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning
+safety_identifier service_tier store temperature text tool_choice tool_usage tools top_logprobs top_p truncation usage
+user metadata""".split()  # noqa: SIM905
+OPTIONAL_KEYS = {"conversation", "prompt", "prompt_cache_options"}
+NO_IMAGES = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0,
+             "output_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "total_tokens": 0}  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "object": "response", "created_at": CLOCK, "status": "completed", "background": False,
+    "billing": {"payer": "developer"}, "completed_at": CLOCK, "error": None, "frequency_penalty": 0.0,
+    "incomplete_details": None, "instructions": None, "max_output_tokens": None, "max_tool_calls": None,
+    "model": "gpt-4o-2024-08-06", "moderation": None, "parallel_tool_calls": True, "presence_penalty": 0.0,
+    "previous_response_id": None, "prompt_cache_key": None, "prompt_cache_retention": "in_memory",
+    "reasoning": {"context": None, "effort": None, "summary": None}, "safety_identifier": None,
+    "service_tier": "default", "store": True, "temperature": 1.0,
+    "text": {"format": {"type": "text"}, "verbosity": "medium"}, "tool_choice": "auto",
+    "tool_usage": {"image_gen": NO_IMAGES, "web_search": {"num_requests": 0}}, "tools": [], "top_logprobs": 0,
+    "top_p": 1.0, "truncation": "disabled", "user": None, "metadata": {},
+}  # fmt: skip
+# Model: effort, context, top_p, prompt_cache_retention, whether messages have a phase (None, context: no reasoning).
+FAMILIES: dict[str, tuple[str | None, str | None, float, str, bool]] = {
+    "gpt-4o": (None, None, 1.0, "in_memory", False),
+    "gpt-4.1": (None, None, 1.0, "in_memory", False),
+    "gpt-5": ("medium", "current_turn", 1.0, "in_memory", False),
+    "gpt-5-mini": ("medium", "current_turn", 1.0, "in_memory", False),
+    "gpt-5-nano": ("medium", "current_turn", 1.0, "in_memory", False),
+    "o3": ("medium", "current_turn", 1.0, "in_memory", False),
+    "o4-mini": ("medium", "current_turn", 1.0, "in_memory", False),
+    "gpt-5.1": ("none", "current_turn", 1.0, "in_memory", False),
+    "gpt-5.2": ("none", "current_turn", 0.98, "24h", False),
+    "gpt-5.4": ("none", "current_turn", 0.98, "24h", True),
+    "gpt-5.4-mini": ("none", "current_turn", 0.98, "24h", True),
+    "gpt-5.5": ("medium", "current_turn", 0.98, "24h", True),
+    "gpt-5.6": ("medium", "all_turns", 0.98, "24h", True),
+}
+EVENT_KEYS = {
+    **dict.fromkeys(("created", "queued", "in_progress", "completed", "incomplete", "failed"),
+                    "response sequence_number"),
+    **dict.fromkeys(("output_item.added", "output_item.done"), "item output_index sequence_number"),
+    **dict.fromkeys(("content_part.added", "content_part.done"),
+                    "content_index item_id output_index part sequence_number"),
+    "output_text.delta": "content_index delta item_id logprobs obfuscation output_index sequence_number",
+    "output_text.done": "content_index item_id logprobs output_index sequence_number text",
+    "output_text.annotation.added":
+        "annotation annotation_index content_index item_id output_index sequence_number",
+    "refusal.delta": "content_index delta item_id obfuscation output_index sequence_number",
+    "refusal.done": "content_index item_id output_index refusal sequence_number",
+    "function_call_arguments.delta": "delta item_id obfuscation output_index sequence_number",
+    "function_call_arguments.done": "arguments item_id output_index sequence_number",
+    "custom_tool_call_input.delta": "delta item_id output_index sequence_number",
+    "custom_tool_call_input.done": "input item_id output_index sequence_number",
+    **dict.fromkeys(("reasoning_summary_part.added", "reasoning_summary_part.done"),
+                    "item_id output_index part sequence_number summary_index"),
+    "reasoning_summary_text.delta": "delta item_id obfuscation output_index sequence_number summary_index",
+    "reasoning_summary_text.done": "item_id output_index sequence_number summary_index text",
+    **dict.fromkeys(("web_search_call.in_progress", "web_search_call.searching", "web_search_call.completed"),
+                    "item_id output_index sequence_number"),
+    "error": "error sequence_number",
+}  # fmt: skip
+EVERY_ITEM = [Reasoning("hm"), WebSearch("q"), Text("Hi"), ToolCall("f", {"a": 1}), CustomToolCall("g", "x")]
+EMPTY: dict[str, Any] = {"status": "in_progress", "content": [], "summary": [], "arguments": "", "input": "",
+                         "action": {"type": "search"}}  # fmt: skip
+ITEM_KEYS = {
+    "message": "id type status content role",
+    "function_call": "id type status arguments call_id name",
+    "custom_tool_call": "id type status call_id input name",
+    "reasoning": "id type content summary",
+    "web_search_call": "id type status action",
+}
+# Each case of wire.md's table in section 4.
+RESPONSE_CASES: dict[str, Any] = {
+    "text": "Hi",
+    "reasoning, no summary": [Reasoning(), "Hi"],
+    "function call": ToolCall("f", "12"),
+    "call without arguments": ToolCall("f"),
+    "custom call": CustomToolCall("f", "ls"),
+    "reasoning and call": [Reasoning(), ToolCall("f", "1")],
+    "parallel calls": [ToolCall("f", "1"), ToolCall("g", "2")],
+    "reasoning with summary": [Reasoning("So it"), "Hi"],
+    "web search": [WebSearch("news", sources=["http://a", "http://b"]), "See http://a now"],
+    "refusal": Refusal("No"),
+    "incomplete": ["Hi", Finish("length")],
+    "filtered": ["Hi", Finish("content_filter")],
+    "error": StreamError("Broke"),
+    "error in a message": ["Hi", StreamError("Broke")],
+}
+# The stream of each after created, in_progress: + is output_item.added, - is output_item.done.
+RESPONSE_TRANSCRIPTS = transcripts(
+    """
+text: $MESSAGE0 · -0 message completed · completed
+reasoning, no summary: +0 reasoning · -0 reasoning · $MESSAGE1 · -1 message completed · completed
+function call: +0 function_call · function_call_arguments.delta 0 '12' · function_call_arguments.done 0 '12'
+    · -0 function_call completed · completed
+call without arguments: +0 function_call · function_call_arguments.done 0 '' · -0 function_call completed · completed
+custom call: +0 custom_tool_call · custom_tool_call_input.delta 0 'ls' · custom_tool_call_input.done 0 'ls'
+    · -0 custom_tool_call completed · completed
+reasoning and call: +0 reasoning · -0 reasoning · +1 function_call · function_call_arguments.delta 1 '1'
+    · function_call_arguments.done 1 '1' · -1 function_call completed · completed
+parallel calls: +0 function_call · function_call_arguments.delta 0 '1' · function_call_arguments.done 0 '1'
+    · -0 function_call completed · +1 function_call · function_call_arguments.delta 1 '2'
+    · function_call_arguments.done 1 '2' · -1 function_call completed · completed
+reasoning with summary: +0 reasoning · reasoning_summary_part.added 0 summary_text
+    · reasoning_summary_text.delta 0 'So' · reasoning_summary_text.delta 0 ' it'
+    · reasoning_summary_text.done 0 'So it' · reasoning_summary_part.done 0 summary_text · -0 reasoning
+    · $MESSAGE1 · -1 message completed · completed
+web search: +0 web_search_call · web_search_call.in_progress 0 · web_search_call.searching 0
+    · web_search_call.completed 0 · -0 web_search_call completed · +1 message · content_part.added 1 output_text
+    · output_text.delta 1 'See' · output_text.delta 1 ' http' · output_text.delta 1 '://' · output_text.delta 1 'a'
+    · output_text.annotation.added 1 0 http://a · output_text.delta 1 ' now'
+    · output_text.annotation.added 1 1 http://b · output_text.done 1 'See http://a now'
+    · content_part.done 1 output_text · -1 message completed · completed
+refusal: +0 message · content_part.added 0 refusal · refusal.delta 0 'No' · refusal.done 0 'No'
+    · content_part.done 0 refusal · -0 message completed · completed
+incomplete: $MESSAGE0 · -0 message incomplete · incomplete
+filtered: $MESSAGE0 · -0 message incomplete · incomplete
+error: error · failed
+error in a message: +0 message · content_part.added 0 output_text · output_text.delta 0 'Hi' · error · failed
+""",
+    MESSAGE0="+0 message · content_part.added 0 output_text · output_text.delta 0 'Hi' · output_text.done 0 'Hi' · "
+    "content_part.done 0 output_text",
+    MESSAGE1="+1 message · content_part.added 1 output_text · output_text.delta 1 'Hi' · output_text.done 1 'Hi' · "
+    "content_part.done 1 output_text",
+)
+
+
+def response_line(event: Any) -> str:
+    """An event as a line of a transcript."""
+    kind = event["type"].removeprefix("response.")
+    item, place = event.get("item"), str(event.get("output_index", ""))
+    if item is not None:
+        ended = item.get("status", "") if kind.endswith("done") else ""
+        return f"{'-' if kind.endswith('done') else '+'}{place} {item['type']} {ended}".strip()
+    told = [event[key] for key in ("delta", "text", "arguments", "input", "refusal") if key in event]
+    said = repr(told[0]) if told else event.get("part", {}).get("type", "")
+    if "annotation" in event:
+        said = f"{event['annotation_index']} {event['annotation']['url']}"
+    return f"{kind} {place} {said}".strip()
+
+
+class ResponsesJSONTest(unittest.TestCase):
+    def test_the_whole_object_has_its_defaults_in_order(self) -> None:
+        """A plain request gets every key, in the API's order, with the API's defaults; no output_text, no input."""
+        body = seeded("responses", ["Hi", Usage(5, 2, cached_tokens=1)]).json
+        self.assertEqual(list(body), [key for key in RESPONSE_KEYS if key not in OPTIONAL_KEYS])
+        id, (item,), usage = body.pop("id"), body.pop("output"), body.pop("usage")
+        self.assertEqual(compact(body), compact(DEFAULTS))
+        part: Any = {"type": "output_text", "annotations": [], "logprobs": [], "text": "Hi"}
+        self.assertEqual(compact(item), compact({"id": item["id"], "type": "message", "status": "completed",
+                                                 "content": [part], "role": "assistant"}))  # fmt: skip
+        self.assertEqual(compact(usage), compact({
+            "input_tokens": 5, "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": 1},
+            "output_tokens": 2, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 7}))  # fmt: skip
+        self.assertEqual(id[:23].removeprefix("resp_"), item["id"][:22].removeprefix("msg_"))
+
+    def test_defaults_are_those_of_the_models_family(self) -> None:
+        """Effort, context, mode, top_p, cache retention, and the phase of a message, for each family."""
+        for model, (effort, context, top_p, retention, phase) in FAMILIES.items():
+            with self.subTest(name=model):
+                body = spoken("responses", "Hi", model=model)
+                reasoning: Any = {"context": context, "effort": effort, "mode": "standard", "summary": None}
+                if context is None:
+                    del reasoning["mode"]
+                self.assertEqual(compact(body["reasoning"]), compact(reasoning))
+                self.assertEqual((body["top_p"], body["prompt_cache_retention"]), (top_p, retention))
+                keys = ["id", "type", "status", "content", *["phase"] * phase, "role"]
+                self.assertEqual(list(body["output"][0]), keys)
+                self.assertEqual(body["output"][0].get("phase"), "final_answer" if phase else None)
+                self.assertEqual(body["model"], CHAT_FAMILIES.get(model, (model + "-2025-08-07",))[0])
+
+    def test_what_was_asked_is_echoed(self) -> None:
+        """Every parameter that the response has a key for comes back in the API's form."""
+        schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "string"}}}}}
+        inner = {
+            "type": "object",
+            "properties": {"b": {"type": "string"}},
+            "additionalProperties": False,
+            "required": ["b"],
+        }
+        strict = {"type": "object", "properties": {"a": inner}, "additionalProperties": False, "required": ["a"]}
+        function: Any = {"type": "function", "name": "f", "parameters": schema}
+        place = {"type": "approximate", "city": None, "country": "US", "region": None, "timezone": None}
+        shape: Any = {"type": "json_schema", "name": "s", "schema": schema}
+        rows: tuple[tuple[str, Any, Any], ...] = (
+            ("instructions", "Be short", ...), ("max_output_tokens", 50, ...), ("max_tool_calls", 3, ...),
+            ("metadata", {"b": "1", "a": "2"}, ...), ("parallel_tool_calls", False, ...),
+            ("prompt_cache_key", "k", ...),
+            ("safety_identifier", "s", ...), ("store", False, ...), ("truncation", "auto", ...), ("user", "u", ...),
+            ("top_logprobs", 2, ...), ("temperature", 0.5, ...), ("temperature", 1, 1.0), ("temperature", 0, 0.0),
+            ("top_p", 0.5, ...), ("top_p", 1, 1.0), ("prompt_cache_retention", "24h", ...),
+            ("service_tier", "flex", ...), ("service_tier", "priority", ...),
+            ("reasoning", {"effort": "low", "summary": "auto"},
+             {"context": "current_turn", "effort": "low", "mode": "standard", "summary": "auto"}),
+            ("text", {"verbosity": "low"}, {"format": {"type": "text"}, "verbosity": "low"}),
+            ("text", {"format": {"type": "json_object"}}, {"format": {"type": "json_object"}, "verbosity": "medium"}),
+            ("text", {"format": shape}, {"format": {"type": "json_schema", "description": None, "name": "s",
+                                                    "schema": schema, "strict": True}, "verbosity": "medium"}),
+            ("text", {"format": {**shape, "strict": False, "description": "d"}},
+             {"format": {"type": "json_schema", "description": "d", "name": "s", "schema": schema, "strict": False},
+              "verbosity": "medium"}),
+            ("tools", [function], [{"type": "function", "description": None, "name": "f", "output_schema": None,
+                                    "parameters": strict, "strict": True}]),
+            ("tools", [{**function, "strict": False, "description": "d"}],
+             [{"type": "function", "description": "d", "name": "f", "output_schema": None, "parameters": schema,
+               "strict": False}]),
+            ("tools", [{"type": "web_search"}],
+             [{"type": "web_search", "return_token_budget": "default", "search_content_types": ["text"],
+               "search_context_size": "medium", "user_location": place}]),
+            ("tools", [{"type": "web_search", "user_location": {"type": "approximate", "country": "FR"}}],
+             [{"type": "web_search", "return_token_budget": "default", "search_content_types": ["text"],
+               "search_context_size": "medium", "user_location": {**place, "country": "FR"}}]),
+            ("tools", [{"type": "file_search", "vector_store_ids": ["vs_1"], "max_num_results": 3}],
+             [{"type": "file_search", "filters": None, "max_num_results": 3,
+               "ranking_options": {"ranker": "auto", "score_threshold": 0.0}, "vector_store_ids": ["vs_1"]}]),
+            ("tools", [{"type": "mcp", "server_label": "l", "server_url": "http://a", "require_approval": "never"}],
+             [{"type": "mcp", "allowed_tools": None, "headers": None, "require_approval": "never",
+               "server_description": None, "server_label": "l", "server_url": "http://a"}]),
+            ("tools", [{"type": "tool_search"}], [{"type": "tool_search", "description": None, "parameters": None}]),
+        )  # fmt: skip
+        server = start(self, lambda request: "Hi")
+        for key, asked, told in rows:
+            with self.subTest(name=key, asked=asked):
+                body = call(server, {**responses(model="gpt-5"), key: asked}).json
+                self.assertEqual(compact(body[key]), compact(asked if told is ... else told))
+        for choice in ("required", {"type": "function", "name": "f"}):
+            with self.subTest(name="tool_choice", asked=choice):
+                self.assertEqual(spoken("responses", "Hi", tools=[function], tool_choice=choice)["tool_choice"], choice)
+
+    def test_optional_keys_come_in_their_place(self) -> None:
+        """conversation, prompt and prompt_cache_options are told only where they were asked for, in their place."""
+        asked: dict[str, Any] = {
+            "conversation": {"id": "conv_1"},
+            "prompt": {"id": "pmpt_1"},
+            "prompt_cache_options": {"mode": "x"},
+        }
+        with FakeOpenAI(lambda request: "Hi", validate=False) as server:
+            body = call(server, responses(**asked)).json
+        self.assertEqual(list(body), RESPONSE_KEYS)
+        self.assertEqual({key: body[key] for key in asked}, asked)
+
+    def test_each_item_has_its_keys_in_order(self) -> None:
+        """The output items of every kind, reasoning without a status, calls with two ids."""
+        output = spoken("responses", [*EVERY_ITEM, Refusal("No")])["output"]
+        self.assertEqual([" ".join(item) for item in output], [ITEM_KEYS[item["type"]] for item in output])
+        reasoning, search, _, function, custom, refusal = output
+        self.assertEqual((reasoning["content"], reasoning["summary"]), ([], [{"type": "summary_text", "text": "hm"}]))
+        self.assertEqual(compact(search["action"]), '{"type":"search","queries":["q"],"query":"q"}')
+        self.assertEqual((function["arguments"], custom["input"]), ('{"a":1}', "x"))
+        self.assertEqual(refusal["content"], [{"type": "refusal", "refusal": "No"}])
+        self.assertEqual(spoken("responses", Reasoning())["output"][0]["summary"], [])
+
+    def test_parallel_arguments_stay_compact(self) -> None:
+        """Responses writes arguments compactly, of several calls too."""
+        self.assertEqual(
+            [item["arguments"] for item in spoken("responses", PARALLEL)["output"]], ['{"a":1,"b":[2]}', "{}"]
+        )
+
+    def test_what_is_included_is_told_only_then(self) -> None:
+        """encrypted_content and action.sources are there with `include`, and not without."""
+        search = WebSearch("q", sources=["http://a"])
+        answer = [Reasoning("a", encrypted_content="given"), search, Reasoning(), "Hi"]
+        plain = spoken("responses", answer)["output"]
+        self.assertFalse("encrypted_content" in plain[0] or "sources" in plain[1]["action"])
+        include = ["reasoning.encrypted_content", "web_search_call.action.sources"]
+        given, searched, made, _ = spoken("responses", answer, include=include)["output"]
+        self.assertEqual(list(given), ["id", "type", "content", "encrypted_content", "summary"])
+        self.assertEqual(given["encrypted_content"], "given")
+        self.assertRegex(made["encrypted_content"], r"^gAAAAAB[\w-]{40,}=*$")
+        self.assertEqual(searched["action"]["sources"], [{"type": "url", "url": "http://a"}])
+
+    def test_citations_are_where_the_text_names_the_source(self) -> None:
+        """A url_citation spans the URL in the text; where there is none, all of the text."""
+        body = spoken("responses", [WebSearch("q", sources=["http://b.c/d", "http://a"]), "See http://a!"])
+        (part,) = body["output"][1]["content"]
+        self.assertEqual(compact(part["annotations"]), compact([
+            {"type": "url_citation", "end_index": 12, "start_index": 4, "title": "a", "url": "http://a"},
+            {"type": "url_citation", "end_index": 13, "start_index": 0, "title": "b.c", "url": "http://b.c/d"},
+        ]))  # fmt: skip
+        self.assertEqual(body["tool_usage"]["web_search"], {"num_requests": 1})
+
+    def test_an_incomplete_response_tells_why(self) -> None:
+        """length and content_filter: status, details, no completion time, but usage and the item so far."""
+        rows: Any = (("length", "max_output_tokens"), ("content_filter", "content_filter"))
+        for reason, told in rows:
+            with self.subTest(name=reason):
+                body = spoken("responses", ["Hi", Finish(reason)])
+                self.assertEqual((body["status"], body["completed_at"]), ("incomplete", None))
+                self.assertEqual((body["incomplete_details"], body["error"]), ({"reason": told}, None))
+                self.assertEqual(body["output"][0]["status"], "incomplete")
+                self.assertGreater(body["usage"]["total_tokens"], 0)
+
+
+class ResponsesStreamTest(unittest.TestCase):
+    def test_each_case_streams_as_recorded(self) -> None:
+        """The golden transcript of every case, between response.created and the lifecycle event that ends it."""
+        for name, answer in RESPONSE_CASES.items():
+            with self.subTest(name=name):
+                lines = [response_line(event) for event in streamed("responses", answer)]
+                self.assertEqual(lines, ["created", "in_progress", *RESPONSE_TRANSCRIPTS[name]])
+
+    def test_each_event_has_its_keys_in_order(self) -> None:
+        """Every event of every case has `type`, then the table's keys; numbers without gaps; padding to 16."""
+        for name, answer in RESPONSE_CASES.items():
+            for obfuscated in (True, False):
+                with self.subTest(name=name, obfuscated=obfuscated):
+                    events = streamed("responses", answer, stream_options={"include_obfuscation": obfuscated})
+                    self.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
+                    for event in events:
+                        keys = EVENT_KEYS[event["type"].removeprefix("response.")].split()
+                        keys = keys if obfuscated else [key for key in keys if key != "obfuscation"]
+                        self.assertEqual(list(event), ["type", *keys])
+                        if "obfuscation" in event:
+                            self.assertRegex(event["obfuscation"], "^[A-Za-z0-9]{0,15}$")
+                            self.assertEqual((len(event["delta"]) + len(event["obfuscation"])) % 16, 0)
+
+    def test_a_background_stream_is_queued_first_and_unpadded(self) -> None:
+        """background: created and queued with status "queued", then in_progress; no obfuscation."""
+        events = streamed("responses", "Hi", background=True)
+        lines = [response_line(event) for event in events]
+        self.assertEqual(lines, ["created", "queued", "in_progress", *RESPONSE_TRANSCRIPTS["text"]])
+        self.assertEqual([event["response"]["status"] for event in events[:3]], ["queued", "queued", "in_progress"])
+        self.assertFalse([event for event in events if "obfuscation" in event])
+
+    def test_items_begin_empty_and_keep_their_identity(self) -> None:
+        """output_item.added has all keys of the item, nothing said, status in_progress; events name its id."""
+        events = streamed("responses", EVERY_ITEM)
+        added = [event["item"] for event in events if event["type"] == "response.output_item.added"]
+        done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        self.assertEqual([list(item) for item in added], [list(item) for item in done])
+        for before, after in zip(added, done, strict=True):
+            for key, value in before.items():
+                same = after[key] if key in ("id", "type", "call_id", "name", "role") else EMPTY[key]
+                self.assertEqual(value, same)
+        for event in events:
+            if "item_id" in event:
+                self.assertEqual(event["item_id"], added[event["output_index"]]["id"])
+
+    def test_lifecycle_objects_show_the_state_so_far(self) -> None:
+        """No stream has billing; created and in_progress have no output, usage or end, and the tier "auto"."""
+        keys = [key for key in RESPONSE_KEYS if key not in {*OPTIONAL_KEYS, "billing"}]
+        for name, answer, status in (("completed", "Hi", "completed"), ("failed", StreamError("Broke"), "failed"),
+                                     ("incomplete", Finish("length"), "incomplete")):  # fmt: skip
+            with self.subTest(name=name):
+                created, going, *_, last = (
+                    each.get("response") for each in seeded("responses", answer, stream=True).events
+                )
+                self.assertEqual(created, going)
+                self.assertEqual([list(created), list(last)], [keys, keys])
+                want = {
+                    **DEFAULTS,
+                    "status": "in_progress",
+                    "completed_at": None,
+                    "service_tier": "auto",
+                    "usage": None,
+                }
+                want.pop("billing")
+                self.assertEqual({key: created[key] for key in want}, want)
+                self.assertEqual((created["output"], last["id"], last["status"]), ([], created["id"], status))
+                self.assertEqual(last["completed_at"], CLOCK if status == "completed" else None)
+
+    def test_encrypted_content_differs_each_time_it_is_sent(self) -> None:
+        """With include it is in the added item, the done item and the response, another one at each place."""
+        events = streamed("responses", [Reasoning("a"), "Hi"], include=["reasoning.encrypted_content"])
+        items = [*[event["item"] for event in events if "item" in event][:2], events[-1]["response"]["output"][0]]
+        self.assertEqual(len({item["encrypted_content"] for item in items}), 3)
+
+    def test_an_error_in_the_stream_has_the_real_nested_form(self) -> None:
+        """StreamError: the event `error`, nested, then response.failed with code and message, and nothing else."""
+        *_, error, failed = streamed("responses", ["Hi", StreamError("Broke", type="t", code="c", param="p")])
+        told = {"type": "t", "code": "c", "message": "Broke", "param": "p"}
+        self.assertEqual(
+            compact(error), compact({"type": "error", "error": told, "sequence_number": error["sequence_number"]})
+        )
+        self.assertEqual(compact(failed["response"]["error"]), '{"code":"c","message":"Broke"}')
+        self.assertEqual((failed["response"]["output"], failed["response"]["usage"]), ([], None))
+
+    def test_a_stream_error_in_a_json_answer_is_a_500(self) -> None:
+        """A request for JSON gets the StreamError's fields as an error answer, in both APIs."""
+        for api in PATHS:
+            with self.subTest(name=api):
+                answer = seeded(api, ["Hi", StreamError("Broke", type="t", code="c", param="p")])
+                self.assertEqual((answer.status, compact(answer.json)),
+                                 (500, '{"error":{"message":"Broke","type":"t","param":"p","code":"c"}}'))  # fmt: skip
+
+
+# ---- What both share ----
+
+
+class IdsTest(unittest.TestCase):
+    def test_ids_have_their_real_form(self) -> None:
+        """Each id has the prefix, the alphabet and the length that the API's have."""
+        completion = seeded("chat.completions", ToolCall("f")).json
+        search = seeded("chat.completions", "Hi", model="gpt-4o-search-preview").json
+        answer = seeded("responses", [Reasoning(), WebSearch("q"), "Hi", ToolCall("f"), CustomToolCall("g")])
+        body, shared = answer.json, answer.json["id"][5:23]
+        items = dict(zip(("rs", "ws", "msg", "fc", "ctc"), body["output"], strict=True))
+        rest = f"{shared}{CLOCK:08x}[0-9a-f]{{24}}"
+        rows = [
+            ("completion", "chatcmpl-[A-Za-z0-9]{29}", completion["id"]),
+            (
+                "search model",
+                "chatcmpl-[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+                search["id"],
+            ),
+            ("call", "call_[A-Za-z0-9]{24}", completion["choices"][0]["message"]["tool_calls"][0]["id"]),
+            ("response", f"resp_0[0-9a-f]{{15}}0[01]{CLOCK:08x}[0-9a-f]{{24}}", body["id"]),
+            ("request", "req_[0-9a-f]{32}", answer.headers["x-request-id"]),
+            *((prefix, f"{prefix}_{rest}", item["id"]) for prefix, item in items.items()),
+            *(("call id", "call_[A-Za-z0-9]{24}", items[each]["call_id"]) for each in ("fc", "ctc")),
+        ]
+        for name, pattern, id in rows:
+            with self.subTest(name=name):
+                self.assertRegex(id, f"^{pattern}$")
+        self.assertEqual(len({id for _, _, id in rows}), len(rows))
+
+    def test_seed_and_clock_make_answers_reproducible(self) -> None:
+        """The same seed and clock give the same bytes, request after request; another seed other ids."""
+
+        def answers(seed: int | None) -> list[bytes]:
+            with FakeOpenAI(
+                lambda request: [Reasoning(), "Hi", ToolCall("f")], seed=seed, clock=lambda: CLOCK
+            ) as server:
+                return [
+                    call(server, BODIES[api](stream=stream)).body for api in PATHS for stream in (False, True, False)
+                ]
+
+        first = answers(1)
+        self.assertEqual(first, answers(1))
+        self.assertEqual(len(set(first)), len(first))
+        self.assertFalse(set(first) & set(answers(2)))
+        self.assertNotEqual(answers(None), answers(None))
+
+
+class BytesTest(unittest.TestCase):
+    def test_json_is_compact_raw_utf8_with_escapes_where_needed(self) -> None:
+        """No spaces, no \\u but for U+0085, U+2028, U+2029 and lone surrogates; it decodes to what was said."""
+        for api in PATHS:
+            with self.subTest(name=api):
+                answer = seeded(api, SPEECH)
+                plain = json.dumps(answer.json, ensure_ascii=False, separators=(",", ":"))
+                for code in (0x85, 0x2028, 0x2029, 0xD800):
+                    plain = plain.replace(chr(code), f"\\u{code:04x}")
+                self.assertEqual(answer.body, plain.encode())
+                self.assertIn("日本語 😀", plain)
+                where = answer.json["output"][0]["content"][0]["text"] if api == "responses" else None
+                self.assertEqual(where or answer.json["choices"][0]["message"]["content"], SPEECH)
+
+    def test_streams_are_framed_as_the_apis(self) -> None:
+        """Chat: data lines, then [DONE]. Responses: an `event:` line that is the type, a data line, no [DONE]."""
+        for api in PATHS:
+            for name, answer in (
+                ("text", [Text(SPEECH)]),
+                ("parts", [part for part in SPOKEN.values() if not part.choice]),
+            ):
+                with self.subTest(api=api, name=name):
+                    body = seeded(api, answer, stream=True).body
+                    self.assertFalse([each for each in ("\x85", "\u2028", "\u2029") if each.encode() in body])
+                    *frames, end = body.decode().split("\n\n")
+                    self.assertEqual(end, "")
+                    if api == "chat.completions":
+                        self.assertEqual(frames.pop(), "data: [DONE]")
+                    for frame in frames:
+                        *lines, data = frame.split("\n")
+                        self.assertTrue(data.startswith("data: {") and data.endswith("}"))
+                        event = json.loads(data[6:])
+                        self.assertEqual(lines, [f"event: {event['type']}"] if api == "responses" else [])
+                        self.assertEqual(data[6:].encode(), openai_fake._utf8(openai_fake._dumps(event)))
+
+    def test_a_string_says_what_a_list_of_it_says(self) -> None:
+        """Byte for byte, in JSON and stream, on any model, also when the same request comes again."""
+        for text in ("Hi there", "", SPEECH, "100% %s"):
+            for model in ("gpt-4o", "gpt-5.6", "gpt-4o-search-preview", "a%b %s"):
+                rows: tuple[dict[str, Any], ...] = ({}, {"service_tier": "flex"}, {"n": 2}, {"stream": True})
+                for options in rows:
+                    with self.subTest(text=text, model=model, **options):
+                        told: list[list[bytes]] = []
+                        for answer in (text, [text]):
+                            with FakeOpenAI(Script(answer, answer), seed=7, clock=lambda: CLOCK) as server:
+                                told.append([call(server, chat(model=model, **options)).body for _ in range(2)])
+                        self.assertEqual(told[0], told[1])
+
+    def test_prebuilt_delta_frames_equal_plain_ones(self) -> None:
+        """_delta_chunks gives, byte for byte, what _sse gives for each event of the deltas."""
+        makers: dict[str, Any] = {
+            "chat.completions": openai_fake._ChatEncoder,
+            "responses": openai_fake._ResponsesEncoder,
+        }
+        for api, make in makers.items():
+            for obfuscated in (True, False):
+                options = {"include_usage": True, "include_obfuscation": obfuscated}
+                asked = BODIES[api](stream=True, stream_options=options)
+                request = Request(api, "POST", PATHS[api], "", {}, json.dumps(asked).encode())
+                ids = openai_fake._Ids(random.Random(3).getrandbits)
+                encoder = make(request, Reply(), ids, CLOCK)
+                encoder.parallel = True
+                deltas = [
+                    (name, each)
+                    for name, part in [*SPOKEN.items(), ("long", Text("word " * 300)), ("more", Text(SPEECH * 2))]
+                    for each in encoder.say(part)
+                    if isinstance(each, openai_fake._Deltas)
+                ]
+                self.assertGreater(len(deltas), 8)
+                for name, each in deltas:
+                    with self.subTest(api=api, name=name, obfuscated=obfuscated):
+                        frames = [openai_fake._utf8(openai_fake._sse(event)) for event in each.events()]
+                        self.assertEqual(openai_fake._delta_chunks(each, False), b"".join(frames))
+                        chunked = b"".join(b"%x\r\n%b\r\n" % (len(frame), frame) for frame in frames)
+                        self.assertEqual(openai_fake._delta_chunks(each, True), chunked)
+
+
+def folded_chat(chunks: list[Any]) -> dict[int, Any]:
+    """The choices that the chunks of a stream make together."""
+    choices: dict[int, Any] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            message = choices.setdefault(choice["index"], {"content": None, "refusal": None, "calls": {}, "notes": []})
+            for key in ("content", "refusal"):
+                if delta.get(key) is not None:
+                    message[key] = (message[key] or "") + delta[key]
+            for told in delta.get("tool_calls", ()):
+                whole = message["calls"].setdefault(told["index"], {"text": "", **told})
+                kind = "function" if "function" in told else "custom"
+                whole["text"] += told[kind]["arguments" if kind == "function" else "input"]
+            message["notes"] += delta.get("annotations", ())
+            message["finish"] = choice["finish_reason"] or message.get("finish")
+    return choices
+
+
+def folded_response(events: list[Any]) -> list[Any]:
+    """The output that the events of a stream make together: the added items, grown by each delta."""
+    output: list[Any] = []
+    for event in events:
+        kind = event["type"].removeprefix("response.")
+        item: Any = output[event["output_index"]] if "item_id" in event else None
+        if kind == "output_item.added":
+            output.append(event["item"])
+        elif kind == "content_part.added":
+            item["content"].append(event["part"])
+        elif kind == "reasoning_summary_part.added":
+            item["summary"].append(event["part"])
+        elif kind == "output_text.annotation.added":
+            item["content"][0]["annotations"].append(event["annotation"])
+        elif kind.endswith(".delta"):
+            held = {"output_text": "content", "refusal": "content", "reasoning_summary_text": "summary"}.get(kind[:-6])
+            target = item[held][0] if held else item
+            key = {"custom_tool_call_input": "input", "function_call_arguments": "arguments", "refusal": "refusal"}
+            target[key.get(kind[:-6], "text")] += event["delta"]
+            if event.get("logprobs"):
+                target["logprobs"] += event["logprobs"]
+        elif kind == "output_item.done":
+            done = event["item"]
+            output[event["output_index"]].update({key: done[key] for key in ("status", "action") if key in done})
+    return output
+
+
+class FoldLawTest(unittest.TestCase):
+    """The JSON body is the fold of the stream."""
+
+    def check_chat(self, answer: list[Any], **options: Any) -> None:
+        body, (*chunks, usage, _) = both("chat.completions", answer, **options)
+        folded = folded_chat(chunks)
+        self.assertEqual(sorted(folded), [choice["index"] for choice in body["choices"]])
+        for choice in body["choices"]:
+            message, whole = choice["message"], folded[choice["index"]]
+            self.assertEqual((whole["content"], whole["refusal"]), (message["content"], message["refusal"]))
+            self.assertEqual((whole["notes"], whole["finish"]), (message["annotations"], choice["finish_reason"]))
+            calls = [
+                {"id": each["id"], "type": each["type"], each["type"]: {**each[each["type"]],
+                 "arguments" if each["type"] == "function" else "input": each["text"]}}
+                for _, each in sorted(whole["calls"].items())
+            ]  # fmt: skip
+            self.assertEqual(calls, message.get("tool_calls", []))
+        self.assertEqual(usage["usage"], body["usage"])
+        self.assertEqual({chunk["id"] for chunk in chunks}, {body["id"]})
+
+    def check_responses(self, answer: list[Any], **options: Any) -> None:
+        body, events = both("responses", answer, **options)
+        done = {each["output_index"]: each["item"] for each in events if each["type"] == "response.output_item.done"}
+        last = events[-1]["response"]
+        self.assertEqual(events[-1]["type"], f"response.{body['status']}")
+        self.assertEqual({**last, "billing": body["billing"]}, body)
+        self.assertEqual([item for _, item in sorted(done.items())], last["output"])
+        self.assertEqual(folded_response(events), last["output"])
+        for event in events:
+            if event["type"].endswith((".done", ".added")) and "part" in event and event["type"].endswith("done"):
+                item = last["output"][event["output_index"]]
+                self.assertEqual(event["part"], (item.get("content") or item["summary"])[0])
+
+    def test_every_kind_of_part_folds_to_its_json(self) -> None:
+        """For each kind, in both APIs, also with logprobs and all that can be included."""
+        include = ["message.output_text.logprobs", "web_search_call.action.sources"]
+        for name, part in SPOKEN.items():
+            with self.subTest(name=name):
+                self.check_chat([part])
+                self.check_responses([part])
+                self.check_responses([part, "See https://a.example/1."], include=include)
+
+    def test_random_answers_fold_to_their_json(self) -> None:
+        """For a hundred answers of random parts, in both APIs."""
+        for seed in range(50):
+            answer = random_answer(random.Random(seed))
+            with self.subTest(seed=seed, answer=answer):
+                self.check_chat(answer)
+                self.check_responses(answer)
+
+    @needs_hypothesis
+    def test_any_answer_folds_to_its_json(self) -> None:
+        """For the answers that hypothesis thinks of."""
+        from hypothesis import given, settings
+        from hypothesis import strategies as st
+
+        @settings(max_examples=25, deadline=None, database=None)
+        @given(st.randoms(use_true_random=False))
+        def law(rng: random.Random) -> None:
+            answer = random_answer(rng)
+            self.check_chat(answer)
+            self.check_responses(answer)
+
+        law()
+
+    def test_n_choices_fold_to_their_json(self) -> None:
+        """Answers said by several choices too."""
+        self.check_chat(["Hello there", ToolCall("f", {"a": 1}), ToolCall("g", {"b": 2}), Finish("stop")], n=3)
+
+    def test_generators_say_what_lists_say(self) -> None:
+        """An answer in time folds to the JSON of the same answer known at once."""
+        parts = [Reasoning("hm"), Text("Hello "), Text("there"), ToolCall("f", {"a": 1}, id="call_1")]
+        for api in PATHS:
+            for stream in (False, True):
+                with self.subTest(api=api, stream=stream):
+                    known, coming = (seeded(api, answer, stream=stream).body for answer in (parts, iter(parts)))
+                    self.assertEqual(known, coming)
+
+
+class LogprobsTest(unittest.TestCase):
+    TEXT = "Héllo, wide 😀 world"
+
+    def check(self, entries: list[Any], keys: list[str], top: int) -> None:
+        """One entry a token, with plausible numbers."""
+        self.assertEqual("".join(entry["token"] for entry in entries), self.TEXT)
+        self.assertGreater(len(entries), 3)
+        for entry in entries:
+            self.assertEqual(list(entry), keys)
+            self.assertEqual(len(entry["top_logprobs"]), top)
+            numbers = [each["logprob"] for each in entry["top_logprobs"]]
+            self.assertEqual(numbers, sorted(numbers, reverse=True))
+            self.assertEqual(entry["top_logprobs"][:1], [{key: entry[key] for key in keys[:3]}][:top])
+            for each in (entry, *entry["top_logprobs"]):
+                self.assertTrue(-20 < each["logprob"] <= 0)
+                self.assertEqual(bytes(each["bytes"]).decode(), each["token"])
+
+    def test_chat_tells_them_in_json_and_stream(self) -> None:
+        """content has an entry per token; the role chunk none, the finish chunk null; gpt-5 has the key too then."""
+        for model in ("gpt-4o", "gpt-5.1"):
+            with self.subTest(name=model):
+                asked = {"model": model, "logprobs": True, "top_logprobs": 3}
+                body, (role, *chunks, finish, _, _) = both("chat.completions", self.TEXT, **asked)
+                told = body["choices"][0]["logprobs"]
+                self.assertEqual((list(told), told["refusal"]), (["content", "refusal"], None))
+                self.check(told["content"], ["token", "logprob", "bytes", "top_logprobs"], 3)
+                self.assertEqual(role["choices"][0]["logprobs"], {"content": [], "refusal": None})
+                self.assertIsNone(finish["choices"][0]["logprobs"])
+                parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+                self.assertEqual([entry for part in parts for entry in part["content"]], told["content"])
+                self.assertEqual([part["refusal"] for part in parts], [None] * len(parts))
+
+    def test_a_refusals_are_told_as_its_own(self) -> None:
+        """A refusal's entries are under `refusal`, and content is null."""
+        body, (role, *chunks, _, _, _) = both("chat.completions", Refusal(self.TEXT), logprobs=True)
+        told = body["choices"][0]["logprobs"]
+        self.assertIsNone(told["content"])
+        self.check(told["refusal"], ["token", "logprob", "bytes", "top_logprobs"], 0)
+        self.assertEqual(role["choices"][0]["logprobs"], {"content": None, "refusal": []})
+        self.assertEqual(
+            [each for chunk in chunks for each in chunk["choices"][0]["logprobs"]["refusal"]], told["refusal"]
+        )
+
+    def test_responses_tells_them_where_included(self) -> None:
+        """include message.output_text.logprobs: in the part, the done event, and each delta; else []."""
+        asked: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+        body, events = both("responses", self.TEXT, **asked)
+        told = body["output"][0]["content"][0]["logprobs"]
+        self.check([{key: each[key] for key in ("token", "logprob", "bytes", "top_logprobs")} for each in told],
+                   ["token", "logprob", "bytes", "top_logprobs"], 2)  # fmt: skip
+        self.assertEqual({tuple(each) for each in told}, {("bytes", "logprob", "token", "top_logprobs")})
+        deltas = [each["logprobs"] for each in events if each["type"] == "response.output_text.delta"]
+        self.assertEqual([entry for part in deltas for entry in part], told)
+        (done,) = [each["logprobs"] for each in events if each["type"] == "response.output_text.done"]
+        self.assertEqual(done, told)
+        self.assertEqual(spoken("responses", self.TEXT)["output"][0]["content"][0]["logprobs"], [])
+
+
+class HeadersTest(unittest.TestCase):
+    LIMITS = tuple(
+        f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
+    )
+    USUAL = ("openai-version", "openai-processing-ms")
+    ORG = ("openai-organization", "openai-project")
+
+    def test_answers_have_the_headers_that_their_sender_gives(self) -> None:
+        """Content type, request id, version, organization, limits, www-authenticate: as of wire.md's table."""
+        plain, utf8, sse = "application/json", "application/json; charset=utf-8", "text/event-stream; charset=utf-8"
+        key = "Authorization: Bearer sk-1"
+        bad = "Authorization: Bearer sk-2"
+        usual, all_, gate = self.USUAL + self.ORG, self.USUAL + self.ORG + self.LIMITS, ("vary",)
+        chat_, responses_ = PATHS["chat.completions"], PATHS["responses"]
+        rows: tuple[tuple[str, Any, str, str, str, int, str, tuple[str, ...]], ...] = (
+            ("chat", chat(), chat_, "POST", key, 200, plain, all_),
+            ("chat stream", chat(stream=True), chat_, "POST", key, 200, sse, all_),
+            ("responses", responses(), responses_, "POST", key, 200, plain, all_),
+            ("responses stream", responses(stream=True), responses_, "POST", key, 200, sse, all_),
+            ("chat 400", chat(n=0), chat_, "POST", key, 400, plain, all_),
+            ("responses 400", responses(max_output_tokens=0), responses_, "POST", key, 400, plain, usual),
+            ("chat 401", chat(), chat_, "POST", bad, 401, utf8, gate),
+            ("chat no key", chat(), chat_, "POST", "X-A: b", 401, utf8, gate),
+            ("responses 401", responses(), responses_, "POST", bad, 401, plain, (*self.USUAL, "www-authenticate")),
+            ("chat 404", chat(model="nope"), chat_, "POST", key, 404, utf8, gate),
+            ("embeddings 404", {"model": "nope", "input": "a"}, "/v1/embeddings", "POST", key, 404, utf8, gate),
+            ("models 404", None, "/v1/models/nope", "GET", key, 404, plain, usual),
+            ("response 404", None, "/v1/responses/resp_1", "GET", key, 404, plain, usual),
+        )  # fmt: skip
+        watched = {*all_, "vary", "www-authenticate"}
+        with FakeOpenAI(lambda request: "Hi", api_key="sk-1", strict=True) as server:
+            for name, body, path, method, field, status, kind, fields in rows:
+                with self.subTest(name=name):
+                    answer = call(server, body, path, method, field)
+                    self.assertEqual((answer.status, answer.headers["content-type"]), (status, kind))
+                    self.assertRegex(answer.headers["x-request-id"], "^req_[0-9a-f]{32}$")
+                    self.assertEqual(sorted(watched & set(answer.headers)), sorted(fields))
+                    if status >= 400:
+                        self.assertEqual(list(answer.error), ["message", "type", "param", "code"])
+                    if "openai-version" in answer.headers:
+                        self.assertEqual(answer.headers["openai-version"], "2020-10-01")
+                        self.assertTrue(answer.headers["openai-processing-ms"].isdigit())
+                    for each in set(self.LIMITS) & set(answer.headers):
+                        self.assertRegex(answer.headers[each], r"^(\d+m)?[\d.]+m?s$" if "reset" in each else r"^\d+$")
+
+    def test_rate_limits_tell_when_to_retry(self) -> None:
+        """rate_limit() is the 429 with the headers that clients read, each once."""
+        for api in PATHS:
+            with self.subTest(name=api):
+                answer = seeded(api, rate_limit(1.5))
+                self.assertEqual((answer.status, answer.error["code"]), (429, "rate_limit_exceeded"))
+                self.assertEqual((answer.headers["retry-after"], answer.headers["retry-after-ms"]), ("2", "1500"))
+                self.assertEqual(answer.headers["x-ratelimit-remaining-requests"], "0")
+
+
+# ---- The original ----
+
+
+class RowsOfTheOriginalTest(unittest.TestCase):
+    """Every row of design.md's table; the docstring names it."""
+
+    def only_fault(self, handler: Callable[[Request], Any], body: dict[str, Any]) -> str:
+        """The words of the 500 that this handler gives, which the server keeps too."""
+        server = FakeOpenAI(handler).start()
+        try:
+            got = call(server, body)
+        finally:
+            with self.assertRaises(Exception) as caught:
+                server.stop()
+        self.assertEqual((got.status, got.headers["x-should-retry"]), (500, "false"))
+        self.assertIn(str(caught.exception), got.error["message"])
+        return str(got.error["message"])
+
+    def test_new_open_ai(self) -> None:
+        """NewOpenAI(t, handler): start() has a base URL, and is closed at cleanup."""
+
+        class Inner(unittest.TestCase):
+            def runTest(self) -> None:  # noqa: N802
+                self.server = start(self, lambda request: "Hi")
+                self.answer = call(self.server, chat())
+
+        inner = Inner()
+        result = unittest.TestResult()
+        inner.run(result)
+        self.assertTrue(result.wasSuccessful(), result.errors)
+        self.assertEqual(inner.answer.status, 200)
+        self.assertRegex(inner.server.base_url, r"^http://127\.0\.0\.1:\d+/v1$")
+        with self.assertRaises(OSError):
+            Wire(inner.server)
+
+    def test_post_chat_completions_and_responses(self) -> None:
+        """POST /chat/completions, POST /responses: one handler for both, also under /v1."""
+        server = start(self, lambda request: f"by {request.api}")
+        for path in PATHS.values():
+            for each in (path, path.removeprefix("/v1")):
+                with self.subTest(name=each):
+                    body = chat() if "chat" in path else responses()
+                    self.assertIn(b"by " + (b"chat.completions" if "chat" in path else b"responses"),
+                                  call(server, body, each).body)  # fmt: skip
+
+    def test_request_decoded(self) -> None:
+        """Request decoded to model, messages, stream, tools, prompt; unknown keys are kept in options."""
+        server = start(self, lambda request: "Hi")
+        call(server, chat("Hello", stream=True, tools=[CHAT_CALL], prompt="p", temperature=0.5, shoe_size=43))
+        (request,) = server.requests
+        self.assertEqual((request.model, request.messages, request.stream, request.tools, request.prompt),
+                         ("gpt-4o", [Message("user", "Hello")], True, [Tool("f", parameters={})], "p"))  # fmt: skip
+        self.assertEqual(request.options, {"temperature": 0.5, "shoe_size": 43})
+
+    def test_requests_kept(self) -> None:
+        """Last request kept, safely across threads: server.requests has them all."""
+        server = start(self, lambda request: "Hi")
+        threads = [threading.Thread(target=call, args=(server, chat(str(number)))) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        kept = server.wait_for_requests(8, WAIT)
+        for thread in threads:
+            thread.join(WAIT)
+        self.assertEqual(sorted(request.text for request in kept), list("01234567"))
+
+    def test_body_that_is_not_json(self) -> None:
+        """Body that is not JSON: 400, with OpenAI's error body."""
+        server = start(self, lambda request: "Hi")
+        for path in PATHS.values():
+            with self.subTest(name=path):
+                answer = call(server, b"{not json", path)
+                self.assertEqual((answer.status, answer.error["type"]), (400, "invalid_request_error"))
+
+    def test_response_is_chunks_completion_or_error(self) -> None:
+        """Response is streaming chunks, or a completion, or an error."""
+        done = Completion([CompletionChoice(Message("assistant", "Hi"))])
+        self.assertEqual(seeded("chat.completions", Reply(done, only="json")).status, 200)
+        self.assertEqual(seeded("chat.completions", Reply(*text_chunks("Hi"), only="stream"), stream=True).status, 200)
+        self.assertEqual(seeded("chat.completions", APIError(418, "No")).status, 418)
+
+    def test_both_kinds_cannot_be_written(self) -> None:
+        """The error "handler returned both streaming and non-streaming responses" cannot be written: chunks fold."""
+        self.assertEqual(
+            spoken("chat.completions", text_chunks("a", "b", index=0))["choices"][0]["message"]["content"], "ab"
+        )
+
+    def test_empty_response(self) -> None:
+        """The error "handler returned empty response" (500): the same words."""
+        rows: dict[str, Any] = {"None": None, "list": [], "Reply": Reply(), "no chunks": streaming_response()}
+        for name, answer in rows.items():
+            with self.subTest(name=name):
+                self.assertEqual(self.only_fault(Script(answer), chat(stream=True)), "handler returned empty response")
+
+    def test_non_streaming_response_for_streaming_request(self) -> None:
+        """The error "handler returned non-streaming response for streaming request" (500): the same words."""
+        for api, body in BODIES.items():
+            with self.subTest(name=api):
+                words = self.only_fault(Script(non_streaming_response("Hi")), body(stream=True))
+                self.assertEqual(words, "handler returned non-streaming response for streaming request")
+
+    def test_streaming_response_for_non_streaming_request(self) -> None:
+        """The error "handler returned streaming response for non-streaming request" (500): the same words."""
+        for api, body in BODIES.items():
+            with self.subTest(name=api):
+                words = self.only_fault(Script(streaming_response(*text_chunks("Hi"))), body())
+                self.assertEqual(words, "handler returned streaming response for non-streaming request")
+
+    def test_chunks_while_the_client_reads(self) -> None:
+        """Chunks come from a channel while the client reads; closing it ends the stream."""
+        stream = Stream()
+        server = start(self, lambda request: stream)
+        with Wire(server) as wire:
+            wire.send(http_bytes(chat(stream=True)))
+            for delta in ("one", "two"):
+                self.assertTrue(stream.send(Chunk([ChunkChoice(delta=delta)])))
+                wire.until(f'"content":"{delta}"'.encode())
+            stream.close()
+            wire.until(b"data: [DONE]\n\n")
+            wire.until(b"\r\n0\r\n\r\n")
+
+    def test_client_gone(self) -> None:
+        """Client gone: stop, log at INFO on logger openai_fake, tell the Stream and the generator."""
+        stream, closed = Stream(), threading.Event()
+
+        def forever(request: Request) -> Iterator[str]:
+            try:
+                while True:
+                    yield "word "
+            finally:
+                closed.set()
+
+        server = start(self, Script(stream, forever))
+        with self.assertLogs("openai_fake", "INFO") as logs:
+            waits: list[Callable[[float], bool]] = [stream.wait_disconnected, closed.wait]
+            for wait in waits:
+                with Wire(server) as wire:
+                    wire.send(http_bytes(chat(stream=True))).until(b"\r\n\r\n")
+                self.assertTrue(wait(WAIT))
+            server.stop()
+        self.assertEqual([record.levelname for record in logs.records], ["INFO"] * 2)
+        self.assertIn("client left", logs.output[0])
+        self.assertFalse(stream.send("more"))
+
+    def test_chat_sse(self) -> None:
+        """Chat SSE: delta content, delta tool_calls, finish_reason only when set; a Chunk is sent as given; [DONE]."""
+        chunks = [
+            Chunk([ChunkChoice(0, "Hi"), ChunkChoice(1, "Ho")], id="x", created=5, model="m"),
+            Chunk([ChunkChoice(tool_calls=[ToolCall("f", "{}", id="call_1")])]),
+            Chunk([ChunkChoice(finish_reason="tool_calls")], usage=Usage(1, 2)),
+        ]
+        head = {"id": "x", "object": "chat.completion.chunk", "created": 5, "model": "m"}
+        made = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        *told, done = streamed("chat.completions", chunks)
+        self.assertEqual((done, told[2].pop("usage")["total_tokens"]), ("[DONE]", 3))
+        choices: list[Any] = [
+            [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None},
+             {"index": 1, "delta": {"content": "Ho"}, "finish_reason": None}],
+            [{"index": 0, "delta": {"tool_calls": [made]}, "finish_reason": None}],
+            [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}],
+        ]  # fmt: skip
+        self.assertEqual(list(map(compact, told)), [compact({**head, "choices": each}) for each in choices])
+
+    def test_responses_sse(self) -> None:
+        """Responses SSE: item added once per output, text deltas, text done, item done, completed."""
+        events = streamed("responses", text_chunks("one", "two"))
+        kinds = [event["type"].removeprefix("response.") for event in events]
+        for kind in ("output_item.added", "output_text.delta", "output_text.done", "output_item.done"):
+            self.assertEqual(kinds.count(kind), 2)
+        self.assertEqual(kinds[-1], "completed")
+        self.assertEqual(
+            [event["text"] for event in events if event["type"] == "response.output_text.done"], ["one", "two"]
+        )
+
+    def test_every_choice_is_an_output_item(self) -> None:
+        """Chat JSON; Responses JSON with every choice as a message output item, tool calls too."""
+        chosen = [CompletionChoice(Message("assistant", "a")), CompletionChoice(Message("assistant", "b"), 1),
+                  CompletionChoice(Message("assistant", None, (ToolCall("f", "{}"),)), 2, "tool_calls")]  # fmt: skip
+        answer = Completion(chosen, id="x", created=5, model="m", usage=Usage(1, 2))
+        completion = spoken("chat.completions", answer)
+        self.assertEqual([completion[key] for key in ("id", "created", "model")], ["x", 5, "m"])
+        self.assertEqual([each["message"]["content"] for each in completion["choices"]], ["a", "b", None])
+        self.assertEqual([each["finish_reason"] for each in completion["choices"]], ["stop", "stop", "tool_calls"])
+        output = spoken("responses", answer)["output"]
+        self.assertEqual([item["type"] for item in output], ["message", "message", "function_call"])
+
+    def test_encoding_failure(self) -> None:
+        """Encoding failure fails the test."""
+
+        def handler(request: Request) -> Reply:
+            bad: dict[str, Any] = {request.options["user"]: object()}
+            return Reply("Hi", **bad)
+
+        for api, body in BODIES.items():
+            for key in ("id", "model", "created"):
+                for stream in (False, True):
+                    with self.subTest(name=key, api=api, stream=stream):
+                        self.assertIn("object", self.only_fault(handler, body(user=key, stream=stream)))
+
+    def test_error_body(self) -> None:
+        """Error body {"error": {"type", "message"}} with any status; the 429 helper."""
+        for status in (400, 418, 500, 503, 599):
+            with self.subTest(name=status):
+                answer = seeded("chat.completions", APIError(status, "No", type="t"))
+                self.assertEqual((answer.status, answer.error["type"], answer.error["message"]), (status, "t", "No"))
+        self.assertEqual(seeded("chat.completions", rate_limit()).status, 429)
+
+    def test_open_ai_streaming_response(self) -> None:
+        """OpenAIStreamingResponse(chunks...): streaming_response(*chunks)."""
+        *chunks, done = streamed("chat.completions", streaming_response(*text_chunks("a", "b")))
+        self.assertEqual(([each["choices"][0]["delta"] for each in chunks], done),
+                         ([{"content": "a"}, {"content": "b"}], "[DONE]"))  # fmt: skip
+
+    def test_open_ai_non_streaming_response(self) -> None:
+        """OpenAINonStreamingResponse(text): gpt-4, finish "stop", usage 10/5/15."""
+        body = spoken("chat.completions", non_streaming_response("Hi"))
+        self.assertEqual((body["model"], body["choices"][0]["finish_reason"]), ("gpt-4", "stop"))
+        self.assertEqual(body["choices"][0]["message"]["content"], "Hi")
+        self.assertEqual(list(body["usage"].values())[:3], [10, 5, 15])
+
+    def test_open_ai_text_chunks(self) -> None:
+        """OpenAITextChunks(deltas...): one chunk per delta, choices 0, 1, 2, ...; same id and time; index=0: in one."""
+        chunks = text_chunks("a", "b", "c")
+        self.assertEqual([each.choices for each in chunks], [[ChunkChoice(at, text)] for at, text in enumerate("abc")])
+        self.assertEqual(len({(each.id, each.created, each.model) for each in chunks}), 1)
+        self.assertRegex(chunks[0].id, "^chatcmpl-[A-Za-z0-9]{29}$")
+        self.assertEqual([each.choices[0].index for each in text_chunks("a", "b", index=0)], [0, 0])
+
+    def test_open_ai_tool_call_chunk(self) -> None:
+        """OpenAIToolCallChunk(name, arguments): choice 0, call index 0, id call_..."""
+        (chunk, _) = streamed("chat.completions", tool_call_chunk("f", {"a": 1}))
+        (made,) = chunk["choices"][0]["delta"]["tool_calls"]
+        self.assertEqual((chunk["choices"][0]["index"], made["index"]), (0, 0))
+        self.assertEqual(made["function"], {"name": "f", "arguments": '{"a":1}'})
+        self.assertRegex(made["id"], "^call_[A-Za-z0-9]{24}$")
+
+    def test_data_types(self) -> None:
+        """Choices, tool calls, usage, completion, message, tool as data: frozen dataclasses, equal by value."""
+        makers: tuple[Callable[[], Any], ...] = (
+            ChunkChoice, lambda: ToolCall("f"), lambda: Usage(1, 2), lambda: Completion([]), lambda: Message("user"),
+            lambda: Tool("f"), Chunk, lambda: CompletionChoice(Message("user")),
+        )  # fmt: skip
+        for make in makers:
+            with self.subTest(name=type(make()).__name__):
+                self.assertEqual(make(), make())
+                with self.assertRaises(AttributeError):
+                    setattr(make(), next(iter(make().__dataclass_fields__)), 1)
+        self.assertEqual(Usage(1, 2).total_tokens, 3)
+
+
+# ---- What the API refuses --------------------------------------------------------------------------------------------
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+CHAT_TOOL_CALL = {"id": "call_a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CHAT_TOOL_CALL]}
+ANSWER = {"role": "tool", "tool_call_id": "call_a", "content": "1"}
+MOVED = (
+    "Unsupported parameter: '{}'. In the Responses API, this parameter has moved to '{}'. Try again with the new "
+    "parameter. See the API documentation for more information: "
+    "https://platform.openai.com/docs/api-reference/responses/create."
+)
+UNPAIRED = "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
+UNANSWERED = (
+    "An assistant message with 'tool_calls' must be followed by tool messages responding to each 'tool_call_id'. "
+    "The following tool_call_ids did not have response messages: "
+)
+ODD_VALUES: list[Any] = [
+    None, True, False, 0, -1, 7, 10**30, 1.5, -0.0, float("nan"), float("inf"), "", "x", "\ud800", [], {}, [None],
+    [[]], [{}], ["x"], {"type": None}, {"type": []}, {"type": {}}, {"type": "function"}, {"type": "x", "id": {}},
+    {"role": []}, {"role": "assistant", "tool_calls": 7}, {"role": "tool", "tool_call_id": []}, {"": None},
+    {"type": "function_call", "call_id": []}, {"type": "message", "role": {}, "content": {}},
+]  # fmt: skip
+
+
+def typed(path: str, expected: str, got: str) -> tuple[str, str, str]:
+    return f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type"
+
+
+def missing(path: str) -> tuple[str, str, str]:
+    return f"Missing required parameter: '{path}'.", path, "missing_required_parameter"
+
+
+def outside(path: str, problem: str, expected: str, got: object, code: str) -> tuple[str, str, str]:
+    return f"Invalid '{path}': {problem}. Expected {expected}, but got {got} instead.", path, code
+
+
+def empty_array(path: str) -> tuple[str, str, str]:
+    return outside(path, "empty array", "an array with minimum length 1", "an empty array", "empty_array")
+
+
+def above(path: str, noun: str, high: object, got: object) -> tuple[str, str, str]:
+    return outside(path, f"{noun} above maximum value", f"a value <= {high}", got, f"{noun}_above_max_value")
+
+
+def below(path: str, noun: str, low: object, got: object) -> tuple[str, str, str]:
+    return outside(path, f"{noun} below minimum value", f"a value >= {low}", got, f"{noun}_below_min_value")
+
+
+def not_among(path: str, got: str, *supported: str) -> tuple[str, str, str]:
+    words = [f"'{word}'" for word in supported]
+    listed = " and ".join(words) if len(words) == 2 else ", ".join(words[:-1]) + ", and " + words[-1]
+    return f"Invalid value: '{got}'. Supported values are: {listed}.", path, "invalid_value"
+
+
+def by_user(*parts: object) -> list[object]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+CONTENT_PARTS = ("text", "image_url", "input_audio", "refusal", "audio", "file")
+ROLES = ("system", "assistant", "user", "function", "tool", "developer")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+STRINGS = "one of a string or array of objects"
+NO_STREAM = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+LONG_VALUE = outside(
+    "metadata.k",
+    "string too long",
+    "a string with maximum length 512",
+    "a string with length 513",
+    "string_above_max_length",
+)
+MANY_KEYS = outside(
+    "metadata",
+    "too many properties",
+    "an object with at most 16 properties",
+    "an object with 17 properties",
+    "object_above_max_properties",
+)
+
+LONG_ID = outside(
+    "safety_identifier",
+    "string too long",
+    "a string with maximum length 128",
+    "a string with length 129",
+    "string_above_max_length",
+)
+OBJECTS = ("moderation", "audio", "web_search_options", "prompt_cache_options")
+
+# parameter, a value that is refused, how, and the nearest value that isn't (added to a valid body)
+CHAT_RULES: list[tuple[str, Any, tuple[str, Any, Any], Any]] = [
+    ("model", None, ("you must provide a model parameter", None, None), "m"),
+    ("model", "", ("you must provide a model parameter", None, None), "m"),
+    ("model", 7, typed("model", "a string", "an integer"), "7"),
+    ("messages", None, missing("messages"), HELLO),
+    ("messages", "hi", typed("messages", "an array of objects", "a string"), HELLO),
+    ("messages", {}, typed("messages", "an array of objects", "an object"), HELLO),
+    ("messages", [], empty_array("messages"), HELLO),
+    ("messages", ["hi"], typed("messages[0]", "an object", "a string"), HELLO),
+    ("messages", [{"content": "hi"}], missing("messages[0].role"), HELLO),
+    ("messages", [{"role": 7, "content": "hi"}], typed("messages[0].role", "a string", "an integer"), HELLO),
+    ("messages", [{"role": "bot", "content": "hi"}], not_among("messages[0].role", "bot", *ROLES), HELLO),
+    ("messages", [*HELLO, {"role": "user"}], missing("messages[1].content"), [*HELLO, *HELLO]),
+    ("messages", [{"role": "user", "content": None}], typed("messages[0].content", STRINGS, "null"), HELLO),
+    ("messages", [{"role": "user", "content": 1.5}], typed("messages[0].content", STRINGS, "a decimal"), HELLO),
+    ("messages", by_user("hi"), typed("messages[0].content[0]", "an object", "a string"), by_user()),
+    (
+        "messages",
+        by_user({"text": "hi"}),
+        missing("messages[0].content[0].type"),
+        by_user({"type": "text", "text": "hi"}),
+    ),
+    (
+        "messages",
+        by_user({"type": "x"}),
+        not_among("messages[0].content[0].type", "x", *CONTENT_PARTS),
+        by_user({"type": "audio"}),
+    ),
+    (
+        "messages",
+        by_user({"type": "text"}),
+        missing("messages[0].content[0].text"),
+        by_user({"type": "text", "text": ""}),
+    ),
+    (
+        "messages",
+        by_user({"type": "image_url", "image_url": "u"}),
+        typed("messages[0].content[0].image_url", "an object", "a string"),
+        by_user({"type": "image_url", "image_url": {"url": "u"}}),
+    ),
+    ("messages", [{"role": "assistant"}], missing("messages[0].content"), [{"role": "assistant", "refusal": "no"}]),
+    (
+        "messages",
+        [{"role": "assistant", "content": "", "tool_calls": []}],
+        empty_array("messages[0].tool_calls"),
+        [{"role": "assistant", "content": "", "tool_calls": None}],
+    ),
+    (
+        "messages",
+        [{**CALLED, "tool_calls": [{"id": "call_a", "function": {}}]}, ANSWER],
+        missing("messages[0].tool_calls[0].type"),
+        [CALLED, ANSWER],
+    ),
+    (
+        "messages",
+        [{**CALLED, "tool_calls": [{**CHAT_TOOL_CALL, "function": {"arguments": ""}}]}, ANSWER],
+        missing("messages[0].tool_calls[0].function.name"),
+        [{**CALLED, "tool_calls": [{**CHAT_TOOL_CALL, "function": {"arguments": "", "name": ""}}]}, ANSWER],
+    ),
+    (
+        "messages",
+        [{**CALLED, "tool_calls": [{"type": "function", "function": CHAT_TOOL_CALL["function"]}]}],
+        missing("messages[0].tool_calls[0].id"),
+        [CALLED, ANSWER],
+    ),
+    (
+        "messages",
+        [CALLED, {"role": "tool", "content": "1"}],
+        missing("messages[1].tool_call_id"),
+        [CALLED, {**ANSWER, "content": [{"type": "text", "text": "1"}]}],
+    ),
+    ("messages", [*HELLO, ANSWER], (UNPAIRED, "messages.[1].role", None), [*HELLO, CALLED, ANSWER]),
+    ("messages", [CALLED, ANSWER, *HELLO, ANSWER], (UNPAIRED, "messages.[3].role", None), [CALLED, ANSWER, ANSWER]),
+    ("messages", [CALLED, *HELLO], (UNANSWERED + "call_a", "messages.[1].role", None), [CALLED, ANSWER, *HELLO]),
+    ("messages", [*HELLO, CALLED], (UNANSWERED + "call_a", "messages.[1].role", None), [*HELLO, CALLED, ANSWER]),
+    (
+        "messages",
+        [
+            {
+                **CALLED,
+                "tool_calls": [CHAT_TOOL_CALL, {**CHAT_TOOL_CALL, "id": "call_b"}, {**CHAT_TOOL_CALL, "id": "call_c"}],
+            },
+            ANSWER,
+            *HELLO,
+        ],
+        (UNANSWERED + "call_b, call_c", "messages.[2].role", None),
+        [
+            {**CALLED, "tool_calls": [CHAT_TOOL_CALL, {**CHAT_TOOL_CALL, "id": "b"}]},
+            {**ANSWER, "tool_call_id": "b"},
+            ANSWER,
+            *HELLO,
+        ],
+    ),
+    ("functions", [{}], missing("functions[0].name"), [{"name": "f"}]),
+    ("function_call", "x", not_among("function_call", "x", "none", "auto"), {"name": "f"}),
+    ("tools", {}, typed("tools", "an array of objects", "an object"), None),
+    ("tools", [], empty_array("tools"), None),
+    ("tools", [{"type": "function"}], missing("tools[0].function"), None),
+    (
+        "tools",
+        [{"type": "function", "function": {}}],
+        missing("tools[0].function.name"),
+        [{"type": "function", "function": {"name": "__mirascope_x y"}}],
+    ),
+    (
+        "tools",
+        [{"type": "function", "function": {"name": ""}}],
+        outside(
+            "tools[0].function.name",
+            "empty string",
+            "a string with minimum length 1",
+            "an empty string",
+            "empty_string",
+        ),
+        [{"type": "custom", "custom": {"name": "c"}}],
+    ),
+    ("tools", [{"type": "web_search"}], not_among("tools[0].type", "web_search", "function", "custom"), None),
+    ("tool_choice", "any", not_among("tool_choice", "any", "none", "auto", "required"), "none"),
+    (
+        "tool_choice",
+        {"type": "function", "function": {}},
+        missing("tool_choice.function.name"),
+        {"type": "function", "function": {"name": "f"}},
+    ),
+    ("parallel_tool_calls", 1, typed("parallel_tool_calls", "a boolean", "an integer"), True),
+    ("max_completion_tokens", 0, below("max_completion_tokens", "integer", 1, 0), 1),
+    ("n", 0, below("n", "integer", 1, 0), 1),
+    ("n", 9, above("n", "integer", 8, 9), 8),
+    ("n", True, typed("n", "an integer", "a boolean"), 1),
+    ("n", 1.5, typed("n", "an integer", "a decimal"), None),
+    ("temperature", -1, below("temperature", "decimal", 0, -1), 0),
+    ("temperature", 2.1, above("temperature", "decimal", 2, 2.1), 2),
+    ("temperature", "1", typed("temperature", "a decimal", "a string"), 1.0),
+    ("top_p", 1.1, above("top_p", "decimal", 1, 1.1), 1),
+    ("presence_penalty", -3, below("presence_penalty", "decimal", -2, -3), -2),
+    ("frequency_penalty", 3, above("frequency_penalty", "decimal", 2, 3), 2),
+    ("logprobs", 5, typed("logprobs", "a boolean", "an integer"), True),
+    ("top_logprobs", 21, above("top_logprobs", "integer", 20, 21), 20),
+    ("user", 7, typed("user", "a string", "an integer"), "7"),
+    ("seed", "7", typed("seed", "an integer", "a string"), -7),
+    ("modalities", ["video"], not_among("modalities[0]", "video", "text", "audio"), ["text", "audio"]),
+    ("response_format", {}, missing("response_format.type"), {"type": "text"}),
+    (
+        "response_format",
+        {"type": "json"},
+        not_among("response_format.type", "json", "json_object", "json_schema", "text"),
+        {"type": "json_object"},
+    ),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {}},
+        missing("response_format.json_schema.name"),
+        {"type": "json_schema", "json_schema": {"name": "n"}},
+    ),
+    (
+        "service_tier",
+        "best",
+        not_among("service_tier", "best", "auto", "default", "flex", "scale", "priority", "fast"),
+        "fast",
+    ),
+    ("max_tokens", 0, below("max_tokens", "integer", 1, 0), 1),
+    ("reasoning_effort", "huge", not_among("reasoning_effort", "huge", *EFFORTS), "xhigh"),
+    ("logit_bias", {"50256": -101}, below("logit_bias.50256", "decimal", -100, -101), {"50256": -100}),
+    ("stop", 7, typed("stop", "one of a string or array of strings", "an integer"), "END"),
+    (
+        "stop",
+        list("abcde"),
+        outside(
+            "stop",
+            "array too long",
+            "an array with maximum length 4",
+            "an array with length 5",
+            "array_above_max_length",
+        ),
+        list("abcd"),
+    ),
+    ("stream", "true", typed("stream", "a boolean", "a string"), False),
+    ("stream_options", {"include_usage": True}, (NO_STREAM, "stream_options", None), None),
+    ("store", 1, typed("store", "a boolean", "an integer"), True),
+    ("metadata", {"k": "v" * 513}, LONG_VALUE, {"k": "v" * 512}),
+    ("metadata", {str(i): "v" for i in range(17)}, MANY_KEYS, {str(i): "v" for i in range(16)}),
+    (
+        "metadata",
+        {"k" * 65: "v"},
+        outside(
+            "metadata",
+            "property name too long",
+            "a property name with maximum length 64",
+            "one with length 65",
+            "property_name_above_max_length",
+        ),
+        {"k" * 64: "v"},
+    ),
+    ("prediction", "x", typed("prediction", "an object", "a string"), {"type": "content", "content": "x"}),
+    ("verbosity", "bogus", not_among("verbosity", "bogus", "low", "medium", "high"), "low"),
+    *((name, 7, typed(name, "an object", "an integer"), {}) for name in OBJECTS),
+    *((name, 7, typed(name, "a string", "an integer"), "7") for name in ("prompt_cache_key", "prompt_cache_retention")),
+    ("safety_identifier", "x" * 129, LONG_ID, "x" * 128),
+]
+INPUT_KINDS = "one of a string or array of input items"
+INPUT_PARTS = ("input_text", "input_image", "output_text", "refusal", "input_file", "computer_screenshot")
+MOVED_EFFORT = (MOVED.format("reasoning_effort", "reasoning.effort"), None, "unsupported_parameter")
+RESPONSES_RULES: list[tuple[str, Any, tuple[str, Any, Any], Any]] = [
+    ("model", None, missing("model"), "m"),
+    ("model", 7, typed("model", "a string", "an integer"), "m"),
+    ("messages", HELLO, (MOVED.format("messages", "input"), None, "unsupported_parameter"), None),
+    ("response_format", {}, (MOVED.format("response_format", "text.format"), None, "unsupported_parameter"), None),
+    ("reasoning_effort", "low", MOVED_EFFORT, None),
+    ("input", None, missing("input"), "hi"),
+    ("input", 7, typed("input", INPUT_KINDS, "an integer"), []),
+    ("input", {}, typed("input", INPUT_KINDS, "an object"), HELLO),
+    ("input", ["hi"], typed("input[0]", "an object", "a string"), HELLO),
+    ("input", [{"content": "hi"}], missing("input[0].role"), HELLO),
+    (
+        "input",
+        [{"role": "tool", "content": "hi"}],
+        not_among("input[0].role", "tool", "assistant", "system", "developer", "user"),
+        HELLO,
+    ),
+    ("input", [{"type": "message", "role": "user"}], missing("input[0].content"), [{"type": "message", **HELLO[0]}]),
+    (
+        "input",
+        by_user({"type": "text", "text": "hi"}),
+        not_among("input[0].content[0].type", "text", *INPUT_PARTS),
+        by_user({"type": "input_text", "text": "hi"}),
+    ),
+    (
+        "input",
+        [{"role": "assistant", "content": [{"type": "input_text", "text": "hi"}]}],
+        not_among("input[0].content[0].type", "input_text", "output_text", "refusal"),
+        [{"role": "assistant", "content": [{"type": "output_text", "text": "hi"}]}],
+    ),
+    (
+        "input",
+        [{"type": "function_call", "name": "f", "arguments": "{}"}],
+        missing("input[0].call_id"),
+        [{"type": "function_call", "name": "f", "arguments": "{}", "call_id": "call_a"}],
+    ),
+    (
+        "input",
+        [{"type": "function_call_output", "call_id": "call_a"}],
+        missing("input[0].output"),
+        [{"type": "function_call_output", "call_id": "call_a", "output": []}],
+    ),
+    ("input", [{"type": "item_reference"}], missing("input[0].id"), [{"id": "msg_a"}]),
+    ("include", ["x"], not_among("include[0]", "x", *openai_fake._includes), []),
+    ("include", "x", typed("include", "an array of strings", "a string"), ["reasoning.encrypted_content"]),
+    ("tools", {}, typed("tools", "an array of tools", "an object"), []),
+    ("tools", [{"name": "f"}], missing("tools[0].type"), [{"type": "web_search"}]),
+    ("tools", [{"type": "function"}], missing("tools[0].name"), [{"type": "function", "name": "final_result"}]),
+    ("tools", [{"type": "custom"}], missing("tools[0].name"), [{"type": "custom", "name": "Person"}]),
+    ("metadata", {"k": 1}, typed("metadata.k", "a string", "an integer"), {"k": "1"}),
+    ("text", "x", typed("text", "an object", "a string"), {}),
+    (
+        "text",
+        {"format": {"type": "json_schema", "schema": {}}},
+        missing("text.format.name"),
+        {"format": {"type": "json_schema", "schema": {}, "name": "n"}, "verbosity": None},
+    ),
+    ("text", {"verbosity": "x"}, not_among("text.verbosity", "x", "low", "medium", "high"), {"verbosity": "low"}),
+    ("temperature", 3, above("temperature", "decimal", 2, 3), 2),
+    ("top_p", -0.5, below("top_p", "decimal", 0, -0.5), 0.5),
+    ("tool_choice", {"type": "function"}, missing("tool_choice.name"), {"type": "function", "name": "f"}),
+    ("stream", 1, typed("stream", "a boolean", "an integer"), True),
+    ("stream_options", {"include_obfuscation": False}, (NO_STREAM, "stream_options", None), None),
+    ("background", "x", typed("background", "a boolean", "a string"), False),
+    ("max_output_tokens", 15, below("max_output_tokens", "integer", 16, 15), 16),
+    ("reasoning", {"effort": "x"}, not_among("reasoning.effort", "x", *EFFORTS), {"effort": None, "summary": "auto"}),
+    ("truncation", "x", not_among("truncation", "x", "auto", "disabled"), "auto"),
+    ("instructions", 7, typed("instructions", "a string", "an integer"), "7"),
+    ("top_logprobs", -1, below("top_logprobs", "integer", 0, -1), 0),
+    ("prompt", {}, missing("prompt.id"), {"id": "pmpt_a"}),
+    ("conversation", 7, typed("conversation", "one of a string or object", "an integer"), {"id": "conv_a"}),
+    ("previous_response_id", 7, typed("previous_response_id", "a string", "an integer"), "resp_a"),
+    ("parallel_tool_calls", "x", typed("parallel_tool_calls", "a boolean", "a string"), True),
+    ("max_tool_calls", 1.0, typed("max_tool_calls", "an integer", "a decimal"), 1),
+    ("service_tier", 7, typed("service_tier", "a string", "an integer"), "ultrafast"),
+    *((name, 7, typed(name, "an object", "an integer"), {}) for name in ("prompt_cache_options", "moderation")),
+    ("user", 7, typed("user", "a string", "an integer"), "7"),
+    ("store", 1, typed("store", "a boolean", "an integer"), True),
+    *((name, 7, typed(name, "a string", "an integer"), "7") for name in ("prompt_cache_key", "prompt_cache_retention")),
+    ("safety_identifier", "x" * 129, LONG_ID, "x" * 128),
+]
+VALID_BODIES: dict[str, dict[str, Any]] = {
+    "chat.completions": {"model": "m", "messages": HELLO},
+    "responses": {"model": "m", "input": "hello"},
+}
+
+
+def fault_facts(fault: APIError | None) -> tuple[str, Any, Any] | None:
+    if fault is None:
+        return None
+    assert (fault.status, fault.type, fault.headers) == (400, "invalid_request_error", {})
+    return fault.message, fault.param, fault.code
+
+
+def call_item(id: str | None = None, call_id: str = "call_a") -> dict[str, Any]:
+    return {"type": "function_call", "id": id, "call_id": call_id, "name": "f", "arguments": "{}"}
+
+
+def output_item(call_id: str = "call_a") -> dict[str, Any]:
+    return {"type": "function_call_output", "call_id": call_id, "output": "1"}
+
+
+class ValidationTest(unittest.TestCase):
+    def test_each_rule(self) -> None:
+        """Each rule refuses the smallest fault with the API's words, and not the nearest body without it."""
+        for api, cases in (("chat.completions", CHAT_RULES), ("responses", RESPONSES_RULES)):
+            for name, bad, expected, good in cases:
+                with self.subTest(api=api, name=name, bad=bad):
+                    self.assertEqual(
+                        fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], name: bad}, False)), expected
+                    )
+                    self.assertEqual(
+                        fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], name: bad}, True)), expected
+                    )
+                    self.assertIsNone(fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], name: good}, True)))
+
+    def test_missing(self) -> None:
+        """A required parameter that is absent is named; what can stand for the Responses' input may replace it."""
+        no_model = ("you must provide a model parameter", None, None)
+        self.assertEqual(fault_facts(openai_fake._fault("chat.completions", {"messages": HELLO}, False)), no_model)
+        self.assertEqual(
+            fault_facts(openai_fake._fault("chat.completions", {"model": "m"}, False)), missing("messages")
+        )
+        self.assertEqual(fault_facts(openai_fake._fault("responses", {"input": "hi"}, False)), missing("model"))
+        self.assertEqual(fault_facts(openai_fake._fault("responses", {"model": "m"}, False)), missing("input"))
+        stand_ins: list[dict[str, Any]] = [
+            {"previous_response_id": "resp_a"},
+            {"prompt": {"id": "p"}},
+            {"conversation": "c"},
+        ]
+        for instead in stand_ins:
+            self.assertIsNone(openai_fake._fault("responses", {"model": "m", **instead}, True))
+
+    def test_stream_options(self) -> None:
+        """Stream options need `stream: true`, and their flags are booleans."""
+        for api, body in VALID_BODIES.items():
+            with self.subTest(name=api):
+                options = {"stream_options": {"include_obfuscation": False}}
+                self.assertIsNone(openai_fake._fault(api, {**body, **options, "stream": True}, True))
+                fault = openai_fake._fault(api, {**body, **options, "stream": False}, True)
+                self.assertEqual(fault_facts(fault), (NO_STREAM, "stream_options", None))
+                odd = {"stream": True, "stream_options": {"include_usage": 1}}
+                expected = typed("stream_options.include_usage", "a boolean", "an integer")
+                self.assertEqual(fault_facts(openai_fake._fault(api, {**body, **odd}, True)), expected)
+
+    def test_conversation_or_previous_response(self) -> None:
+        """A conversation and a previous response exclude one another."""
+        body = {**VALID_BODIES["responses"], "conversation": "conv_a", "previous_response_id": "resp_a"}
+        words = "Ensure you are only providing one of: 'pre..._id' or 'conversation'."
+        expected = (f"Mutually exclusive parameters: ''. {words}", None, "mutually_exclusive_parameters")
+        self.assertEqual(fault_facts(openai_fake._fault("responses", body, False)), expected)
+        self.assertIsNone(openai_fake._fault("responses", {**body, "previous_response_id": None}, False))
+
+    def test_unknown_parameters(self) -> None:
+        """Unknown parameters pass unless strict; then the nearest free name within two edits is offered."""
+        for api, name, hint in (
+            ("chat.completions", "foo", ""),
+            ("chat.completions", "storre", " Did you mean 'store'?"),
+            ("chat.completions", "temperatrue", " Did you mean 'temperature'?"),
+            ("chat.completions", "modle", ""),  # `model` is there
+            ("chat.completions", "m" * 10**6, ""),
+            ("responses", "max_tokens", ""),
+            ("responses", "seed", ""),
+            ("responses", "include_", " Did you mean 'include'?"),
+        ):
+            with self.subTest(api=api, name=name[:20]):
+                body = {**VALID_BODIES[api], name: 7}
+                self.assertIsNone(openai_fake._fault(api, body, False))
+                expected = (f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
+                self.assertEqual(fault_facts(openai_fake._fault(api, body, True)), expected)
+
+    def test_order_of_checks(self) -> None:
+        """Of all faults the first in the API's order is told, however the body orders its keys."""
+        sevens = {
+            "chat.completions": "functions function_call tools tool_choice parallel_tool_calls user moderation "
+            "response_format service_tier reasoning_effort logit_bias stop stream stream_options store metadata "
+            "prediction verbosity",
+            "responses": "moderation input include tools metadata text stream stream_options background reasoning user "
+            "truncation instructions store service_tier",
+        }
+        for api, names in sevens.items():
+            ordered = names.split()
+            for first, name in enumerate(ordered):
+                rest = ordered[first:]
+                for shuffled in (rest, rest[::-1], random.Random(first).sample(rest, len(rest))):
+                    with self.subTest(api=api, name=name):
+                        fault = openai_fake._fault(api, {**VALID_BODIES[api], **dict.fromkeys(shuffled, 7)}, False)
+                        self.assertEqual(fault and fault.param, name)
+        numbers = "max_completion_tokens n temperature top_p presence_penalty frequency_penalty top_logprobs max_tokens"
+        for first, name in enumerate(ordered := numbers.split()):
+            bad = dict.fromkeys(reversed(ordered[first:]), -9)
+            fault = openai_fake._fault("chat.completions", {**VALID_BODIES["chat.completions"], **bad}, False)
+            self.assertEqual(fault and fault.param, name)
+        bad = {"foo": 1, "n": 0}
+        few: dict[str | None, dict[str, Any]] = {
+            None: {"model": "", "messages": []},
+            "messages": {"model": "m"},
+            "foo": {"model": "m", "messages": []},
+        }
+        for param, body in few.items():
+            fault = openai_fake._fault("chat.completions", {**bad, **body}, True)
+            self.assertEqual(fault and fault.param, param)
+        fault = openai_fake._fault("responses", {"foo": 1, "model": "m"}, True)
+        self.assertEqual(fault and fault.param, "foo", "an unknown parameter comes before a missing input")
+
+    def test_never_raises(self) -> None:
+        """No JSON value in any place raises; the answer is None or a 400 whose texts are strings."""
+        chance = random.Random(1)
+
+        def odd(depth: int) -> Any:
+            names = ("type", "role", "content", "id", "call_id", "tool_calls", "tool_call_id", "function", "name")
+            if depth and chance.random() < 0.5:
+                return {chance.choice(names): odd(depth - 1) for _ in range(3)}
+            return [odd(depth - 1) for _ in range(2)] if depth and chance.random() < 0.5 else chance.choice(ODD_VALUES)
+
+        for api, valid in VALID_BODIES.items():
+            for name in openai_fake._ORDERS[api][0]:
+                for strange in (*ODD_VALUES, *([item] for item in ODD_VALUES), *(odd(4) for _ in range(50))):
+                    with self.subTest(api=api, name=name, value=strange):
+                        fault = openai_fake._fault(api, {**valid, name: strange}, chance.random() < 0.5)
+                        if fault is not None:
+                            self.assertEqual(fault.status, 400)
+                            self.assertIsInstance(fault.message, str)
+        for _ in range(2000):
+            items = [odd(2) for _ in range(4)]
+            openai_fake._conversation_fault(items, chance.randrange(5))
+
+    def test_clients_bodies(self) -> None:
+        """What real clients send is accepted, odd as it looks, with a null for any optional parameter."""
+        nulls: dict[str, dict[str, Any]] = {
+            api: {name: None for name in openai_fake._ORDERS[api][0] if name not in body}
+            for api, body in VALID_BODIES.items()
+        }
+        part = {"type": "text", "text": "hi"}
+        bodies: list[tuple[str, str, dict[str, Any]]] = [
+            ("explicit nulls", "chat.completions", nulls["chat.completions"]),
+            ("explicit nulls", "responses", nulls["responses"]),
+            ("llama-index", "chat.completions", {"tool_choice": "none", "tools": None}),
+            ("langchain-js", "responses", {"text": {}}),
+            ("agents", "responses", {"include": [], "tools": [], "tool_choice": "auto"}),
+            ("smolagents", "chat.completions", {"stop": ["Observation:"], "messages": by_user(part)}),
+            ("azure-like content", "chat.completions", {"messages": [{"role": "system", "content": [part]}, *HELLO]}),
+            ("continued round", "responses", {"input": [output_item()], "previous_response_id": "resp_a"}),
+            ("other servers' extras", "chat.completions", {"top_k": 5, "repetition_penalty": 1.1}),
+            ("other servers' extras", "responses", {"n": 3, "seed": 1, "stop": "x", "max_tokens": 1}),
+            ("audio", "chat.completions", {"audio": {"voice": "x"}, "modalities": ["audio"], "web_search_options": {}}),
+            ("new items", "responses", {"input": [{"type": "shell_call_output", "call_id": "x", "output": []}]}),
+            ("empty tool output", "chat.completions", {"messages": [*HELLO, CALLED, {**ANSWER, "content": ""}]}),
+            ("extra message keys", "chat.completions", {"messages": [{**HELLO[0], "cache_control": {}}]}),
+        ]  # fmt: skip
+        for name, api, body in bodies:
+            with self.subTest(name=name, api=api):
+                self.assertIsNone(fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], **body}, False)))
+
+    def test_conversation(self) -> None:
+        """Input items belong together: outputs with calls, reasoning with what follows, each id once."""
+        one = {"role": "user", "content": "hi"}
+        told = {"type": "message", "role": "assistant", "id": "msg_a", "content": "ok"}
+        thought: dict[str, Any] = {"type": "reasoning", "id": "rs_a", "summary": []}
+        search = {"type": "web_search_call", "id": "ws_a", "status": "completed"}
+        nameless: dict[str, Any] = {"type": "reasoning", "summary": []}
+        uncalled = "No tool call found for function call output with call_id call_a."
+        unanswered = "No tool output found for function call call_a."
+        twice = "Duplicate item found with id msg_a. Remove duplicate items from your input and try again."
+        lone = "Item 'rs_a' of type 'reasoning' was provided without its required following item."
+        unreasoned = "Item 'ws_a' of type 'web_search_call' was provided without its required 'reasoning' item."
+        cases: list[tuple[str, list[Any], int, str, list[Any]]] = [
+            ("no call", [one, output_item()], 0, uncalled, [one, call_item(), output_item()]),
+            ("another's output", [call_item(), output_item(), call_item("b", "call_b"), output_item("call_c")], 0,
+             uncalled.replace("call_a", "call_c"),
+             [call_item(), output_item(), call_item("b", "call_b"), output_item("call_b")]),
+            ("no output", [one, call_item()], 0, unanswered, [one, call_item(), output_item()]),
+            ("stored call", [one, call_item(), one], 2, unanswered, [one, call_item(), output_item()]),
+            ("twice", [told, one, told], 0, twice, [told, one, {**told, "id": None}]),
+            ("stored twice", [one, told, told], 2, twice, [one, told, {**told, "id": "msg_b"}]),
+            ("lone at the end", [one, thought], 0, lone, [one, nameless]),
+            ("lone before user", [thought, one], 0, lone, [thought, told, one]),
+            ("lone before output", [call_item(), thought, output_item()], 0, lone,
+             [thought, call_item(), output_item()]),
+            ("unreasoned", [one, search, told], 0, unreasoned, [one, thought, search, told]),
+            ("reasoned before", [thought, told, one, search], 0, unreasoned, [thought, search, {**search, "id": "b"}]),
+            ("unreasoned", [search], 0, unreasoned, [{"type": "web_search_call"}]),
+            ("unreasoned", [search], 0, unreasoned, [{"type": "item_reference", "id": "rs_a"}, search]),
+        ]  # fmt: skip
+        for name, bad, begin, words, good in cases:
+            with self.subTest(name=name):
+                self.assertEqual(fault_facts(openai_fake._conversation_fault(bad, begin)), (words, "input", None))
+                self.assertIsNone(fault_facts(openai_fake._conversation_fault(good, min(begin, 1))))
+        stored: list[tuple[str, list[Any]]] = [
+            ("a reference may be the call", [{"type": "item_reference", "id": "fc_a"}, output_item()]),
+            ("an untyped reference too", [{"id": "fc_a"}, output_item()]),
+            ("a compaction may hold it", [{"type": "compaction", "id": "cmp_a"}, output_item()]),
+            ("nothing", []),
+        ]
+        for name, items in stored:
+            with self.subTest(name=name):
+                self.assertIsNone(fault_facts(openai_fake._conversation_fault(items, 0)))
+        self.assertIsNone(openai_fake._conversation_fault([told, told, thought], 3), "stored turns were accepted once")
+        self.assertIsNone(openai_fake._conversation_fault([one, search, told], 0, reasons=False))
+
+    def test_every_parameter(self) -> None:
+        """The tables above have a case for every parameter that the module checks."""
+        for api, cases in (("chat.completions", CHAT_RULES), ("responses", RESPONSES_RULES)):
+            checks = openai_fake._ORDERS[api][0]
+            checked = {name for name, check in checks.items() if check is not openai_fake._passes}
+            self.assertEqual(checked, {name for name, *_ in cases})
+
+
+class RefusalTest(unittest.TestCase):
+    def test_refused(self) -> None:
+        """What is refused never reaches the handler, is an HTTP error though it asked for a stream, and is kept."""
+        handler = mock.Mock()
+        with FakeOpenAI(handler) as server:
+            for api, path in PATHS.items():
+                bodies: list[Any] = [BODIES[api](temperature=3, stream=True), {"stream": True}, [], "x"]
+                for body in bodies:
+                    with self.subTest(name=f"{api} {body!r}"):
+                        answer = call(server, body, path)
+                        self.assertEqual((answer.status, answer.headers["content-type"]), (400, "application/json"))
+                        self.assertEqual(answer.error["type"], "invalid_request_error")
+                        self.assertEqual(server.requests[-1].raw_body, json.dumps(body).encode())
+            self.assertEqual(len(server.requests), 8)
+        handler.assert_not_called()
+
+    def test_validate_off(self) -> None:
+        """With validate=False the handler gets what the API would refuse; only a body that is no JSON object is not."""
+        unknown = {"previous_response_id": "resp_x", "conversation": "conv_x"}
+        with FakeOpenAI(lambda request: "ok", validate=False) as server:
+            for path, body in (
+                (PATHS["chat.completions"], {}),
+                (PATHS["chat.completions"], chat(temperature=3, messages=[ANSWER], top_k=5)),
+                (PATHS["responses"], {}),
+                (PATHS["responses"], responses(input=[output_item()], messages=[])),
+                *((PATHS["responses"], responses(**{name: id})) for name, id in unknown.items()),
+                (PATHS["responses"], responses(**unknown)),
+            ):
+                with self.subTest(name=repr(body)):
+                    self.assertEqual(call(server, body, path).status, 200)
+            self.assertEqual(call(server, b"{").status, 400)
+
+    def test_strict(self) -> None:
+        """strict=True refuses unknown parameters and models too; by default both are let through."""
+        no_model = "The model `m` does not exist or you do not have access to it."
+        cases: list[tuple[str, dict[str, Any], int, tuple[str, Any, Any]]] = [
+            ("chat.completions", {"foo": 5}, 400, ("Unknown parameter: 'foo'.", "foo", "unknown_parameter")),
+            ("responses", {"foo": 5}, 400, ("Unknown parameter: 'foo'.", "foo", "unknown_parameter")),
+            ("chat.completions", {"model": "m"}, 404, (no_model, None, "model_not_found")),
+            ("responses", {"model": "m"}, 400, ("The requested model 'm' does not exist.", "model", "model_not_found")),
+        ]
+        with FakeOpenAI(strict=True) as strict, FakeOpenAI() as lenient, FakeOpenAI(strict=True, models=["m"]) as own:
+            for api, more, status, expected in cases:
+                with self.subTest(name=f"{api} {more}"):
+                    body = {**BODIES[api](), **more}
+                    answer = call(strict, body)
+                    told = tuple(answer.error[key] for key in ("message", "param", "code"))
+                    self.assertEqual((answer.status, told), (status, expected))
+                    self.assertEqual([call(lenient, body).status, call(strict, BODIES[api]()).status], [200, 200])
+                    self.assertEqual(call(own, {**body, "model": "m"}).status, 400 if "foo" in more else 200)
+
+    def test_state(self) -> None:
+        """What is not stored, and items that do not belong together over stored turns, are the API's refusals."""
+        with FakeOpenAI(lambda request: ToolCall("f", {}, id="call_a")) as server:
+            first = call(server, responses()).json["id"]
+            cases: list[tuple[str, dict[str, Any], int, str, str | None]] = [
+                ("unknown response", {"previous_response_id": "resp_x"}, 400,
+                 "Previous response with id 'resp_x' not found.", "previous_response_not_found"),
+                ("unknown conversation", {"conversation": "conv_x"}, 404,
+                 "Conversation with id 'conv_x' not found.", None),
+                ("stored call unanswered", {"previous_response_id": first}, 400,
+                 "No tool output found for function call call_a.", None),
+                ("another's output", {"previous_response_id": first, "input": [output_item("call_b")]}, 400,
+                 "No tool call found for function call output with call_id call_b.", None),
+            ]  # fmt: skip
+            for name, more, status, message, code in cases:
+                with self.subTest(name=name):
+                    answer = call(server, responses() | more)
+                    self.assertEqual((answer.status, answer.error["message"]), (status, message))
+                    self.assertEqual(answer.error["code"], code)
+            more = {"previous_response_id": first, "input": [output_item()]}
+            self.assertEqual(call(server, responses() | more).status, 200)
+
+
+# ---- What was asked, state, and the small endpoints ------------------------------------------------------------------
+
+
+CITY = '{"city":"Paris"}'
+CALLS = (ToolCall("weather", CITY, id="call_a"), CustomToolCall("note", "hm", id="call_b"))
+CALL_ITEMS = [
+    {"type": "function_call", "call_id": "call_a", "name": "weather", "arguments": CITY},
+    {"type": "custom_tool_call", "call_id": "call_b", "name": "note", "input": "hm"},
+]
+USER = {"role": "user", "content": "Rain?"}
+BILLING = {"billing": {"payer": "developer"}}  # in JSON alone (wire 3)
+PINNED = [-0.01300005, -0.00414091, 6.126e-05, 0.00043543]  # the vector of "hello" begins so, on every machine
+NAMES = """
+    FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo
+    Text Refusal Reasoning ToolCall CustomToolCall WebSearch Finish Usage  Pause Disconnect Raw StreamError
+    Chunk ChunkChoice Completion CompletionChoice streaming_response non_streaming_response text_chunks tool_call_chunk
+"""  # design.md, "Public names"
+
+
+def asked(api: str, **body: Any) -> Request:
+    """A request with this body, as a handler gets it."""
+    return Request(api, "POST", PATHS[api], "", {}, json.dumps(body).encode())
+
+
+def lines(request: Request) -> list[tuple[str, str]]:
+    """Who said what in the conversation of a request."""
+    return [(message.role, message.text) for message in request.messages]
+
+
+def get(server: FakeOpenAI, path: str, method: str = "GET", body: Any = None) -> Answer:
+    return call(server, body, "/v1" + path, method)
+
+
+def in_background(server: FakeOpenAI) -> str:
+    """Begins a response in the background. Returns its path."""
+    return "/responses/" + str(call(server, responses(background=True)).json["id"])
+
+
+class RequestTest(unittest.TestCase):
+    def test_one_view(self) -> None:
+        """A conversation with tool calls is the same list of messages in both APIs."""
+        said = {"role": "assistant", "content": "Let me look."}
+        calls = [
+            {"id": "call_a", "type": "function", "function": {"name": "weather", "arguments": CITY}},
+            {"id": "call_b", "type": "custom", "custom": {"name": "note", "input": "hm"}},
+        ]
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            USER,
+            {**said, "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "call_a", "content": "21"},
+            {"role": "tool", "tool_call_id": "call_b", "content": [{"type": "text", "text": "ok"}]},
+        ]
+        outputs = [
+            {"type": "function_call_output", "call_id": "call_a", "output": "21"},
+            {"type": "custom_tool_call_output", "call_id": "call_b", "output": [{"type": "text", "text": "ok"}]},
+        ]
+        for request in (
+            asked("chat.completions", messages=messages),
+            asked("responses", instructions="Be brief.", input=[USER, said, *CALL_ITEMS, *outputs]),
+        ):
+            with self.subTest(name=request.api):
+                expected = [("system", "Be brief."), ("user", "Rain?"), ("assistant", "Let me look.")]
+                self.assertEqual(lines(request), [*expected, ("tool", "21"), ("tool", "ok")])
+                self.assertEqual([message.tool_calls for message in request.messages], [(), (), CALLS, (), ()])
+                self.assertEqual([each.tool_call_id for each in request.messages[3:]], ["call_a", "call_b"])
+                self.assertEqual(request.text, "Rain?")
+
+    def test_input_forms(self) -> None:
+        """Each form of Responses input is the messages that a model sees."""
+        thought: dict[str, Any] = {"type": "reasoning", "id": "rs_a", "summary": []}
+        parts = [{"type": "input_text", "text": "a"}, {"type": "input_image"}, {"type": "input_text", "text": "b"}]
+        forms: list[tuple[str, Any, list[tuple[str, str, int]]]] = [
+            ("text", "Hi", [("user", "Hi", 0)]),
+            ("no type", [{"role": "developer", "content": "Hi"}], [("developer", "Hi", 0)]),
+            ("null type", [{**USER, "type": None}], [("user", "Rain?", 0)]),
+            ("parts", [{"type": "message", "role": "user", "content": parts}], [("user", "ab", 0)]),
+            ("calls are one message", [USER, thought, *CALL_ITEMS], [("user", "Rain?", 0), ("assistant", "", 2)]),
+            ("call after text", [{"role": "assistant", "content": "a"}, CALL_ITEMS[1]], [("assistant", "a", 1)]),
+            ("nothing", None, []),
+        ]
+        for name, given, expected in forms:
+            with self.subTest(name=name):
+                messages = asked("responses", input=given).messages
+                self.assertEqual([(each.role, each.text, len(each.tool_calls)) for each in messages], expected)
+
+    def test_tools_are_flat(self) -> None:
+        """Tools have one shape for both APIs, and hosted ones a type only."""
+        about = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+        expected = [Tool("f", "d", {"type": "object"}, True), Tool("c", type="custom")]
+        nested = [{"type": "function", "function": about}, {"type": "custom", "custom": {"name": "c"}}]
+        flat = [{"type": "function", **about}, {"type": "custom", "name": "c"}, {"type": "web_search"}]
+        self.assertEqual(asked("chat.completions", tools=nested).tools, expected)
+        self.assertEqual(asked("responses", tools=flat).tools, [*expected, Tool("", type="web_search")])
+
+    def test_options(self) -> None:
+        """`options` keeps each key that has no attribute of its own, and only those."""
+        own: dict[str, Any] = {"model": "m", "messages": [], "stream": True, "tools": []}
+        own.update(prompt={"id": "p"}, input="Hi")
+        request = asked("responses", **own, temperature=0, top_k=5, instructions="Be brief.")
+        self.assertEqual(request.options, {"temperature": 0, "top_k": 5, "instructions": "Be brief."})
+        self.assertEqual((request.prompt, request.input, request.stream), ({"id": "p"}, "Hi", True))
+
+    def test_odd_values(self) -> None:
+        """Values of the wrong type are never an exception in the view; they are as absent."""
+        values: list[Any] = [7, "x", {}, [7, None, "x", {}, {"type": []}, {"role": 7, "tool_calls": [7, {}]}]]
+        for odd in values:
+            for api in PATHS:
+                with self.subTest(name=f"{api} {odd!r}"):
+                    request = asked(api, **dict.fromkeys(("model", "messages", "tools", "stream", "instructions"), odd))
+                    self.assertEqual((request.stream, request.text), (False, ""))
+                    self.assertEqual([type(tool) for tool in request.tools], [Tool] * len(request.tools))
+                    self.assertLess(len(repr(request)), 100)
+
+    def test_repr(self) -> None:
+        """A request prints its API, model, mode and the beginning of its text, on one short line."""
+        long = asked("responses", model="gpt-4o", input="a\n" + "b" * 10**6, stream=True)
+        self.assertEqual(repr(long), rf"<Request responses gpt-4o stream 'a\n{'b' * 37}…'>")
+        self.assertEqual(repr(asked("chat.completions", **chat())), "<Request chat.completions gpt-4o 'Hi'>")
+        self.assertEqual(repr(Request("", "GET", "/v1/models", "", {})), "<Request GET /v1/models>")
+
+    def test_journal(self) -> None:
+        """What a handler saw of a request, the HTTP of it too, is what the test sees after the answer."""
+        seen: list[Any] = []
+
+        def facts(request: Request) -> Any:
+            view = (request.api, request.model, request.messages, request.tools, request.options, repr(request))
+            http = (request.method, request.path, request.query, dict(request.headers), request.raw_body)
+            return *view, request.body, *http
+
+        def handler(request: Request) -> str:
+            seen.append(facts(request))
+            return "ok"
+
+        with FakeOpenAI(handler) as server:
+            raw = json.dumps(responses(), indent=3).encode()
+            first = call(server, raw, "/v1/responses?a=1&b", "POST", "X-Twice: 1", "x-twice: 2").json
+            call(server, chat(tools=[{"type": "function", "function": {"name": "f"}}], stream=True))
+            call(server, responses("And?", previous_response_id=first["id"], instructions="Be brief."))
+            requests = server.requests
+        self.assertEqual([facts(request) for request in requests], seen)
+        self.assertEqual([role for role, _ in lines(requests[2])], ["system", "user", "assistant", "user"])
+        self.assertEqual((requests[0].path, requests[0].query, requests[0].raw_body), ("/v1/responses", "a=1&b", raw))
+        self.assertEqual((requests[0].headers["X-TWICE"], requests[0].headers.get("x-other")), ("1, 2", None))
+
+    def test_paths(self) -> None:
+        """Both APIs are served with /v1, without, and in Azure's forms, where the path may name the model."""
+        with FakeOpenAI() as server:
+            for api, path in PATHS.items():
+                for prefix in ("/v1", "", "/openai/v1", "/openai", "/openai/deployments/my%20gpt"):
+                    with self.subTest(name=prefix + path):
+                        body = BODIES[api]()
+                        model = "my gpt" if "deployments" in prefix else body["model"]
+                        if "deployments" in prefix:
+                            del body["model"]
+                        answer = call(server, body, prefix + path.removeprefix("/v1") + "?api-version=1")
+                        request = server.requests[-1]
+                        self.assertEqual((answer.status, request.api, request.model), (200, api, model))
+
+
+class StateTest(unittest.TestCase):
+    def test_stored(self) -> None:
+        """A response can be fetched as it was answered, and deleted once, unless it said `store: false`."""
+        with FakeOpenAI() as server:
+            for stream in (False, True):
+                with self.subTest(stream=stream):
+                    answer = call(server, responses(stream=stream))
+                    made = answer.events[-1]["response"] if stream else answer.json
+                    path = "/responses/" + made["id"]
+                    self.assertEqual(get(server, path).json, {**made, **BILLING})
+                    self.assertEqual(get(server, path + "?stream=true").status, 400)  # only in the background
+                    self.assertEqual(get(server, path + "/cancel", "POST").status, 400)
+                    gone = {"id": made["id"], "object": "response.deleted", "deleted": True}
+                    self.assertEqual(get(server, path, "DELETE").json, gone)
+                    for method, rest in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
+                        answer = get(server, path + rest, method)
+                        self.assertEqual(answer.status, 404)
+                        self.assertEqual(answer.error["message"], f"Response with id '{made['id']}' not found.")
+            made = call(server, responses(store=False)).json
+            self.assertEqual(get(server, "/responses/" + made["id"]).status, 404)
+
+    def test_input_items(self) -> None:
+        """Input items have ids and content parts, come last first, and in pages as asked."""
+        items = [{"role": "user", "content": "a"}, {"role": "user", "id": None, "content": "c"}]
+        items.insert(1, {"role": "assistant", "id": "msg_b", "content": "b"})
+        with FakeOpenAI() as server:
+            path = f"/responses/{call(server, responses(input=items)).json['id']}/input_items?"
+            data = get(server, path).json["data"]
+            told = [(part["type"], part["text"]) for item in data for part in item["content"]]
+            self.assertEqual(told, [("input_text", "c"), ("output_text", "b"), ("input_text", "a")])
+            self.assertEqual(data[1]["id"], "msg_b")
+            self.assertTrue(all(item["id"].startswith("msg_") for item in data))
+            for query, expected in (
+                ("order=asc", data[::-1]),
+                ("limit=2", data[:2]),
+                ("limit=100000", data),
+                ("after=msg_b", data[2:]),
+                ("order=asc&after=msg_b", data[:1]),
+            ):
+                with self.subTest(name=query):
+                    page = get(server, path + query).json
+                    self.assertEqual((page["data"], page["has_more"]), (expected, query == "limit=2"))
+                    self.assertEqual((page["first_id"], page["last_id"]), (expected[0]["id"], expected[-1]["id"]))
+
+    def test_chain(self) -> None:
+        """Behind previous_response_id stand all turns before, tool rounds too, without their instructions."""
+        with FakeOpenAI(Script([Reasoning("hm"), CALLS[0]], "21 degrees", "Warm")) as server:
+            first = call(server, responses("Weather?", instructions="Be brief.")).json
+            output = [{"type": "function_call_output", "call_id": "call_a", "output": "21"}]
+            second = call(server, responses(input=output, previous_response_id=first["id"])).json
+            call(server, responses("Warm?", previous_response_id=second["id"], instructions="Be kind."))
+            request = server.requests[-1]
+        expected = [("system", "Be kind."), ("user", "Weather?"), ("assistant", ""), ("tool", "21")]
+        self.assertEqual(lines(request), [*expected, ("assistant", "21 degrees"), ("user", "Warm?")])
+        self.assertEqual((request.text, request.messages[2].tool_calls), ("Warm?", CALLS[:1]))
+        self.assertEqual(second["previous_response_id"], first["id"])
+
+    def test_references(self) -> None:
+        """A reference stands for the stored item, with or without its type, and still does a turn later."""
+        with FakeOpenAI(lambda request: "ok") as server:
+            item = call(server, responses("first")).json["output"][0]["id"]
+            for reference in ({"type": "item_reference", "id": item}, {"id": item}):
+                with self.subTest(name=repr(list(reference))):
+                    made = call(server, responses(input=[reference, USER])).json
+                    expected = [("assistant", "ok"), ("user", "Rain?")]
+                    self.assertEqual(lines(server.requests[-1]), expected)
+                    call(server, responses("And?", previous_response_id=made["id"]))
+                    self.assertEqual(lines(server.requests[-1]), [*expected, ("assistant", "ok"), ("user", "And?")])
+
+    def test_background(self) -> None:
+        """A background response is queued, in progress once its Stream says something, and completed at its end."""
+        stream = Stream()
+        with FakeOpenAI(lambda request: stream) as server:
+            made = call(server, responses(background=True)).json
+            path = "/responses/" + made["id"]
+            self.assertEqual([made["status"], get(server, path).json["status"]], ["queued", "queued"])
+            self.assertEqual(stream.wait_request(WAIT).text, "Hi")
+            stream.send("Hel")
+            self.assertTrue(stream.flush(WAIT))
+            self.assertEqual(get(server, path).json["status"], "in_progress")
+            stream.send("lo")
+            stream.close()
+            last = get(server, path + "?stream=true").events[-1]  # which come until it is over
+            done = get(server, path).json
+        self.assertEqual((done["status"], done["output"][0]["content"][0]["text"]), ("completed", "Hello"))
+        self.assertEqual((last["type"], {**last["response"], **BILLING}), ("response.completed", done))
+
+    def test_resume(self) -> None:
+        """The events of a background response can be read from any number on, while it runs and after."""
+        stream = Stream()
+        with FakeOpenAI(lambda request: stream) as server, Wire(server) as first, Wire(server) as second:
+            first.send(http_bytes(responses(background=True, stream=True), PATHS["responses"]))
+            created = json.loads(first.until(b"\n\n").split(b"data: ")[1])
+            path = f"/responses/{created['response']['id']}?stream=true"
+            stream.send("Hello")
+            first.until(b"response.output_text.delta")
+            second.send(http_bytes(None, f"/v1{path}&starting_after=2", "GET"))
+            self.assertNotIn(b"response.in_progress", second.until(b"response.output_text.delta"))
+            stream.send(" world")
+            stream.close()
+            for wire in (first, second):
+                wire.until(b"event: response.completed")
+            events = get(server, path).events
+            self.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
+            for after in (0, 3, len(events) - 1, len(events), 100_000):
+                with self.subTest(after=after):
+                    rest = get(server, f"{path}&starting_after={after}").events
+                    self.assertEqual(rest, events[after + 1 :])
+
+    def test_failed_background(self) -> None:
+        """What fails in the background is a failed response to the client, and an error to the test."""
+
+        def parts(request: Request) -> Iterator[str]:
+            yield "Hel"
+            raise ValueError("no more")
+
+        with FakeOpenAI(parts) as server:
+            path = in_background(server)
+            self.assertEqual(get(server, path + "?stream=true").events[-1]["type"], "response.failed")
+            failed = get(server, path).json
+            self.assertEqual((failed["status"], failed["error"]["code"]), ("failed", "server_error"))
+            self.assertIn("no more", failed["error"]["message"])
+            self.assertEqual([str(error) for error in server.errors], ["no more"])
+            server.errors.clear()
+
+    def test_cancel(self) -> None:
+        """To cancel a background response tells its Stream, keeps what was said, and may be done again."""
+        stream = Stream()
+        with FakeOpenAI(lambda request: stream) as server:
+            path = in_background(server)
+            stream.send("Hel")
+            stream.flush(WAIT)
+            cancelled = get(server, path + "/cancel", "POST").json
+            self.assertTrue(stream.wait_disconnected(WAIT))
+            self.assertFalse(stream.send("lo"))
+            self.assertEqual([get(server, path + "/cancel", "POST").json, get(server, path).json], [cancelled] * 2)
+        self.assertEqual((cancelled["status"], cancelled["output"][0]["content"][0]["text"]), ("cancelled", "Hel"))
+
+    def test_cancel_generator(self) -> None:
+        """A cancelled response asks its generator for no more, and stays cancelled."""
+        go, over, went_on = threading.Event(), threading.Event(), threading.Event()
+
+        def parts(request: Request) -> Iterator[str]:
+            try:
+                yield "a"
+                go.wait(WAIT)
+                yield "b"
+                went_on.set()
+            finally:
+                over.set()
+
+        with FakeOpenAI(parts) as server:
+            path = in_background(server)
+            get(server, path + "/cancel", "POST")
+            go.set()
+            self.assertTrue(over.wait(WAIT))
+            self.assertEqual((went_on.is_set(), get(server, path).json["status"]), (False, "cancelled"))
+
+    def test_input_tokens(self) -> None:
+        """Tokens are counted over input, instructions and stored turns: more text, more tokens."""
+        with FakeOpenAI() as server:
+            more: dict[str, Any] = {"instructions": "Be brief."}
+            chained = {**more, "previous_response_id": call(server, responses()).json["id"]}
+            bodies = (responses(), responses("Hi there, you"), responses("Hi there, you", **more))
+            answers = [
+                get(server, "/responses/input_tokens", "POST", body).json
+                for body in (*bodies, responses("Hi there, you", **chained))
+            ]
+            counts = [answer["input_tokens"] for answer in answers]
+            self.assertEqual(counts, sorted(set(counts)))
+            self.assertEqual({answer["object"] for answer in answers}, {"response.input_tokens"})
+
+    def test_stored_chats(self) -> None:
+        """A chat completion with `store: true` can be fetched, listed, updated and deleted; others can not."""
+        with FakeOpenAI() as server:
+            made = call(server, chat("one", store=True, metadata={"a": "1"})).json
+            other = call(server, chat("two", store=True, model="gpt-4", stream=True)).events[0]
+            call(server, chat("three", stream=True))
+            path = "/chat/completions/" + made["id"]
+            self.assertEqual(get(server, path).json, {**made, "metadata": {"a": "1"}})
+            for query, expected in (
+                ("", [made, other]),
+                ("?model=gpt-4", [other]),
+                ("?model=gpt-4o-2024-08-06", [made]),
+                ("?order=desc&limit=1", [other]),
+                ("?after=" + made["id"], [other]),
+            ):
+                with self.subTest(name=query):
+                    listed = get(server, "/chat/completions" + query).json["data"]
+                    self.assertEqual([each["id"] for each in listed], [each["id"] for each in expected])
+            messages = get(server, path + "/messages").json["data"]
+            self.assertEqual([(each["role"], each["content"]) for each in messages], [("user", "one")])
+            updated = get(server, path, "POST", {"metadata": {"b": "2"}}).json
+            self.assertEqual((updated["metadata"], get(server, path).json), ({"b": "2"}, updated))
+            gone = {"object": "chat.completion.deleted", "id": made["id"], "deleted": True}
+            self.assertEqual(get(server, path, "DELETE").json, gone)
+            self.assertEqual([get(server, path, method, {}).status for method in ("GET", "POST", "DELETE")], [404] * 3)
+
+    def test_conversations(self) -> None:
+        """A conversation is its own items and then its responses' turns, until it is deleted."""
+        with FakeOpenAI(lambda request: "ok") as server:
+            made = get(server, "/conversations", "POST", {"items": [USER], "metadata": {"a": "1"}}).json
+            path = "/conversations/" + made["id"]
+            self.assertEqual((made["metadata"], get(server, path).json), ({"a": "1"}, made))
+            for conversation in (made["id"], {"id": made["id"]}):
+                call(server, responses("And?", conversation=conversation))
+            texts = ["Rain?", "And?", "ok", "And?"]
+            self.assertEqual([text for _, text in lines(server.requests[-1])], texts)
+            items = get(server, path + "/items?order=asc").json["data"]
+            self.assertEqual([item["content"][0]["text"] for item in items], [*texts, "ok"])
+            self.assertEqual(get(server, path, "POST", {"metadata": {"b": "2"}}).json["metadata"], {"b": "2"})
+            gone = {"id": made["id"], "object": "conversation.deleted", "deleted": True}
+            self.assertEqual(get(server, path, "DELETE").json, gone)
+            answers = [get(server, path, method, {}) for method in ("GET", "POST", "DELETE")]
+            for answer in (*answers, get(server, path + "/items"), call(server, responses(conversation=made["id"]))):
+                self.assertEqual(answer.status, 404)
+                self.assertEqual(answer.error["message"], f"Conversation with id '{made['id']}' not found.")
+
+    def test_failed_turn(self) -> None:
+        """A turn that failed is no part of its conversation: the client will send it again."""
+
+        def parts(request: Request) -> Iterator[str]:
+            yield "ok"
+            if len(server.requests) == 2:
+                raise rate_limit()
+
+        with FakeOpenAI(parts) as server:
+            made = get(server, "/conversations", "POST", {}).json
+            statuses = [call(server, responses(conversation=made["id"])).status for _ in range(3)]
+            self.assertEqual(statuses, [429, 200, 200])
+            self.assertEqual(lines(server.requests[-1]), [("user", "Hi"), ("assistant", "ok"), ("user", "Hi")])
+
+    def test_odd_state(self) -> None:
+        """With validate=False no body, odd as it is, ends a connection without an answer."""
+        reference = {"type": "item_reference", "id": "x"}
+        with FakeOpenAI(lambda request: "ok", validate=False) as server:
+            for name, body in (
+                ("id of a reference", responses(input=[{**reference, "id": []}])),
+                ("id", responses(input=[{**USER, "id": {}}])),
+                ("reference to odd ids", responses(input=[reference])),
+                ("conversation", responses(conversation={"id": []}, previous_response_id={})),
+            ):
+                with self.subTest(name=name):
+                    self.assertEqual(call(server, body).status, 200)
+            made = call(server, chat(store=True, messages=["x", 7])).json
+            self.assertEqual(get(server, f"/chat/completions/{made['id']}/messages").status, 200)
+            for path in ("/embeddings", "/conversations"):
+                with self.subTest(name=path):
+                    answer = get(server, path, "POST", b'{"model": "m", "input": [1e999], "metadata": {"a": 1e999}}')
+                    self.assertIn(answer.status, (200, 400))
+
+
+class EndpointTest(unittest.TestCase):
+    def test_models(self) -> None:
+        """GET /models lists what the server was given, or OpenAI's; each can be fetched, others are 404."""
+        given = ["m", "org/m", "ft:gpt-4o:org::1"]
+        for models, some in ((None, ["gpt-4o", "gpt-4o-2024-08-06", "text-embedding-3-small"]), (given, given)):
+            with self.subTest(name=repr(models)), FakeOpenAI(models=models) as server:
+                listed = {model["id"]: model for model in get(server, "/models").json["data"]}
+                for id in some:
+                    self.assertEqual(listed[id].keys(), {"id", "object", "created", "owned_by"})
+                    for path in ("/models/" + id, "/models/" + id.replace("/", "%2F")):
+                        self.assertEqual(get(server, path).json, listed[id])
+                answer = get(server, "/models/nope")
+                self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+                self.assertEqual(answer.error["message"], "The model 'nope' does not exist")
+
+    def embed(self, server: FakeOpenAI, input: Any, **options: Any) -> Any:
+        return get(server, "/embeddings", "POST", {"model": "text-embedding-3-small", "input": input, **options}).json
+
+    def test_embeddings(self) -> None:
+        """Embeddings are unit vectors, equal for equal texts and different for others, in any run and version."""
+        with FakeOpenAI() as server:
+            data = self.embed(server, ["hello", "world", "hello", ""])["data"]
+        vectors = [each["embedding"] for each in data]
+        self.assertEqual([each["index"] for each in data], [0, 1, 2, 3])
+        self.assertEqual((vectors[0], len({tuple(vector) for vector in vectors})), (vectors[2], 3))
+        self.assertEqual(vectors[0][:4], PINNED)
+        for vector in vectors:
+            self.assertEqual(len(vector), 1536)
+            self.assertAlmostEqual(math.hypot(*vector), 1, places=6)
+
+    def test_embedding_options(self) -> None:
+        """`dimensions`, base64 and the model do what they say; a list of tokens is one text."""
+        with FakeOpenAI() as server:
+            floats = self.embed(server, "hello", dimensions=5)["data"][0]["embedding"]
+            packed = self.embed(server, "hello", dimensions=5, encoding_format="base64")["data"][0]["embedding"]
+            self.assertEqual(base64.b64decode(packed), struct.pack("<5f", *floats))
+            self.assertEqual([len(self.embed(server, given)["data"]) for given in ([1, 2, 3], [[1, 2], [3]])], [1, 2])
+            large, old = (self.embed(server, "x", model="text-embedding-" + name) for name in ("3-large", "ada-002"))
+            self.assertEqual((len(large["data"][0]["embedding"]), old["model"]), (3072, "text-embedding-ada-002-v2"))
+            refused: dict[str, dict[str, Any]] = {
+                "you must provide a model parameter": {"model": None},
+                "Missing required parameter: 'input'.": {"input": []},
+                "-1 is less than the minimum of 1 - 'dimensions'": {"dimensions": -1},
+            }
+            for words, options in refused.items():
+                with self.subTest(name=words):
+                    self.assertEqual(self.embed(server, **{"input": "x", **options})["error"]["message"], words)
+
+    def test_moderations(self) -> None:
+        """Moderations flag nothing: one result for each text, in all 13 categories."""
+        with FakeOpenAI() as server:
+            for given, count in (("x", 1), (["x", "y"], 2), ([{"type": "text", "text": "x"}], 1)):
+                with self.subTest(name=repr(given)):
+                    results = get(server, "/moderations", "POST", {"input": given}).json["results"]
+                    told = [(each["flagged"], len(each["categories"])) for each in results]
+                    self.assertEqual(told, [(False, 13)] * count)
+
+    def test_own_routes(self) -> None:
+        """A route of one's own answers with JSON, bytes or an APIError, and may replace a built-in one."""
+
+        def refuse(request: Request) -> None:
+            raise APIError(409, "raised")
+
+        routes: dict[str, Callable[[Request], object]] = {
+            "POST /files": lambda request: {"got": request.body["a"], "path": request.path},
+            "POST /v1/audio/speech": lambda request: b"\x00\xff",
+            "GET /returned/{id}": lambda request: APIError(418, request.path),
+            "GET /raised": refuse,
+            "GET /v1/models": lambda request: [],
+            "POST /chat/completions": lambda request: request.text,
+        }
+        with FakeOpenAI(routes=routes) as server:
+            cases: list[tuple[str, str, int, Any]] = [
+                ("POST", "/files", 200, {"got": 1, "path": "/v1/files"}),
+                ("GET", "/models", 200, []),
+                ("POST", "/chat/completions", 200, "Hi"),
+                ("GET", "/returned/7", 418, "/v1/returned/7"),
+                ("GET", "/raised", 409, "raised"),
+            ]
+            for method, path, status, expected in cases:
+                with self.subTest(name=path):
+                    answer = get(server, path, method, {"a": 1, **chat()})
+                    told = answer.json if status == 200 else answer.error["message"]
+                    self.assertEqual((answer.status, told), (status, expected))
+            answer = get(server, "/audio/speech", "POST", {})
+            self.assertEqual((answer.headers["content-type"], answer.body), ("application/octet-stream", b"\x00\xff"))
+
+    def test_failing_route(self) -> None:
+        """A failing function of a route is a 500 that is not retried, and an error to the test."""
+        failing: dict[str, Callable[[Request], object]] = {"raises": lambda _: 1 / 0, "not JSON": lambda _: object()}
+        for name, function in failing.items():
+            with self.subTest(name=name), FakeOpenAI(routes={"GET /x": function}) as server:
+                answer = get(server, "/x")
+                self.assertEqual((answer.status, answer.headers["x-should-retry"]), (500, "false"))
+                self.assertEqual(len(server.errors), 1)
+                server.errors.clear()
+
+    def test_own_bug(self) -> None:
+        """A bug of the fake's own is a 500 to the client and an error to the test, never a cut connection."""
+        with FakeOpenAI() as server, mock.patch.object(openai_fake, "_model_object", side_effect=KeyError("x")):
+            self.assertEqual(get(server, "/models").status, 500)
+            self.assertIsInstance(server.errors.pop(), KeyError)
+
+    def test_bad_route(self) -> None:
+        """A route that no request could ask for is refused when the server is made."""
+        for name in ("/x", "get /x", "GET x", "GET  /x", "GET", ""):
+            with self.subTest(name=name), self.assertRaises(ValueError):
+                FakeOpenAI(routes={name: lambda request: None})
+
+    def test_unknown_route(self) -> None:
+        """What is not served is a 404 that names what is; a wrong method is a 405 that names the right ones."""
+        with FakeOpenAI(routes={"POST /files": lambda request: None}) as server:
+            answer = get(server, "/nope", "POST", {})
+            self.assertEqual(answer.status, 404)
+            for words in ("POST /v1/nope", "POST /chat/completions", "GET /responses/{id}", "POST /files"):
+                self.assertIn(words, answer.error["message"])
+            for method, path, allowed in (
+                ("PUT", "/models", "GET, HEAD"),
+                ("GET", "/responses", "POST"),
+                ("PATCH", "/responses/resp_x", "DELETE, GET, HEAD"),
+                ("OPTIONS", "/chat/completions", "GET, HEAD, POST"),
+            ):
+                with self.subTest(name=path):
+                    answer = get(server, path, method)
+                    self.assertEqual((answer.status, answer.headers["allow"]), (405, allowed))
+                    self.assertIn(f"Not allowed to {method} on /v1{path}.", answer.error["message"])
+
+    def test_head(self) -> None:
+        """HEAD is GET without the body, also where GET is a stream."""
+        with FakeOpenAI() as server, Wire(server) as wire:
+            for path in ("/models", "/models/nope", in_background(server) + "?stream=true"):
+                with self.subTest(name=path):
+                    wire.send(http_bytes(None, "/v1" + path, "HEAD") + http_bytes(None, "/v1" + path, "GET"))
+                    head = wire.until(b"\r\n\r\n").lower()
+                    answer = wire.answer()
+                    self.assertIn(f"http/1.1 {answer.status} ".encode(), head)
+                    if "content-length" in answer.headers:
+                        self.assertIn(f"content-length: {len(answer.body)}\r\n".encode(), head)
+
+
+class KeyTest(unittest.TestCase):
+    def test_wrong_key(self) -> None:
+        """A wrong key is the API's 401, which hides the middle of what has more than 12 characters."""
+        with FakeOpenAI(api_key="sk-right") as server:
+            for key, shown in (
+                ("sk-wrong-1", "sk-wrong-1"),
+                ("x" * 12, "x" * 12),
+                ("sk-abcdefwxyz", "sk-abcde*wxyz"),
+                ("sk-proj-" + "a" * 40 + "wxyz", "sk-proj-" + "*" * 40 + "wxyz"),
+            ):
+                for api, path in PATHS.items():
+                    for field in (f"Authorization: Bearer {key}", f"api-key: {key}"):
+                        with self.subTest(name=f"{api} {field}"):
+                            answer = call(server, BODIES[api](), path, "POST", field)
+                            self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
+                            words = "You can find your API key at https://platform.openai.com/account/api-keys."
+                            words = f"Incorrect API key provided: {shown}. {words}"
+                            self.assertEqual(answer.error["message"], words)
+
+    def test_no_key(self) -> None:
+        """Without a key, each API says so in its own words, and the handler is not asked."""
+        handler = mock.Mock()
+        with FakeOpenAI(handler, api_key="sk-right") as server:
+            for fields in ((), ("Authorization: Bearer",), ("Authorization: Basic sk-right",)):
+                for api, words, realm in (
+                    ("chat.completions", "You didn't provide an API key. ", None),
+                    ("responses", "Missing bearer or basic authentication in header", 'Bearer realm="OpenAI API"'),
+                ):
+                    with self.subTest(name=f"{api} {fields}"):
+                        answer = call(server, BODIES[api](), PATHS[api], "POST", *fields)
+                        self.assertEqual((answer.status, answer.error["code"]), (401, None))
+                        self.assertTrue(answer.error["message"].startswith(words))
+                        self.assertEqual(answer.headers.get("www-authenticate"), realm)
+            self.assertEqual((get(server, "/models").status, len(server.requests)), (401, 7))
+        handler.assert_not_called()
+
+    def test_right_key(self) -> None:
+        """The right key lets in, as a bearer's or Azure's; a server without `api_key` lets in all."""
+        for key, fields in (
+            ("k", ["authorization: bearer k"]),
+            ("k", ["API-Key: k"]),
+            (None, []),
+            (None, ["Authorization: Bearer x"]),
+        ):
+            with self.subTest(name=f"{key} {fields}"), FakeOpenAI(api_key=key) as server:
+                self.assertEqual(call(server, chat(), "", "POST", *fields).status, 200)
+
+
+class CORSTest(unittest.TestCase):
+    def test_preflight(self) -> None:
+        """With `cors` a browser may ask with any method and header, and needs no key to ask whether it may."""
+        fields = ("Origin: http://a", "Access-Control-Request-Headers: authorization,x-a", "Connection: close")
+        with FakeOpenAI(cors=True, api_key="k") as server:
+            answer = call(server, None, "/v1/chat/completions", "OPTIONS", *fields)
+        self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertEqual(answer.headers["access-control-allow-origin"], "*")
+        self.assertEqual(answer.headers["access-control-allow-headers"], "authorization,x-a")
+        self.assertIn("POST", answer.headers["access-control-allow-methods"])
+
+    def test_only_when_asked_for(self) -> None:
+        """Every answer, a stream or a refusal too, lets browsers read it with `cors`, and none without."""
+        for cors in (True, False):
+            with FakeOpenAI(cors=cors, api_key="k") as server:
+                for name, body, key in (
+                    ("JSON", chat(), "k"),
+                    ("stream", responses(stream=True), "k"),
+                    ("refused", {"input": 7}, "k"),
+                    ("no key", chat(), "x"),
+                ):
+                    with self.subTest(name=name, cors=cors):
+                        headers = call(server, body, "", "POST", "Origin: http://a", "api-key: " + key).headers
+                        self.assertEqual(headers.get("access-control-allow-origin"), "*" if cors else None)
+
+
+class OptionsTest(unittest.TestCase):
+    def test_keep(self) -> None:
+        """`keep` bounds the journal and what is stored; counting goes on."""
+        with FakeOpenAI(keep=2) as server:
+            ids = [call(server, responses(text)).json["id"] for text in "abc"]
+            self.assertEqual([request.text for request in server.requests], ["b", "c"])
+            self.assertEqual(len(server.wait_for_requests(3, WAIT)), 2)
+            self.assertEqual([get(server, "/responses/" + id).status for id in ids], [404, 200, 200])
+
+    def test_environ(self) -> None:
+        """`environ` is what points OpenAI's clients here, with the key that is asked for."""
+        with FakeOpenAI(api_key="sk-mine") as server, FakeOpenAI() as other:
+            self.assertEqual(server.environ, {"OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "sk-mine"})
+            self.assertTrue(other.environ["OPENAI_API_KEY"])
+
+    def test_hosts(self) -> None:
+        """`url` can be asked, whatever the form of the host; `base_url` is it and /v1."""
+        hosts = {"127.0.0.1": "127.0.0.1", "localhost": "localhost", "": "127.0.0.1", "0.0.0.0": "127.0.0.1"}
+        if socket.has_ipv6 and Path("/proc/net/if_inet6").exists():
+            hosts["::1"] = "[::1]"
+        for host, shown in hosts.items():
+            with self.subTest(name=host), FakeOpenAI(host=host) as server:
+                self.assertRegex(server.url, rf"^http://{re.escape(shown)}:\d+$")
+                self.assertEqual(server.base_url, server.url + "/v1")
+                self.assertEqual(call(server, chat()).status, 200)
+
+    def test_reproducible(self) -> None:
+        """The same seed and clock give the same bytes; another seed does not."""
+
+        def bodies(seed: int) -> list[bytes]:
+            def handler(request: Request) -> list[str | ToolCall]:
+                return ["Hi", ToolCall("f", {})]
+
+            with FakeOpenAI(handler, seed=seed, clock=lambda: 1_700_000_000.0) as server:
+                return [call(server, BODIES[api](stream=stream)).body for api in PATHS for stream in (False, True)]
+
+        first = bodies(1)
+        self.assertEqual(bodies(1), first)
+        for one, other in zip(first, bodies(2), strict=True):
+            self.assertNotEqual(one, other)
+            self.assertIn(b"1700000000", one)
+
+    def test_misuse(self) -> None:
+        """A server that is started twice, asked for its URL too early, or given no function, says what to do."""
+        server = FakeOpenAI()
+        with self.assertRaisesRegex(RuntimeError, "not started"):
+            print(server.base_url)
+        self.assertIn("not started", repr(server))
+        with server:
+            self.assertIn(server.base_url, repr(server))
+            with self.assertRaisesRegex(RuntimeError, "started once"):
+                server.start()
+        with self.assertRaisesRegex(RuntimeError, "started once"):
+            server.start()
+        with self.assertRaisesRegex(TypeError, "Script"):
+            FakeOpenAI("Hi")  # type: ignore[arg-type]
+
+
+class ModuleTest(unittest.TestCase):
+    def test_all(self) -> None:
+        """`__all__` is the API of the design, and all that the module defines without an underscore."""
+        self.assertEqual(sorted(openai_fake.__all__), sorted(NAMES.split()))
+        public = {name: each for name, each in vars(openai_fake).items() if not name.startswith("_")}
+        defined = {name for name, each in public.items() if getattr(each, "__module__", "") == "openai_fake"}
+        self.assertEqual(defined - {"override"}, set(openai_fake.__all__))  # the stand-in for typing_extensions'
+        self.assertRegex(openai_fake.__version__, r"^\d+\.\d+\.\d+$")
+
+    def test_docstrings(self) -> None:
+        """Every public class, function, method and property has a docstring."""
+        for name in openai_fake.__all__:
+            public = getattr(openai_fake, name)
+            with self.subTest(name=name):
+                self.assertTrue(public.__doc__)
+                self.assertNotRegex(public.__doc__, rf"^{name}\(")  # which a dataclass makes up
+            for key, member in vars(public).items() if isinstance(public, type) else ():
+                if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                    with self.subTest(name=f"{name}.{key}"):
+                        self.assertTrue(inspect.getdoc(member) or inspect.getdoc(getattr(public, key)))
+
+
+@needs_openai
+class OfficialStateTest(unittest.TestCase):
+    def client(self, handler: Callable[[Request], Any], **options: Any) -> Any:
+        import openai
+
+        client = openai.OpenAI(base_url=start(self, handler, **options).base_url, api_key="test", max_retries=0)
+        self.addCleanup(client.close)
+        return client
+
+    def test_responses(self) -> None:
+        """The official client chains, fetches, lists the input of, counts and deletes responses."""
+        import openai
+
+        client = self.client(echo)
+        first = client.responses.create(model="gpt-4o", input="one")
+        second = client.responses.create(model="gpt-4o", input="two", previous_response_id=first.id)
+        self.assertEqual(client.responses.retrieve(second.id).output_text, "two")
+        items = client.responses.input_items.list(second.id, order="asc", limit=1)  # one a page
+        self.assertEqual([item.content[0].text for item in items], ["one", "one", "two"])
+        self.assertGreater(client.responses.input_tokens.count(model="gpt-4o", input="one").input_tokens, 0)
+        client.responses.delete(first.id)
+        with self.assertRaises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
+
+    def test_background(self) -> None:
+        """The official client follows a background response, resumes it, and cancels one."""
+        stream, other = Stream(), Stream()
+        client = self.client(Script(stream, other))
+        made = client.responses.create(model="gpt-4o", input="Hi", background=True)
+        stream.send("Hello")
+        stream.close()
+        events = list(client.responses.retrieve(made.id, stream=True))
+        self.assertEqual(events[-1].response.output_text, "Hello")
+        resumed = client.responses.retrieve(made.id, stream=True, starting_after=2)
+        self.assertEqual([event.sequence_number for event in resumed], list(range(3, len(events))))
+        made = client.responses.create(model="gpt-4o", input="Hi", background=True)
+        self.assertEqual(client.responses.cancel(made.id).status, "cancelled")
+        self.assertTrue(other.wait_disconnected(WAIT))
+
+    def test_chats_and_conversations(self) -> None:
+        """The official client keeps chat completions and conversations."""
+        client = self.client(echo)
+        ask = [{"role": "user", "content": "Hi"}]
+        made = client.chat.completions.create(model="gpt-4o", messages=ask, store=True)
+        self.assertEqual([each.id for each in client.chat.completions.list(model="gpt-4o")], [made.id])
+        self.assertEqual(client.chat.completions.retrieve(made.id).choices, made.choices)
+        self.assertEqual([each.content for each in client.chat.completions.messages.list(made.id)], ["Hi"])
+        self.assertEqual(client.chat.completions.update(made.id, metadata={"a": "1"}).metadata, {"a": "1"})
+        self.assertTrue(client.chat.completions.delete(made.id).deleted)
+        conversation = client.conversations.create(items=ask)
+        client.responses.create(model="gpt-4o", input="And?", conversation=conversation.id)
+        items = client.conversations.items.list(conversation.id, order="asc")
+        self.assertEqual([item.content[0].text for item in items], ["Hi", "And?", "And?"])
+        self.assertTrue(client.conversations.delete(conversation.id).deleted)
+
+    def test_small_endpoints(self) -> None:
+        """The official client reads models, embeddings, moderations, a route of one's own, and a wrong key's 401."""
+        import openai
+
+        routes: dict[str, Callable[[Request], object]] = {"POST /audio/speech": lambda request: b"RIFF"}
+        client = self.client(echo, routes=routes, models=["org/m"])
+        self.assertEqual([client.models.retrieve(each.id).id for each in client.models.list()], ["org/m"])
+        ask = {"model": "text-embedding-3-small", "input": "hello"}
+        packed = client.embeddings.create(**ask).data[0].embedding  # base64, unless told otherwise
+        floats = client.embeddings.create(**ask, encoding_format="float").data[0].embedding
+        self.assertLess(math.dist(packed, floats), 1e-6)
+        self.assertFalse(client.moderations.create(input="x").results[0].flagged)
+        self.assertEqual(client.audio.speech.create(model="m", voice="v", input="x").content, b"RIFF")
+        with self.assertRaisesRegex(openai.AuthenticationError, "Incorrect API key provided: test"):
+            self.client(echo, api_key="sk-right").models.list()
+
+
+# ---- HTTP: hostile, broken and unusual input; connections; lifecycle -------------------------------------------------
+
+
+NOTICED = 0.5  # seconds in which a client that left is noticed
+STOPPED = 1.5  # seconds in which stop() returns
+TINY = 1 << 20  # the limit of bodies in WireTableTest
+FDS = Path("/proc/self/fd")
+
+
+def resources() -> tuple[int, int]:
+    """How many threads and descriptors there are."""
+    return threading.active_count(), len(os.listdir(FDS)) if FDS.exists() else 0
+
+
+class LeakTest(unittest.TestCase):
+    """After each test no thread or descriptor is left, and nothing was written to stderr or logged as an error."""
+
+    def setUp(self) -> None:
+        self.addCleanup(self.assert_back_to, resources())
+        stderr = mock.patch("sys.stderr", io.StringIO())
+        written = stderr.start()
+        self.addCleanup(lambda: self.assertEqual(written.getvalue(), "", "on stderr"))
+        self.addCleanup(stderr.stop)
+        self.addCleanup(gc.collect)
+        logs: Any = self.assertNoLogs("openai_fake", "ERROR")
+        logs.__enter__()
+        self.addCleanup(logs.__exit__, None, None, None)
+
+    def assert_back_to(self, baseline: tuple[int, int]) -> None:
+        """Waits until there are no more threads and descriptors than that."""
+        self.eventually(lambda: resources()[0] <= baseline[0] and resources()[1] <= baseline[1], f"back to {baseline}")
+
+    def eventually(self, condition: Callable[[], bool], what: str = "") -> None:
+        """Waits for what tells nobody that it comes."""
+        tick, end = threading.Event(), time.monotonic() + 2.5
+        while not condition():
+            self.assertLess(time.monotonic(), end, f"{what}: threads and descriptors are {resources()}")
+            tick.wait(0.01)
+
+    def assert_error(self, answer: Answer) -> None:
+        """An answer is an error in OpenAI's shape."""
+        self.assertEqual(set(answer.error), {"message", "type", "param", "code"})
+        if answer.status >= 500:
+            self.assertEqual(answer.error["type"], "server_error")
+        self.assertEqual(len(answer.body), int(answer.headers["content-length"]))
+
+    def assert_works(self, server: FakeOpenAI) -> None:
+        """A good request on a fresh connection gets its answer."""
+        began = time.monotonic()
+        self.assertEqual(call(server, None, "/v1/models", "GET").status, 200)
+        self.assertLess(time.monotonic() - began, 1.0)
+
+
+@contextlib.contextmanager
+def faulty(handler: Callable[[Request], Any]) -> Iterator[FakeOpenAI]:
+    """A server whose handler's faults are looked at, and don't fail the test."""
+    server = FakeOpenAI(handler).start()
+    try:
+        yield server
+    finally:
+        server.errors.clear()
+        server.stop()
+
+
+def got(target: str = "/v1/models", *fields: str, version: str = "1.1", method: str = "GET") -> bytes:
+    """A request without a body."""
+    return "\r\n".join([f"{method} {target} HTTP/{version}", "Host: test", *fields, "", ""]).encode("latin-1")
+
+
+def posted(body: bytes, *fields: str) -> bytes:
+    """A request with this body and no framing but these fields'."""
+    return got("/v1/chat/completions", *fields, method="POST") + body
+
+
+def in_chunks(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return posted(b"".join(b"%x\r\n%b\r\n" % (len(each), each) for each in chunks) + end, CHUNKED)
+
+
+def coded(coding: str, body: bytes) -> bytes:
+    return posted(body, f"Content-Encoding: {coding}", f"Content-Length: {len(body)}")
+
+
+CHUNKED = "Transfer-Encoding: chunked"
+CHAT = json.dumps(chat()).encode()
+LENGTH = f"Content-Length: {len(CHAT)}"
+GOOD = posted(CHAT, LENGTH)
+FLOW = http_bytes(chat(stream=True))
+STREAMED = [(chat(stream=True), PATHS["chat.completions"]), (responses(stream=True), PATHS["responses"])]
+ASKED = [*STREAMED, (chat(), PATHS["chat.completions"]), (responses(), PATHS["responses"])]
+BARE_DEFLATE = zlib.compress(CHAT)[2:-4]
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+# What the tables are made of; | stands between them.
+BAD_LINES = (
+    b"GET  /v1/models HTTP/1.1|GET\t/v1/models HTTP/1.1| GET /v1/models HTTP/1.1|GET /v1/models|"
+    b"GET /v1/models HTTP/1.1 |GET /v1/models http/1.1|GET /v1/models HTTP/1|GET|G(T / HTTP/1.1|"
+    b"GET /v1/models HTTP/1.10|GET /v1/models HTTP/01.1|GET /v1 models HTTP/1.1|GET /\xa0 HTTP/1.1|"
+    b"GET /v1/\x0bmodels HTTP/1.1|GET\x85/v1/models HTTP/1.1|GET /\0 HTTP/1.1|GET /\x7f HTTP/1.1|"
+    b"GET /v1/mod\rels HTTP/1.1|\x16\x03\x01\x02\0\x01\0\x01\xfc|GET * HTTP/1.1|\nGET / HTTP/1.1|"
+    b"CONNECT test:80 HTTP/1.1|GET v1/models HTTP/1.1|GET http://[::1/v1/models HTTP/1.1|GET http:// HTTP/1.1|"
+    b"GET http://test:x/v1/models HTTP/1.1|GET http://[zz]/v1/models HTTP/1.1|GET /v1/%zz HTTP/1.1|GET /% HTTP/1.1|"
+    b"GET /v1/models%4 HTTP/1.1|GET /%ff HTTP/1.1"
+).split(b"|")
+BAD_FIELDS = (
+    b"no colon|: empty|X y: 1|X : 1| X: folded|X: 1\r\n folded|X: 1\r\n\tfolded|X: a\rb|X: a\nY: b|X: a\0b|X: a\x7fb|"
+    b"X: a\x0bb|X\xa0: 1|X\0: 1|Host: test|Host: other|\rX: 1|X: 1\r|(X): 1"
+).split(b"|")
+BAD_HOSTS = [b"a b", b"a/b", b"[::1", b"a:b", b"a@b", b"[zz]", b"a:1:2", b"\xe9"]
+BAD_LENGTHS = ["-1", "-0", "+5", "0x5", "5.0", "1_0", "5, 6", "5, 5", "", "5 5", "9" * 19, "\u00b2", "\u00d9\u00a5"]
+BAD_SIZES = [b"", b"x", b"-5", b"+5", b"0x5", b"5_", b" 5", b"1" * 16, b"5;\0", b"5;a\rb", b"5;" + b"a" * 4096]
+BAD_CODINGS = ["gzip", "gzip, chunked", "chunked, gzip", "chunked, chunked", f"chunked\r\n{CHUNKED}", "xchunked", ""]
+BAD_JSON = [
+    *b'|{|{"model":|[]|1|"x"|null|{"a": NaN}|{"a": Infinity}|{"a": "\xff"}|{"a": "\n"}|{\'a\': 1}'.split(b"|"),
+    *(CHAT + b"x", CHAT + CHAT, DEEP, b'{"a":' + DEEP + b"}"),
+    *(CHAT.decode().encode(coding) for coding in ("utf-16", "utf-32", "utf-16-be", "utf-32-le")),
+]
+
+
+# What ends the connection: status -> name -> what is sent.
+REFUSED: dict[int, dict[str, bytes]] = {
+    400: {
+        **{f"line {line!r}": line + b"\r\nHost: test\r\n\r\n" for line in BAD_LINES},
+        **{f"field {field!r}": got()[:-2] + field + b"\r\n\r\n" for field in BAD_FIELDS},
+        **{f"host {host!r}": b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n" for host in BAD_HOSTS},
+        **{f"length {length!r}": posted(CHAT, f"Content-Length: {length}") for length in BAD_LENGTHS},
+        **{f"chunk size {size[:20]!r}": posted(size + b"\r\nabcde\r\n0\r\n\r\n", CHUNKED) for size in BAD_SIZES},
+        "no host": b"GET / HTTP/1.1\r\n\r\n",
+        "five empty lines": b"\r\n" * 5 + got(),
+        "bare line feeds": got().replace(b"\r", b""),
+        "two lengths": posted(CHAT, LENGTH, "Content-Length: 1"),
+        "coding and length": posted(b"0\r\n\r\n", CHUNKED, LENGTH),
+        "coding in 1.0": posted(b"0\r\n\r\n", CHUNKED).replace(b"/1.1", b"/1.0", 1),
+        "chunk shorter than it says": posted(b"5\r\nabc\r\n0\r\n\r\n", CHUNKED),
+        "chunk longer than it says": posted(b"2\r\nabcde\r\n0\r\n\r\n", CHUNKED),
+        "chunk after a bare line feed": posted(b"5\nabcde\r\n0\r\n\r\n", CHUNKED),
+        "trailer without colon": in_chunks(CHAT, end=b"0\r\nno colon\r\n\r\n"),
+    },
+    413: {
+        "length": posted(b"", f"Content-Length: {TINY + 1}"),
+        "huge length": posted(b"", "Content-Length: " + "9" * 18),
+        "chunk": posted(b"%x\r\n" % (TINY + 1), CHUNKED),
+        "chunks": posted((b"1000\r\n" + b" " * 0x1000 + b"\r\n") * (TINY // 0x1000 + 1), CHUNKED),
+    },
+    414: {"line": got("/" + "a" * (65 << 10)), "line without end": b"GET /" + b"a" * (65 << 10)},
+    417: {
+        "expectation": posted(CHAT, LENGTH, "Expect: 200-ok"),
+        "two": posted(CHAT, LENGTH, "Expect: 100-continue, x"),
+    },
+    431: {
+        "fields": got("/v1/models", *["A: b"] * 257),
+        "fields without end": got("/v1/models", *["A: b"] * 300)[:-2],
+        "head": got("/v1/models", *[f"A: {'b' * 8000}"] * 17),
+        "head without end": got("/v1/models", f"A: {'b' * (129 << 10)}")[:-4],
+        "trailers": in_chunks(CHAT, end=b"0\r\n" + b"A: b\r\n" * 300 + b"\r\n"),
+    },
+    501: {f"coding {coding!r}": posted(b"0\r\n\r\n", f"Transfer-Encoding: {coding}") for coding in BAD_CODINGS},
+    505: {version: got(version=version) for version in ("2.0", "0.9", "1.2", "3.0")}
+    | {"preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"},
+}
+
+# What leaves the connection open.
+ANSWERED: dict[int, dict[str, bytes]] = {
+    200: {
+        "four empty lines": b"\r\n" * 4 + got(),
+        "long line": got("/v1/models?" + "a" * 8000),
+        "long value": got("/v1/models", f"A: {'b' * 8192}"),
+        "100 fields": got("/v1/models", *["A: b"] * 100),
+        "absolute form": got("http://other:1/v1/models"),
+        "percent": got("/v1/%6dodels"),
+        "query": got("/v1/models?a=%zz&b=//../"),
+        "odd values": got("/v1/models", "A:\tb\tc\t", "B: \xe9", "C:"),
+        "1.0, kept alive": got("/v1/models", "Connection: keep-alive", version="1.0"),
+        "request in a GET's body": http_bytes(b"BAD\r\n\r\n", "/v1/models", "GET"),
+        "chunked": in_chunks(CHAT[:5], CHAT[5:]),
+        "bytes as chunks": in_chunks(*(CHAT[at : at + 1] for at in range(len(CHAT)))),
+        "chunk extensions": posted(b'%X;a=b;c="d"\r\n%b\r\n000;e\r\n\r\n' % (len(CHAT), CHAT), CHUNKED.swapcase()),
+        "trailers": in_chunks(CHAT, end=b"0\r\nA: b\r\nContent-Length: 5\r\n\r\n"),
+        "gzip": coded("gzip", gzip.compress(CHAT)),
+        "x-gzip": coded("X-GZIP", gzip.compress(CHAT)),
+        "deflate": coded("deflate", zlib.compress(CHAT)),
+        "bare deflate": coded("deflate", BARE_DEFLATE),
+        "any type": posted(CHAT, LENGTH, "Content-Type: text/plain"),
+        "expectation of a body that is here": posted(CHAT, LENGTH, "Expect: 100-Continue"),
+        "duplicate keys": http_bytes(b'{"model": 1,' + CHAT[1:]),
+    },
+    400: {
+        **{f"JSON {body[:20]!r} of {len(body)}": http_bytes(body) for body in BAD_JSON},
+        "gzip cut": coded("gzip", gzip.compress(CHAT)[:-9]),
+        "gzip corrupt": coded("gzip", b"\x1f\x8bnonsense"),
+        "not gzip": coded("gzip", CHAT),
+        "deflate cut": coded("deflate", zlib.compress(CHAT)[:-5]),
+    },
+    404: {path: got(path) for path in ("/", "/v2/models", "//v1/models", "/v1//models", "/v1/x/../models")},
+    405: {
+        "PUT": http_bytes(CHAT, "/v1/responses", "PUT"),
+        "POST": http_bytes(CHAT, "/v1/models"),
+        "DELETE": http_bytes(CHAT, "/v1/chat/completions", "DELETE"),
+    },
+    413: {
+        "gzip": coded("gzip", gzip.compress(b" " * (TINY + 1))),
+        "zlib": coded("deflate", zlib.compress(b" " * 9 * TINY)),
+    },
+    415: {coding: coded(coding, CHAT) for coding in ("br", "gzip, gzip", "compress", "*")},
+}
+
+# What several requests on one connection get; a last 0 is the end of the connection.
+PIPELINES: dict[str, tuple[bytes, list[int]]] = {
+    "in order": (got() + GOOD + got("/nothing") + got(), [200, 200, 404, 200]),
+    "body too short": (posted(CHAT, "Content-Length: 10"), [400, 400, 0]),
+    "nothing after a fatal error": (GOOD + b"BAD\r\n\r\n" + GOOD, [200, 400, 0]),
+    "nothing after close": (got("/v1/models", "Connection: x, Close") + GOOD, [200, 0]),
+    "close in a second field": (got("/v1/models", "Connection: keep-alive", "Connection: close") + GOOD, [200, 0]),
+    "nothing after 1.0": (got(version="1.0") + GOOD, [200, 0]),
+    "1.0 without keep-alive": (got("/v1/models", "Connection: x", version="1.0") + GOOD, [200, 0]),
+}
+
+# What is sent before the client half-closes, and what it gets; 0 is the end of the connection alone.
+CUT: dict[str, tuple[bytes, int]] = {
+    "nothing": (b"", 0),
+    "line": (got()[:20], 0),
+    "head without its empty line": (got()[:-2], 0),
+    "length": (posted(CHAT, f"Content-Length: {len(CHAT) + 1}"), 400),
+    "chunk": (in_chunks(CHAT, end=b"5\r\nab"), 400),
+    "last chunk": (in_chunks(CHAT, end=b""), 400),
+    "end of trailers": (in_chunks(CHAT, end=b"0\r\n"), 400),
+    "whole request": (GOOD, 200),
+}
+
+
+class WireTableTest(LeakTest):
+    """Raw bytes, and what each must get."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        limit = mock.patch.object(openai_fake, "_MAX_BODY", TINY)
+        limit.start()
+        self.addCleanup(limit.stop)
+        self.server = start(self, keep=1)
+
+    def check(self, data: bytes, statuses: list[int], step: int) -> None:
+        """Sends in steps, and compares the answers; what must stay open must work."""
+        with Wire(self.server) as wire:
+            wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(ConnectionError):  # it was answered, and closed, before all was sent
+                for at in range(0, len(data), step):
+                    wire.send(data[at : at + step])
+            for status in filter(None, statuses):
+                answer = wire.answer()
+                self.assertEqual(answer.status, status, answer.body)
+                if status >= 400:
+                    self.assert_error(answer)
+                self.assertEqual("allow" in answer.headers, status == 405)
+            self.assertEqual(answer.headers.get("connection") == "close", not statuses[-1])
+            if statuses[-1]:
+                self.assertEqual(wire.send(GOOD).answer().status, 200)
+            else:
+                self.assertEqual(wire.rest(), b"")
+        self.assert_works(self.server)
+
+    def check_all(self, most: int) -> None:
+        """Checks all tables, sending each row in so many steps at most."""
+        for table, end in ((REFUSED, [0]), (ANSWERED, [])):
+            for status, rows in table.items():
+                for name, data in rows.items():
+                    with self.subTest(name=name, status=status):
+                        self.check(data, [status, *end], len(data) // most + 1)
+        for name, (data, statuses) in PIPELINES.items():
+            with self.subTest(name=name):
+                self.check(data, statuses, len(data) // most + 1)
+
+    def test_each_request_gets_its_status_and_connection_state(self) -> None:
+        """Every row of the tables, sent at once."""
+        self.check_all(1)
+
+    def test_delivery_in_pieces_changes_nothing(self) -> None:
+        """Every row, byte by byte; those above 1 kB in a thousand pieces."""
+        self.check_all(1000)
+
+    def test_a_request_that_ends_early_is_never_carried_out(self) -> None:
+        """FIN inside the head closes; inside the body it is a 400; after a whole request it changes nothing."""
+        for name, (data, status) in CUT.items():
+            with self.subTest(name=name), Wire(self.server) as wire:
+                wire.send(data).sock.shutdown(socket.SHUT_WR)
+                if status:
+                    self.assertEqual(wire.answer().status, status)
+                self.assertEqual(wire.rest(), b"")
+                self.assertEqual(len(self.server.requests), int(status == 200))
+
+    def test_continue_comes_where_a_body_is_awaited(self) -> None:
+        """After it the answer, whatever it is, has a head of its own; in 1.0 there is none."""
+        expect, continued = "Expect: 100-CONTINUE", b"HTTP/1.1 100 Continue\r\n\r\n"
+        body = FLOW.partition(b"\r\n\r\n")[2]
+        rows: dict[str, tuple[bytes, bytes, bytes, int]] = {
+            "length": (posted(b"", LENGTH, expect), continued, CHAT, 200),
+            "chunked": (posted(b"", CHUNKED, expect), continued, in_chunks(CHAT).partition(b"\r\n\r\n")[2], 200),
+            "stream": (posted(b"", f"Content-Length: {len(body)}", expect), continued, body, 200),
+            "bad JSON": (posted(b"", "Content-Length: 1", expect), continued, b"{", 400),
+            "too big": (posted(b"", f"Content-Length: {TINY + 1}", expect), b"", b"", 413),
+            "empty": (posted(b"", "Content-Length: 0", expect), b"", b"", 400),
+            "1.0": (posted(b"", LENGTH, expect).replace(b"/1.1", b"/1.0", 1), b"", CHAT, 200),
+        }
+        for name, (head, first, rest, status) in rows.items():
+            with self.subTest(name=name), Wire(self.server) as wire:
+                wire.send(head)
+                self.assertEqual(wire.exactly(len(first)), first)
+                self.assertEqual(wire.send(rest).answer().status, status)
+
+    def test_head_has_no_body(self) -> None:
+        """HEAD is answered with a head alone, and the connection stays in step."""
+        for path in ("/v1/models", "/nothing"):
+            with self.subTest(name=path), Wire(self.server) as wire:
+                wire.send(got(path, method="HEAD")).until(b"\r\n\r\n")
+                self.assertEqual(wire.send(got()).answer().status, 200)
+
+    def test_a_refusal_reaches_a_client_that_is_still_uploading(self) -> None:
+        """413 comes before the body is read, and no reset destroys it."""
+        with Wire(self.server) as wire:
+            wire.send(posted(b" " * 8 * TINY, f"Content-Length: {8 * TINY}"))
+            self.assertEqual(wire.answer().status, 413)
+
+    def test_odd_values_are_never_a_server_error(self) -> None:
+        """Whatever JSON the values are, the answer is below 500."""
+        odd: list[Any] = [None, True, 0, -1, 1.5, 10**400, "", "x", [], [1], [[]], {}, {"a": 1}, [None], "\ud800"]
+        keys = "model messages input stream n stop max_tokens tools tool_choice response_format text stream_options"
+        for key in f"{keys} metadata instructions previous_response_id reasoning conversation include".split():
+            for number, value in enumerate(odd):
+                for body, path in ((chat(), PATHS["chat.completions"]), (responses(), PATHS["responses"])):
+                    with self.subTest(name=key, number=number, path=path):
+                        answer = call(self.server, {**body, key: value}, path)
+                        self.assertLess(answer.status, 500)
+
+    def test_deep_json_is_never_a_server_error(self) -> None:
+        """However deep values are nested, and wherever, the answer is below 500."""
+        schema = {"type": "json_schema", "name": "s", "schema": "DEEP"}
+        form, kinds = (
+            {"type": "json_schema", "json_schema": schema},
+            [{"type": "function", "name": "f", "parameters": "DEEP"}],
+        )
+        bodies = [chat(metadata="DEEP"), chat(tools=[{"type": "function", "function": kinds[0]}]), chat(stop="DEEP")]
+        bodies += [
+            chat(response_format=form),
+            chat(messages=["DEEP"]),
+            responses(tools=kinds),
+            responses(metadata="DEEP"),
+        ]
+        bodies += [
+            {**responses(), "text": {"format": schema}},
+            responses(reasoning="DEEP"),
+            {"model": "m", "input": ["DEEP"]},
+        ]
+        for depth in (300, 500, 900, 970, 3000, 9000):
+            for number, body in enumerate(bodies):
+                with self.subTest(depth=depth, number=number):
+                    data = json.dumps(body).encode().replace(b'"DEEP"', b'{"a":' * depth + b"1" + b"}" * depth)
+                    path = PATHS["responses" if "input" in body else "chat.completions"]
+                    self.assertLess(call(self.server, data, path).status, 500)
+
+    def test_text_is_utf8_and_what_utf8_lacks_is_escaped(self) -> None:
+        """Replies are UTF-8; lone surrogates and line separators are escaped; all of it comes back as it was."""
+        text = "é 😀 \0 \ud800 \u0085 \u2028 \u2029"
+        answer = call(self.server, chat(text))
+        self.assertEqual(answer.json["choices"][0]["message"]["content"], text)
+        self.assertIn("é 😀 \\u0000 \\ud800 \\u0085 \\u2028 \\u2029".encode(), answer.body)
+
+    def test_mutated_requests_are_answered_or_refused(self) -> None:
+        """Random damage to good requests gets an answer or a close, never a failure."""
+        rng = random.Random(6)
+        seeds = (GOOD, FLOW, in_chunks(CHAT), coded("gzip", gzip.compress(CHAT)), got() + GOOD, http_bytes(responses()))
+        bits = b'\r\n|\r|\n|\0| |:|0|\xff|"|%|{|[|}|\\ud800|Content-Length: 1\r\n|chunked|1.0|null'.split(b"|")
+        for number in range(300):
+            data = bytearray(rng.choice(seeds))
+            for _ in range(rng.randint(1, 4)):
+                begin = rng.randrange(len(data))
+                data[begin : begin + rng.choice((0, 0, 1, 1, 5))] = rng.choice([*bits, rng.randbytes(1)])
+            with self.subTest(number=number, data=bytes(data)), Wire(self.server) as wire:
+                with contextlib.suppress(ConnectionError):
+                    wire.send(bytes(data)).sock.shutdown(socket.SHUT_WR)
+                for status in re.findall(rb"HTTP/1.1 (5..) [A-Z]", wire.rest()):
+                    self.assertIn(status, (b"501", b"505"))
+        self.assert_works(self.server)
+
+
+def endless(ended: threading.Event) -> Iterator[str]:
+    """Parts without end."""
+    try:
+        while True:
+            yield "x" * 10_000
+    finally:
+        ended.set()
+
+
+def silent(request: Request) -> Stream:
+    return Stream()
+
+
+def reset(sock: socket.socket) -> None:
+    """Closes with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+class ConnectionTest(LeakTest):
+    """Clients that leave, stall, trickle and crowd."""
+
+    def test_answers_are_not_held_back(self) -> None:
+        """A request on a kept connection takes no delayed-ACK time."""
+        times: list[float] = []
+        with FakeOpenAI(lambda request: iter("abc")) as server, Wire(server) as wire:
+            for data in (GOOD, FLOW) * 25:
+                began = time.monotonic()
+                wire.send(data).answer()
+                times.append(time.monotonic() - began)
+        self.assertLess(sorted(times)[40], 0.015)
+
+    def test_streams_to_http_1_0_end_with_the_connection(self) -> None:
+        """HTTP/1.0 knows no chunks: not even with keep-alive."""
+        with FakeOpenAI() as server, Wire(server) as wire:
+            data = FLOW.replace(b"HTTP/1.1", b"HTTP/1.0\r\nConnection: keep-alive", 1)
+            answer = wire.send(data).answer()
+            self.assertNotIn("transfer-encoding", answer.headers)
+            self.assertEqual((answer.events[-1], wire.rest()), ("[DONE]", b""))
+
+    def test_deadlines(self) -> None:
+        """A request that has begun must arrive in time, or gets 408; an idle connection is closed."""
+        rows: dict[str, tuple[str, bytes, list[int]]] = {
+            "idle": ("idle", b"", []),
+            "kept": ("idle", got(), [200]),
+            "line": ("head", b"G", [408]),
+            "head": ("head", GOOD + got()[:-2], [200, 408]),
+            "body": ("body", posted(b"{", LENGTH), [408]),
+            "chunk": ("body", in_chunks(end=b"5\r\na"), [408]),
+        }
+        for name, (limit, data, statuses) in rows.items():
+            with self.subTest(name=name), FakeOpenAI() as server:
+                limits = server._running().limits
+                limits.sweep = 0.02
+                setattr(limits, limit, 0.1)
+                with Wire(server) as wire:
+                    wire.send(data)
+                    self.assertEqual([wire.answer().status for _ in statuses], statuses)
+                    self.assertEqual(wire.rest(), b"")
+
+    def test_a_client_that_reads_nothing_is_given_up(self) -> None:
+        """A write that is blocked for too long ends the stream."""
+        ended = threading.Event()
+        with FakeOpenAI(lambda request: endless(ended)) as server:
+            server._running().limits.write, server._running().limits.sweep = 0.1, 0.02
+            with Wire(server) as wire:
+                wire.send(FLOW)
+                self.assertTrue(ended.wait(WAIT))
+
+    def test_the_default_timeout_of_sockets_is_not_the_servers(self) -> None:
+        """socket.setdefaulttimeout() cuts no slow client, and no silent stream."""
+        stream = Stream()
+        self.addCleanup(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(0.01)
+        with FakeOpenAI(lambda request: stream) as server, Wire(server) as wire:
+            wire.send(FLOW[:20])
+            self.assertRaises(TimeoutError, server.wait_for_requests, 1, 0.05)
+            wire.send(FLOW[20:]).until(b"\r\n\r\n")
+            self.assertFalse(stream.wait_disconnected(0.05))
+            stream.send("Hi")
+            stream.close()
+            wire.until(b"[DONE]")
+
+    def test_stuck_clients_do_not_slow_others(self) -> None:
+        """With 150 clients in the middle of a request, another is served at once."""
+        with FakeOpenAI() as server, contextlib.ExitStack() as stack:
+            for part in (got()[:-2], posted(b"{", LENGTH), b"") * 50:
+                stack.enter_context(Wire(server)).send(part)
+            self.assert_works(server)
+
+    def test_announced_bodies_take_no_memory(self) -> None:
+        """What a client says it will send is not allocated before it comes."""
+        with FakeOpenAI() as server, Wire(server) as wire:
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            wire.send(posted(b"{" * 70_000, "Content-Length: 60000000")).sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(wire.answer().status, 400)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 30_000_000)
+
+    def test_large_bodies_work(self) -> None:
+        """A body of 20 MB is answered."""
+        with FakeOpenAI(lambda request: str(len(request.messages[0].text))) as server:
+            self.assertIn(b'"20000000"', call(server, chat("x" * 20_000_000)).body)
+
+    def test_a_half_closed_client_gets_its_whole_json(self) -> None:
+        """FIN after a complete request that is not streamed does not cost the reply."""
+
+        def pausing(request: Request) -> Iterator[Any]:
+            yield Pause(0.001)
+            self.eventually(lambda: request.disconnected)
+            yield from ("a", Pause(0.001), "b")
+
+        async def waiting(request: Request) -> str:
+            await asyncio.to_thread(self.eventually, lambda: request.disconnected)
+            return "ab"
+
+        def live(request: Request) -> Stream:
+            def feed() -> None:
+                self.eventually(lambda: request.disconnected)
+                stream.send("a", "b")
+                stream.close()
+
+            stream = Stream()
+            threading.Thread(target=feed).start()
+            return stream
+
+        for handler in (pausing, waiting, live):
+            for body, path in ASKED[2:]:
+                with (
+                    self.subTest(name=handler.__name__, path=path),
+                    FakeOpenAI(handler) as server,
+                    Wire(server) as wire,
+                ):
+                    wire.send(http_bytes(body, path)).sock.shutdown(socket.SHUT_WR)
+                    answer = wire.answer()
+                    self.assertEqual((answer.status, wire.rest()), (200, b""))
+                    self.assertIn(b'"ab"', answer.body)
+
+    def test_a_request_sent_behind_another_does_not_disturb_it(self) -> None:
+        """What arrives while an answer waits is answered after it."""
+
+        def pausing(request: Request) -> Iterator[Any]:
+            yield from ("Hi", Pause(0.1), " there")
+
+        async def asynchronous(request: Request) -> Any:
+            yield "Hi"
+            await asyncio.sleep(0.1)
+            yield " there"
+
+        async def waiting(request: Request) -> str:
+            await asyncio.sleep(0.1)
+            return "Hi there"
+
+        for handler in (pausing, asynchronous, waiting):
+            for body, path in ASKED:
+                with (
+                    self.subTest(name=handler.__name__, body=body),
+                    FakeOpenAI(handler) as server,
+                    Wire(server) as wire,
+                ):
+                    wire.send(http_bytes(body, path))
+                    server.wait_for_requests(1, WAIT)
+                    answer = wire.send(got()).answer()
+                    self.assertIn(b" there", answer.body)
+                    self.assertEqual(wire.answer().json["object"], "list")
+
+    def test_leaving_is_noticed_while_nothing_is_sent(self) -> None:
+        """FIN, RST, and either behind bytes that nobody reads, end a silent stream; its generator is closed once."""
+        leave: dict[str, tuple[bytes, Callable[[socket.socket], None]]] = {
+            "FIN": (b"", lambda sock: sock.close()),
+            "half a FIN": (b"", lambda sock: sock.shutdown(socket.SHUT_WR)),
+            "RST": (b"", reset),
+            "FIN after bytes": (GOOD, lambda sock: sock.close()),
+            "FIN after many bytes": (b"x" * 300_000, lambda sock: sock.close()),
+        }
+
+        def pausing(request: Request) -> Iterator[Any]:
+            try:
+                yield from ("Hi", Pause(3600), "never")
+            finally:
+                ended.put("pausing")
+
+        async def asynchronous(request: Request) -> Any:
+            try:
+                yield "Hi"
+                await asyncio.sleep(3600)
+            finally:
+                ended.put("asynchronous")
+
+        def live(request: Request) -> Stream:
+            stream = Stream()
+            stream.send("Hi")
+            threading.Thread(target=lambda: ended.put("live" if stream.wait_disconnected(WAIT) else "never")).start()
+            return stream
+
+        for handler in (pausing, asynchronous, live):
+            for name, (last, act) in leave.items():
+                ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+                with self.subTest(name=name, handler=handler.__name__), faulty(handler) as server:
+                    with Wire(server) as wire:
+                        wire.send(FLOW).until(b"Hi")
+                        act(wire.send(last).sock)
+                        self.assertEqual(ended.get(timeout=NOTICED), handler.__name__)
+                    self.eventually(lambda server=server: not server.in_flight)  # type: ignore[misc]
+                    self.assertEqual((ended.empty(), server.errors), (True, []))
+
+    def test_abandoned_streams_leave_nothing(self) -> None:
+        """200 silent streams whose clients leave: all threads and descriptors are free while the server goes on."""
+        with FakeOpenAI(silent) as server:
+            baseline = resources()
+            wires = [Wire(server).send(FLOW) for _ in range(200)]
+            for wire in wires:
+                wire.until(b"\r\n\r\n")
+            self.assertEqual(len(server.in_flight), 200)
+            for number, wire in enumerate(wires):
+                (reset if number % 2 else socket.socket.close)(wire.sock)
+            self.assert_back_to(baseline)
+            self.assertEqual(server.in_flight, [])
+
+
+class Rude(BaseException):
+    """What pytest.fail() raises is like this: not an Exception."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text either")
+
+
+def raising(error: BaseException) -> dict[str, Callable[[Request], Any]]:
+    """Handlers of each kind that raise it before they say anything."""
+
+    def function(request: Request) -> Any:
+        raise error
+
+    async def coroutine(request: Request) -> Any:
+        raise error
+
+    def generator(request: Request) -> Any:
+        yield from function(request)
+
+    async def async_generator(request: Request) -> Any:
+        yield await coroutine(request)
+
+    handlers = {each.__name__: each for each in (function, coroutine, generator, async_generator)}
+    return {**handlers, "iterable": lambda request: type("Iterable", (), {"__iter__": function})()}
+
+
+class HandlerFaultTest(LeakTest):
+    """Handlers that raise, hang, and return nonsense."""
+
+    def check_500(self, handler: Callable[[Request], Any], *words: str) -> list[BaseException]:
+        """Every kind of request gets a 500 with these words, and the connection goes on."""
+        errors: list[BaseException] = []
+        for body, path in ASKED:
+            with self.subTest(words=words, body=body), faulty(handler) as server, Wire(server) as wire:
+                answer = wire.send(http_bytes(body, path)).answer()
+                self.assertEqual((answer.status, answer.headers.get("x-should-retry")), (500, "false"))
+                self.assert_error(answer)
+                for word in words:
+                    self.assertIn(word, answer.error["message"])
+                self.assertEqual(len(server.errors), 1)
+                errors += server.errors
+                self.assertEqual(wire.send(got()).answer().status, 200)
+        return errors
+
+    def test_whatever_is_raised_is_a_500_that_names_it(self) -> None:
+        """BaseException included; the test sees the same exception; the connection goes on."""
+        kinds: tuple[type[BaseException], ...] = (
+            *(
+                ValueError,
+                KeyboardInterrupt,
+                SystemExit,
+                GeneratorExit,
+                BrokenPipeError,
+                ConnectionResetError,
+                TimeoutError,
+            ),
+            *(EOFError, RecursionError, MemoryError, Rude),
+        )
+        for error in (kind("its text") for kind in kinds):
+            for name, handler in raising(error).items():
+                with self.subTest(name=name):
+                    text = "str() raised" if isinstance(error, Rude) else "its text"
+                    self.assertEqual({*self.check_500(handler, type(error).__name__, text)}, {error})
+
+    def test_nonsense_is_a_500(self) -> None:
+        """None, a wrong type, junk in a list."""
+        for value in (
+            None,
+            5,
+            b"x",
+            object(),
+            [],
+            [1],
+            [None],
+            ["x", 1],
+            [["x"]],
+            Text,
+            {"a": 1},
+            ValueError("x"),
+            float("nan"),
+        ):
+            with self.subTest(value=value):
+                self.check_500(lambda request, value=value: value)  # type: ignore[misc]
+
+    def test_a_failing_clock_is_a_500(self) -> None:
+        """What the user gave the server besides a handler is no better than a handler."""
+        clock = mock.Mock(side_effect=ValueError("its text"))
+        server = FakeOpenAI(clock=clock).start()
+        self.addCleanup(server.stop)
+        self.addCleanup(server.errors.clear)
+        self.assertEqual(call(server, chat()).status, 500)
+
+    def test_a_fault_after_the_head_is_one_event_and_a_cut(self) -> None:
+        """The stream tells the error, has no terminator, and the connection ends."""
+
+        def sync(last: Any) -> Iterator[Any]:
+            yield "Hi"
+            if isinstance(last, BaseException):
+                raise last
+            yield last
+
+        async def asynchronous(last: Any) -> Any:
+            for part in sync(last):
+                yield part
+
+        for last in (None, 5, ["x"], ZeroDivisionError("text"), Rude(), SystemExit(1)):
+            for make in (sync, asynchronous):
+                for body, path in STREAMED:
+                    handler: Any = lambda request, make=make, last=last: make(last)  # noqa: E731
+                    with self.subTest(last=type(last), make=make.__name__, path=path), faulty(handler) as server:
+                        with Wire(server) as wire:
+                            data = wire.send(http_bytes(body, path)).rest()
+                        self.assertEqual(len(server.errors), 1)
+                        self.assertRegex(data, rb'data: {"error":|event: (response\.failed|error)\n')
+                        self.assertNotRegex(data, rb"\[DONE\]|response\.completed|\r\n0\r\n\r\n")
+
+    def test_a_generator_that_does_not_close_well_is_left_alone(self) -> None:
+        """It may raise in close(), or ignore it; that is nobody's fault."""
+
+        def raises(request: Request) -> Iterator[Any]:
+            try:
+                yield from ("Hi", Pause(3600))
+            finally:
+                raise Rude
+
+        def ignores(request: Request) -> Iterator[Any]:
+            with contextlib.suppress(GeneratorExit):
+                yield from ("Hi", Pause(3600))
+            yield "more"
+
+        for handler in (raises, ignores):
+            with self.subTest(name=handler.__name__), FakeOpenAI(handler) as server:
+                with Wire(server) as wire:
+                    wire.send(FLOW).until(b"Hi")
+                self.eventually(lambda server=server: not server.in_flight)  # type: ignore[misc]
+                self.assert_works(server)
+
+    def test_a_handler_that_never_returns_holds_only_its_request(self) -> None:
+        """Others are served, and stop() does not wait for it."""
+        held = threading.Event()
+        self.addCleanup(held.set)
+        server = FakeOpenAI(lambda request: str(held.wait(WAIT))).start()
+        with Wire(server) as wire:
+            wire.send(GOOD)
+            server.wait_for_requests(1, WAIT)
+            self.assert_works(server)
+            began = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - began, STOPPED)
+            self.assertEqual(wire.rest(), b"")
+
+    def test_bad_header_fields_are_refused_where_they_are_set(self) -> None:
+        """CR, LF, NUL, text beyond Latin-1 and names that are no tokens never reach the wire."""
+        fields = [("a", value) for value in ("b\r\nc: d", "b\n", "\r", "\0", "\u2028", "\x7f")]
+        for name, value in (*fields, *((name, "b") for name in ("", "a b", "a:", "a\r\n", "\xe9"))):
+            with self.subTest(name=name, value=value):
+                self.assertRaises(ValueError, Reply, "Hi", headers={name: value})
+                self.assertRaises(ValueError, APIError, 400, "message", headers={name: value})
+
+    def test_fields_of_a_handler_do_not_break_the_framing(self) -> None:
+        """Framing fields are refused where they are set, or replaced: an answer has one framing."""
+        for name, value in (("Content-Length", "3"), ("Transfer-Encoding", "gzip")):
+            for make in (
+                lambda **headers: Reply("Hi", **headers),
+                lambda **headers: APIError(400, "message", **headers),
+            ):
+                with self.subTest(name=name), contextlib.suppress(ValueError):
+                    answer = make(headers={name: value})
+                    for body, path in ASKED:
+                        with FakeOpenAI(lambda request, answer=answer: answer) as server, Wire(server) as wire:  # type: ignore[misc]
+                            head = wire.send(http_bytes(body, path)).until(b"\r\n\r\n").lower()
+                            self.assertEqual(len(re.findall(b"\r\n(?:content-length|transfer-encoding):", head)), 1)
+
+    def test_text_cannot_forge_events(self) -> None:
+        """What looks like the end of an event, or of a chunk, is text."""
+        text = "a\n\ndata: [DONE]\n\nevent: forged\r\ndata: {}\r\n\r\n0\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"
+        for body, path in STREAMED:
+            with self.subTest(path=path), FakeOpenAI(lambda request: text) as server:
+                answer = call(server, body)
+                deltas = [
+                    each["choices"][0]["delta"].get("content") or "" for each in answer.events if "choices" in each
+                ]
+                deltas += [each["delta"] for each in answer.events if "delta" in each]
+                self.assertEqual("".join(deltas), text)
+                self.assertEqual(answer.events.count("[DONE]"), int("messages" in body))
+
+
+PRELUDE = """
+import errno, os, socket, sys, threading, time
+from openai_fake import FakeOpenAI, Stream
+
+def ask(stream=True):
+    sock = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10)
+    sock.sendall(FLOW if stream else GOOD)
+    return sock
+
+server = FakeOpenAI(lambda request: Stream() if request.stream else "Hi").start()
+"""
+
+
+def python(script: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script with a server in a process of its own, which must be over in time."""
+    environ = {**os.environ, "PYTHONPATH": str(Path(openai_fake.__file__).parent)}
+    script = f"FLOW, GOOD = {FLOW!r}, {GOOD!r}{PRELUDE}{script}"
+    command = [sys.executable, "-X", "dev", "-W", "error::ResourceWarning", "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT, env=environ, check=False)
+
+
+class LifecycleTest(LeakTest):
+    """Starting, stopping, never stopping, and what processes and systems do in between."""
+
+    def test_stop_can_be_called_again_and_from_any_thread(self) -> None:
+        """Only the first call stops, and raises what went wrong; the others do nothing."""
+
+        def stop() -> None:
+            try:
+                server.stop()
+                outcomes.put("")
+            except ZeroDivisionError:
+                outcomes.put("raised")
+
+        outcomes: queue.SimpleQueue[str] = queue.SimpleQueue()
+        server = FakeOpenAI(lambda request: str(1 // 0)).start()
+        call(server, chat())
+        for _ in range(8):
+            threading.Thread(target=stop).start()
+        self.assertEqual(sorted(outcomes.get(timeout=WAIT) for _ in range(8)), [""] * 7 + ["raised"])
+
+    def test_stop_can_be_called_from_a_handler(self) -> None:
+        """It returns there, and all clients' connections end."""
+
+        def handler(request: Request) -> str:
+            began = time.monotonic()
+            server.stop()
+            stopped.put(time.monotonic() - began)
+            return "too late"
+
+        async def coroutine(request: Request) -> str:
+            return handler(request)
+
+        def generator(request: Request) -> Iterator[str]:
+            yield handler(request)
+
+        for each in (handler, coroutine, generator):
+            stopped: queue.SimpleQueue[float] = queue.SimpleQueue()
+            server = FakeOpenAI(each).start()
+            with self.subTest(name=each.__name__), Wire(server) as wire, Wire(server) as idle:
+                wire.send(FLOW)
+                self.assertLess(stopped.get(timeout=WAIT), STOPPED)
+                self.assertEqual((wire.rest(), idle.rest()), (b"", b""))
+
+    def test_stop_cuts_whatever_goes_on(self) -> None:
+        """Within its bound, whatever a connection does; streams are cut without their terminator."""
+
+        def pausing(request: Request) -> Iterator[Any]:
+            yield from ("Hi", Pause(3600))
+
+        async def sleeping(request: Request) -> None:
+            await asyncio.sleep(3600)
+
+        def babbling(request: Request) -> Iterator[str]:
+            return endless(threading.Event())
+
+        rows: dict[str, tuple[Callable[[Request], Any], bytes, bytes]] = {
+            "idle": (echo, b"", b""),
+            "kept": (echo, GOOD, b"}"),
+            "half a head": (echo, got()[:-2], b""),
+            "half a body": (echo, posted(b"{", LENGTH), b""),
+            "refused": (echo, b"BAD\r\n\r\n", b"}"),
+            "silent": (pausing, FLOW, b"Hi"),
+            "silent JSON": (pausing, GOOD, b""),
+            "coroutine": (sleeping, FLOW, b""),
+            "endless": (babbling, FLOW, b"xxx"),
+            "endless JSON": (babbling, GOOD, b""),
+        }
+        for name, (handler, data, mark) in rows.items():
+            with self.subTest(name=name):
+                baseline, server = resources(), FakeOpenAI(handler).start()
+                with Wire(server) as wire:
+                    wire.send(data)
+                    wire.until(mark)
+                    self.assert_works(server)
+                    began = time.monotonic()
+                    server.stop()
+                    self.assertLess(time.monotonic() - began, STOPPED)
+                    self.assertNotRegex(wire.rest(), rb"\[DONE\]|\r\n0\r\n\r\n")
+                    self.assertRaises(ConnectionRefusedError, Wire, server)
+                self.assertEqual(server.errors, [])
+                self.assert_back_to(baseline)
+
+    def test_the_same_port_binds_at_once(self) -> None:
+        """Stopped servers free their port, also when connections were open; 100 cycles take seconds."""
+        port, began = 0, time.monotonic()
+        for _ in range(100):
+            server = FakeOpenAI(port=port).start()
+            with Wire(server) as wire:
+                self.assertEqual(wire.send(got()).answer().status, 200)
+                port = int(server.url.rpartition(":")[2])
+                server.stop()
+        self.assertLess(time.monotonic() - began, 10)
+
+    def test_a_busy_port_is_an_error_of_the_caller(self) -> None:
+        """OSError from start(), at once; the first server goes on, and the second can start later."""
+        with FakeOpenAI() as server:
+            second = FakeOpenAI(port=int(server.url.rpartition(":")[2]))
+            with self.assertRaises(OSError) as caught:
+                second.start()
+            self.assertEqual(caught.exception.errno, errno.EADDRINUSE)
+            self.assert_works(server)
+        with second:
+            self.assert_works(second)
+
+    def test_loopback_in_all_its_names(self) -> None:
+        """IPv6 and names work; literals are bound without a look-up, and nothing asks for the host's name."""
+        for host in ("127.0.0.1", "localhost", "::1"):
+            names = {"getfqdn", *(() if host == "localhost" else ("getaddrinfo",))}
+            with self.subTest(name=host), contextlib.ExitStack() as stack:
+                for name in names:
+                    stack.enter_context(mock.patch(f"socket.{name}", side_effect=AssertionError))
+                try:
+                    server = FakeOpenAI(host=host).start()
+                except OSError as error:
+                    self.skipTest(f"{host}: {error}")
+                stack.close()
+                self.addCleanup(server.stop)
+                self.assert_works(server)
+
+    def test_a_thread_that_cannot_start_costs_one_connection(self) -> None:
+        """Its client sees the end; the next is served. At the start of the server, the caller sees the error."""
+        failing = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+        with FakeOpenAI() as server:
+            with failing, Wire(server) as wire:
+                self.assertEqual(wire.rest(), b"")
+            self.assert_works(server)
+        with failing:
+            self.assertRaises(RuntimeError, FakeOpenAI().start)
+
+    def test_a_background_response_without_a_thread_is_an_error(self) -> None:
+        """The client gets a 500, and the server stops as ever."""
+        failing = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+        with faulty(echo) as server, Wire(server) as wire:
+            wire.send(got()).answer()
+            with failing:
+                wire.send(http_bytes(responses(background=True), PATHS["responses"]))
+                self.assertEqual(wire.answer().status, 500)
+
+    def test_a_process_that_never_stops_its_server_leaves(self) -> None:
+        """With its own exit code and its own words, whatever is open."""
+        for last, code, words in (
+            ("sys.exit(3)", 3, ""),
+            ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+            ("", 0, ""),
+        ):
+            with self.subTest(name=last):
+                done = python(
+                    f"socks = [ask() for _ in range(9)]\nfor sock in socks: sock.recv(1); sock.detach()\n{last}"
+                )
+                self.assertEqual((done.returncode, done.stderr[done.stderr.rfind("Zero") :]), (code, words))
+                self.assertEqual(done.stderr.count("Traceback"), int(bool(words)))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs os.fork")
+    def test_a_forked_child_does_no_harm(self) -> None:
+        """Its exit leaves the server alone; after stop() clients see the end though the child holds copies."""
+        done = python("""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+client = ask()
+client.recv(1)
+if not (child := os.fork()):
+    server.stop()
+    sys.exit(5)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+with ask(stream=False) as sock:
+    assert b"200 OK" in sock.recv(999)
+end, begin = os.pipe()
+if not (child := os.fork()):
+    os.close(begin)
+    os.read(end, 1)
+    os._exit(0)
+os.close(end)
+try:
+    server.stop()
+except RuntimeError:
+    print("never closed")
+while client.recv(9999):
+    pass
+client.close()
+try:
+    ask()
+except ConnectionRefusedError:
+    print("refused")
+os.close(begin)
+os.waitpid(child, 0)
+""")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "never closed\nrefused\n", ""))
+
+    @unittest.skipUnless(find_spec("resource"), "needs resource.setrlimit")
+    def test_exhausted_descriptors_are_survived(self) -> None:
+        """While there are none, nothing spins or dies; when there are some, who waited is served."""
+        done = python("""
+import resource
+socks = [socket.socket() for _ in range(3)]
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+files = []
+try:
+    while True:
+        files.append(os.dup(1))
+except OSError as error:
+    assert error.errno == errno.EMFILE
+for sock in socks:
+    sock.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    sock.sendall(GOOD)
+    sock.settimeout(0.5)
+began = time.process_time()
+try:
+    socks[0].recv(1)
+except socket.timeout:
+    print("waits", time.process_time() - began < 0.2)
+for file in files:
+    os.close(file)
+for sock in socks:
+    sock.settimeout(10)
+    print(sock.recv(12))
+    sock.close()
+server.stop()
+""")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(done.stdout, "waits True\n" + "b'HTTP/1.1 200'\n" * 3)
+
+    def test_importing_starts_nothing(self) -> None:
+        """No thread, no event loop's machinery, no output."""
+        script = "import sys, threading, openai_fake; print(threading.active_count(), 'asyncio' in sys.modules)"
+        environ = {**os.environ, "PYTHONPATH": str(Path(openai_fake.__file__).parent)}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
+        self.assertEqual((done.stdout, done.stderr), ("1 False\n", ""))
+
+
+# ---- Time and trouble: live streams, faults, and the real client -----------------------------------------------------
+
+
+def always(answer: Any) -> Callable[[Request], Any]:
+    """A handler that gives this answer."""
+    return lambda request: answer
+
+
+def untyped(value: Any) -> Any:
+    """What no type checker would let through."""
+    return value
+
+
+def text_in(api: str, body: Any) -> str:
+    """The text of a JSON answer."""
+    if api == "chat.completions":
+        return str(body["choices"][0]["message"]["content"])
+    return "".join(part["text"] for item in body["output"] for part in item["content"])
+
+
+def text_streamed(api: str, events: list[Any]) -> str:
+    """The text of a stream's deltas."""
+    if api == "chat.completions":
+        deltas = [event["choices"][0]["delta"] for event in events if isinstance(event, dict) and event.get("choices")]
+        return "".join(delta.get("content") or "" for delta in deltas)
+    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+
+
+def everything(server: FakeOpenAI, api: str, **options: Any) -> bytes:
+    """All the bytes of an answer, up to the end of the connection."""
+    with Wire(server) as wire:
+        return wire.send(http_bytes(BODIES[api](**options), PATHS[api], "POST", "Connection: close")).rest()
+
+
+def pieces(data: bytes) -> list[bytes]:
+    """The chunks in the bytes of a chunked answer; the last is empty where the answer is whole."""
+    rest, found = data.partition(b"\r\n\r\n")[2], []
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        found.append(rest[: int(size, 16)])
+        rest = rest[int(size, 16) + 2 :]
+    return found
+
+
+def error_in(data: bytes) -> Any:
+    """The error that the events of a stream tell."""
+    events = [event for event in Answer(200, {}, data).events if event != "[DONE]"]
+    return next(event["error"] for event in events if event.get("error"))
+
+
+@contextlib.contextmanager
+def forgiven(handler: Any, **options: Any) -> Iterator[FakeOpenAI]:
+    """A fake whose errors are expected."""
+    with FakeOpenAI(handler, **options) as server:
+        yield server
+        server.errors.clear()
+
+
+@contextlib.contextmanager
+def asking(server: FakeOpenAI, api: str = "chat.completions", **options: Any) -> Iterator[Wire]:
+    """A connection on which a request is sent."""
+    with Wire(server) as wire:
+        yield wire.send(http_bytes(BODIES[api](**options), PATHS[api]))
+
+
+def a_broken_handler(request: Request) -> str:
+    raise ZeroDivisionError("of the handler") from LookupError("the cause")
+
+
+def an_asserting_handler(request: Request) -> str:
+    raise AssertionError("the wrong prompt")
+
+
+def an_exiting_handler(request: Request) -> str:
+    raise SystemExit(3)
+
+
+def an_unencodable_answer(request: Request) -> Any:
+    return ToolCall("f", {"x": object()})
+
+
+Case = type[unittest.TestCase]
+
+
+def run_inner(case: Case) -> tuple[int, int, str]:
+    """What unittest says of a test class: how many failures, how many errors, and their texts."""
+    result = unittest.TextTestRunner(stream=io.StringIO()).run(unittest.defaultTestLoader.loadTestsFromTestCase(case))
+    return len(result.failures), len(result.errors), "\n".join(text for _, text in result.failures + result.errors)
+
+
+def cases(make: Callable[[], Any], requests: int, fails: bool) -> list[Case]:
+    """Test classes that use a fake in each of the ways there are; their bodies fail by themselves, or do not."""
+
+    def body(test: unittest.TestCase, server: FakeOpenAI) -> None:
+        for _ in range(requests):
+            call(server, chat("a question"))
+        if fails:
+            test.fail("the body's own")
+
+    class Started(unittest.TestCase):
+        def test(self) -> None:
+            body(self, start(self, make()))
+
+    class Awaited(unittest.IsolatedAsyncioTestCase):
+        async def test(self) -> None:
+            body(self, start(self, make()))
+
+    class Entered(unittest.TestCase):
+        def test(self) -> None:
+            with FakeOpenAI(make()) as server:
+                body(self, server)
+
+    class Stopped(unittest.TestCase):
+        def test(self) -> None:
+            server = FakeOpenAI(make()).start()
+            try:
+                body(self, server)
+            finally:
+                server.stop()
+
+    class OfClass(unittest.TestCase):
+        server: FakeOpenAI
+
+        @classmethod
+        def setUpClass(cls) -> None:
+            cls.server = start(cls, make())
+
+        def test(self) -> None:
+            body(self, self.server)
+
+    return [Started, Awaited, Entered, Stopped, OfClass]
+
+
+class FailingFakeTest(unittest.TestCase):
+    """What goes wrong in a fake fails its test, and hides nothing."""
+
+    # how the fake fails: the handler, how many requests, (failures, errors), words of the report
+    faults: ClassVar[dict[str, tuple[Callable[[], Any], int, tuple[int, int], tuple[str, ...]]]] = {
+        "raised": (lambda: a_broken_handler, 1, (0, 1), ("in a_broken_handler", "of the handler", "the cause")),
+        "asserted": (lambda: an_asserting_handler, 1, (1, 0), ("in an_asserting_handler", "the wrong prompt")),
+        "exited": (lambda: an_exiting_handler, 1, (0, 1), ("in an_exiting_handler", "SystemExit: 3")),
+        "ran out": (lambda: Script("one"), 2, (1, 0), ("the Script has 1 answers, and request 2 came",)),
+        "left over": (lambda: Script("one", "two"), 1, (1, 0), ("1 of the Script's 2 answers", "'two'")),
+        "not encodable": (lambda: an_unencodable_answer, 1, (0, 1), ("in an_unencodable_answer", "object at")),
+        "no answer": (lambda: always(3), 1, (0, 1), ("handler returned int",)),
+        "no part": (lambda: always(["fine", 3]), 1, (0, 1), ("not a part of an answer: 3",)),
+    }
+
+    def test_a_failing_fake_fails_its_test(self) -> None:
+        """Whatever went wrong in the fake is the test's failure or error, with its traceback and a transcript."""
+        for name, (make, requests, counts, words) in self.faults.items():
+            for case in cases(make, requests, fails=False):
+                with self.subTest(name=name, case=case.__name__):
+                    failures, errors, text = run_inner(case)
+                    expected = (0, 1) if case.__name__ == "OfClass" else counts  # unittest: a class has only errors
+                    self.assertEqual((failures, errors), expected)
+                    for word in (*words, "The last requests to the fake, and its answers", "a question"):
+                        self.assertIn(word, text)
+
+    def test_a_fake_hides_no_failure_of_the_test(self) -> None:
+        """A test whose body failed keeps that one failure, and gets nothing of the fake's beside it."""
+        for name, (make, requests, *_) in self.faults.items():
+            for case in cases(make, requests, fails=True)[:-1]:
+                with self.subTest(name=name, case=case.__name__):
+                    failures, errors, text = run_inner(case)
+                    self.assertEqual((failures, errors), (1, 0))
+                    self.assertIn("the body's own", text)
+                    self.assertNotIn("The last requests to the fake", text)
+
+    def test_a_sound_fake_fails_nothing(self) -> None:
+        """Errors that a handler means, and a client that leaves, are no mistakes of the fake."""
+        left = Stream()
+        with FakeOpenAI(Script(rate_limit(), left, "the end")) as server:
+            call(server, chat())
+            with asking(server, stream=True) as wire:
+                wire.until(b"\r\n\r\n")
+            left.wait_disconnected(WAIT)
+            call(server, chat())
+        self.assertEqual(server.errors, [])
+
+    def test_all_errors_are_kept(self) -> None:
+        """`errors` holds each mistake in order, while the server goes on; the first is raised, and names the others."""
+        answers = Script(a_broken_handler, "fine", an_asserting_handler)
+        with self.assertRaises(ZeroDivisionError) as raised, FakeOpenAI(answers) as server:
+            self.assertEqual([call(server, chat()).status for _ in range(3)], [500, 200, 500])
+            self.assertEqual([type(error) for error in server.errors], [ZeroDivisionError, AssertionError])
+        self.assertIs(raised.exception, server.errors[0])
+        report = "".join(traceback.format_exception(raised.exception))
+        self.assertIn("Another error: AssertionError('the wrong prompt')", report)
+
+    def test_the_client_is_told_to_give_up(self) -> None:
+        """The client gets a 500 in the API's shape, with the words of the error, and is told not to retry."""
+        for api, handler in itertools.product(PATHS, (a_broken_handler, an_exiting_handler)):
+            with self.subTest(name=api, handler=handler.__name__), forgiven(handler) as server:
+                answer = call(server, BODIES[api]())
+                self.assertEqual((answer.status, answer.headers["x-should-retry"]), (500, "false"))
+                self.assertEqual(list(answer.error), ["message", "type", "param", "code"])
+                self.assertRegex(answer.error["message"], "handler raised (ZeroDivisionError: of the|SystemExit: 3)")
+                self.assertEqual(answer.error["type"], "server_error")
+
+
+def fed(*parts: Any) -> Stream:
+    """A Stream that is over."""
+    stream = Stream()
+    stream.send(*parts)
+    stream.close()
+    return stream
+
+
+def hello_scripted(request: Request) -> Any:
+    return Script(Script(hello_later))(request)
+
+
+async def hello_later(request: Request) -> str:
+    await asyncio.sleep(0)
+    return "Hello you"
+
+
+async def hello_generated(request: Request) -> Any:
+    yield "Hello "
+    await asyncio.sleep(0)
+    yield Text("you")
+
+
+async def a_generator_later(request: Request) -> Any:
+    return hello_generated(request)
+
+
+class AnswersTest(unittest.TestCase):
+    """Every way to answer says the same, in both APIs, as JSON and as a stream."""
+
+    ways: ClassVar[dict[str, Callable[[Request], Any]]] = {
+        "str": lambda request: "Hello you",
+        "part": lambda request: Text("Hello you"),
+        "list": lambda request: ["Hello ", Text("you")],
+        "tuple": lambda request: ("Hello ", Text("you")),
+        "generator": lambda request: (part for part in ("Hello ", Text("you"))),
+        "Stream": lambda request: fed("Hello ", Text("you")),
+        "Reply": lambda request: Reply("Hello ", ["you"]),
+        "Reply of all kinds": lambda request: Reply("He", iter(["llo"]), fed(" "), [Text("you")]),
+        "Chunk": lambda request: Chunk([ChunkChoice(delta="Hello you")]),
+        "Chunks": lambda request: [Chunk([ChunkChoice(delta=text)]) for text in ("Hello ", "you")],
+        "Completion": lambda request: Completion([CompletionChoice(Message("assistant", "Hello you"))]),
+        "coroutine function": hello_later,
+        "async generator": hello_generated,
+        "coroutine of an async generator": a_generator_later,
+        "Reply of an async generator": lambda request: Reply(hello_generated(request)),
+        "handler in a Script in a Script": hello_scripted,
+        "mixed with wire acts": lambda request: [Pause(0), "Hello ", Pause(0), "you"],
+    }
+
+    def test_every_way_says_the_same(self) -> None:
+        """What a handler answers, in whatever form, comes out as its text in all four encodings."""
+        for (name, handler), api in itertools.product(self.ways.items(), PATHS):
+            with self.subTest(name=name, api=api), FakeOpenAI(handler) as server:
+                self.assertEqual(text_in(api, call(server, BODIES[api]()).json), "Hello you")
+                events = call(server, BODIES[api](stream=True)).events
+                self.assertEqual(text_streamed(api, events), "Hello you")
+
+    def test_a_reply_has_its_envelope(self) -> None:
+        """A Reply's id, model, time and headers are the answer's, in all four encodings."""
+        reply = Reply("Hi", id="my-id", model="my-model", created=7, headers={"X-Own": "yes", "openai-version": "mine"})
+        for api, stream in itertools.product(PATHS, (False, True)):
+            with self.subTest(name=api, stream=stream), FakeOpenAI(always(reply)) as server:
+                answer = call(server, BODIES[api](stream=stream))
+                body = answer.events[0] if stream else answer.json
+                body = body.get("response", body)
+                created = body["created" if api == "chat.completions" else "created_at"]
+                self.assertEqual((body["id"], body["model"], created), ("my-id", "my-model", 7))
+                self.assertEqual((answer.headers["x-own"], answer.headers["openai-version"]), ("yes", "mine"))
+
+    def test_only_refuses_the_other_kind(self) -> None:
+        """A Reply with `only` is a 500 in the original's words for the other kind of request."""
+        words = {
+            ("json", True): "handler returned non-streaming response for streaming request",
+            ("stream", False): "handler returned streaming response for non-streaming request",
+        }
+        for only, stream, api in itertools.product(("json", "stream"), (False, True), PATHS):
+            with self.subTest(name=only, stream=stream, api=api):
+                with forgiven(always(Reply("Hi", only=untyped(only)))) as server:
+                    answer = call(server, BODIES[api](stream=stream))
+                expected = words.get((only, stream))
+                self.assertEqual(answer.status, 500 if expected else 200)
+                if expected:
+                    self.assertEqual(answer.error["message"], expected)
+
+    def test_an_error_is_an_answer(self) -> None:
+        """An APIError, returned or raised, anywhere before the head, is what the client gets, and no mistake."""
+        error = APIError(418, "I am a teapot", type="teapot", code="short", param="stout", headers={"x-tea": "green"})
+
+        def raised(request: Request) -> Any:
+            raise error
+
+        async def raised_later(request: Request) -> Any:
+            raise error
+
+        def generated(request: Request) -> Any:
+            yield raised(request)
+
+        async def generated_later(request: Request) -> Any:
+            yield raised(request)
+
+        ways = (always(error), raised, raised_later, generated, generated_later, Script(*[error] * 4))
+        for handler in ways:
+            with FakeOpenAI(handler) as server:
+                for api, stream in itertools.product(PATHS, (False, True)):
+                    with self.subTest(name=getattr(handler, "__name__", "Script"), api=api, stream=stream):
+                        answer = call(server, BODIES[api](stream=stream))
+                        self.assertEqual((answer.status, answer.headers["x-tea"]), (418, "green"))
+                        told = {"message": "I am a teapot", "type": "teapot", "param": "stout", "code": "short"}
+                        self.assertEqual(answer.error, told)
+                        self.assertNotIn("x-should-retry", answer.headers)
+
+    wrong: ClassVar[dict[str, tuple[Callable[[], Any], str]]] = {
+        "None": (lambda: None, "handler returned empty response"),
+        "empty list": (list, "handler returned empty response"),
+        "empty generator": (lambda: iter(()), "handler returned empty response"),
+        "empty Reply": (Reply, "handler returned empty response"),
+        "int": (lambda: 3, "handler returned int"),
+        "dict": (lambda: {"a": 1}, "handler returned dict"),
+        "bytes": (lambda: b"no", "handler returned bytes"),
+        "an error of another kind": (lambda: ValueError("x"), "handler returned ValueError"),
+        "list of junk": (lambda: ["fine", 3], "not a part of an answer: 3"),
+        "generator of junk": (lambda: iter([3]), "not a part of an answer: 3"),
+        "Reply of junk": (lambda: Reply(untyped(3)), "not iterable"),
+    }
+
+    def test_what_is_no_answer_is_the_fake_s_mistake(self) -> None:
+        """Anything else is a 500 that says what came, before anything is sent, and is recorded."""
+        for (name, (make, words)), api, stream in itertools.product(self.wrong.items(), PATHS, (False, True)):
+            with self.subTest(name=name, api=api, stream=stream), forgiven(always(make())) as server:
+                answer = call(server, BODIES[api](stream=stream))
+                self.assertEqual((answer.status, answer.headers.get("x-should-retry")), (500, "false"))
+                self.assertIn(words, answer.error["message"])
+                self.assertEqual(len(server.errors), 1)
+
+
+ENDS = {"chat.completions": b"data: [DONE]\n\n", "responses": b"event: response.completed\n"}
+
+
+class LiveStreamTest(unittest.TestCase):
+    """A Stream is driven from the test, while the client reads."""
+
+    def test_what_is_flushed_is_on_the_wire(self) -> None:
+        """After flush() the client can read every part sent; close() ends the answer properly."""
+        for api in PATHS:
+            stream = Stream()
+            with self.subTest(name=api), FakeOpenAI(always(stream)) as server:
+                with asking(server, api, stream=True) as wire:
+                    wire.until(b"\r\n\r\n")  # the head comes before any part
+                    for word in ("one", "two", "three"):
+                        self.assertTrue(stream.send(word))
+                        self.assertTrue(stream.flush(WAIT))
+                        wire.sock.setblocking(False)  # it is there, or the read fails
+                        wire.until(f'"{word}"'.encode())
+                        wire.sock.settimeout(WAIT)
+                    stream.close()
+                    stream.close()
+                    wire.until(ENDS[api])
+                    wire.until(b"0\r\n\r\n")
+                self.assertFalse(stream.disconnected)
+
+    def test_a_call_s_arguments_come_fragment_by_fragment(self) -> None:
+        """Half-sent arguments are on the wire as they are, and together they are the call."""
+        fragments = ToolCall("get_weather", '{"city": "Paris"}', id="call_1").split()
+        self.assertGreater(len(fragments), 2)
+        for api in PATHS:
+            stream = Stream()
+            with self.subTest(name=api), FakeOpenAI(always(stream)) as server:
+                with asking(server, api, stream=True) as wire:
+                    for fragment in fragments:
+                        stream.send(fragment)
+                        stream.flush(WAIT)
+                        wire.until(json.dumps(fragment.arguments).encode())
+                    stream.close()
+                    rest = wire.until(b"0\r\n\r\n")
+                self.assertIn(b'"finish_reason":"tool_calls"' if api == "chat.completions" else b'"call_1"', rest)
+
+    def test_a_stream_answers_a_request_for_json(self) -> None:
+        """A request that does not stream waits for the Stream's end, and gets all of it as JSON."""
+        for api in PATHS:
+            stream = Stream()
+            with self.subTest(name=api), FakeOpenAI(always(stream)) as server, asking(server, api) as wire:
+                self.assertEqual(stream.wait_request(WAIT).api, api)
+                stream.send("one ", "two")
+                self.assertTrue(stream.flush(WAIT))
+                stream.close()
+                self.assertEqual(text_in(api, wire.answer().json), "one two")
+
+    def test_a_stream_knows_its_request(self) -> None:
+        """`request` is the request that a Stream serves: None before, and waited for with a TimeoutError."""
+        stream = Stream()
+        self.assertIsNone(stream.request)
+        with self.assertRaisesRegex(TimeoutError, "no request came for this Stream in 0.0 s"):
+            stream.wait_request(0.0)
+        stream.send("early")
+        with self.assertRaisesRegex(TimeoutError, "1 of 1 parts are not on the wire after 0.0 s: no request has come"):
+            stream.flush(0.0)
+        stream.close()
+        with FakeOpenAI(always(stream)) as server:
+            call(server, chat("me", stream=True))
+            self.assertIs(stream.request, server.requests[0])
+            self.assertIs(stream.wait_request(0.0), server.requests[0])
+            self.assertTrue(stream.flush(WAIT))
+
+    def test_fail_ends_the_stream_with_the_error(self) -> None:
+        """fail() tells the client the error inside the stream, without the terminator; it is no mistake of the fake."""
+        for api, error in itertools.product(PATHS, (rate_limit(), StreamError("Rate limit", type="requests"))):
+            stream = Stream()
+            with self.subTest(name=api), FakeOpenAI(always(stream)) as server:
+                stream.send("one")
+                stream.fail(untyped(error))
+                told = pieces(everything(server, api, stream=True))
+                self.assertEqual(told[-1], b"")
+                told_error = error_in(b"".join(told))
+                self.assertTrue(told_error["message"].startswith("Rate limit"))
+                self.assertEqual(told_error["type"], "requests")
+                self.assertNotIn(ENDS[api], b"".join(told))
+
+    def test_fail_answers_a_request_for_json_with_the_error(self) -> None:
+        """Where nothing is sent yet, the APIError of fail() is the whole answer, with its own status and headers."""
+        for api in PATHS:
+            stream = Stream()
+            stream.send("one")
+            stream.fail(rate_limit())
+            with self.subTest(name=api), FakeOpenAI(always(stream)) as server:
+                answer = call(server, BODIES[api]())
+                self.assertEqual((answer.status, answer.headers["retry-after-ms"]), (429, "20"))
+
+    def test_misuse_is_a_clear_error(self) -> None:
+        """Sending what is no part, or after the end, raises where it happens."""
+        stream = Stream()
+        with self.assertRaisesRegex(TypeError, "not a part of an answer: 3"):
+            stream.send("a", untyped(3))
+        stream.close()
+        for name, misuse in (("send", lambda: stream.send("x")), ("fail", lambda: stream.fail(rate_limit()))):
+            with self.subTest(name=name), self.assertRaisesRegex(RuntimeError, "a Stream that has ended"):
+                misuse()
+
+    def test_a_second_request_is_an_error(self) -> None:
+        """A Stream that is given to a second request is a mistake of the fake, and the client is told."""
+        for streams in (True, False):
+            stream = fed("one")
+            with self.subTest(name=streams), forgiven(always(stream)) as server:
+                call(server, chat(stream=True))
+                answer = call(server, chat(stream=streams))
+                self.assertEqual(answer.status, 500)
+                self.assertIn("a Stream serves one request", answer.error["message"])
+                self.assertIn("a Stream serves one request", str(server.errors[0]))
+
+    def test_a_stream_never_closed_is_an_error(self) -> None:
+        """Who stops the server while a client still waits on an open Stream is told that it was never closed."""
+        for api, streams in itertools.product(PATHS, (True, False)):
+            stream = Stream()
+            server = FakeOpenAI(always(stream)).start()
+            with self.subTest(name=api, stream=streams), asking(server, api, stream=streams) as wire:
+                stream.send("one")
+                stream.flush(WAIT)
+                with self.assertRaisesRegex(RuntimeError, "a Stream was never closed"):
+                    server.stop()
+                self.assertNotIn(ENDS[api], wire.rest())
+                self.assertTrue(stream.disconnected)
+
+    def test_a_client_that_left_is_noticed(self) -> None:
+        """The Stream of a client that closed or reset its connection says so, drops what is sent, and fails nothing."""
+        for api, reset, talking in itertools.product(PATHS, (False, True), (False, True)):
+            stream = Stream()
+            with self.subTest(name=api, reset=reset), FakeOpenAI(always(stream)) as server:
+                with asking(server, api, stream=True) as wire:
+                    wire.until(b"\r\n\r\n")
+                    if talking:
+                        stream.send("one")
+                        wire.until(b"one")
+                    self.assertFalse(stream.wait_disconnected(0.0))
+                    if reset:
+                        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                self.assertTrue(stream.wait_disconnected(WAIT))
+                self.assertTrue(stream.disconnected)
+                self.assertFalse(stream.send("nobody reads this"))
+                stream.close()
+                self.assertFalse(stream.flush(0.0))
+                self.assertEqual(call(server, b"{", PATHS[api]).status, 400)
+
+    def test_streams_are_released_in_any_order(self) -> None:
+        """Several streams are open at once; each ends when it is closed, and in_flight names those that have not."""
+        streams = [Stream() for _ in range(3)]
+        with FakeOpenAI(Script(*streams)) as server, contextlib.ExitStack() as stack:
+            wires: list[Wire] = []
+            for number in range(3):
+                wires.append(stack.enter_context(asking(server, text=str(number), stream=True)))
+                server.wait_for_requests(number + 1, WAIT)
+                streams[number].wait_request(WAIT)
+            for number in (1, 2, 0):
+                self.assertIn(streams[number].request, server.in_flight)
+                streams[number].send(f"to {number}")
+                streams[number].close()
+                events = wires[number].answer().events
+                self.assertEqual(text_streamed("chat.completions", events), f"to {number}")
+                self.assertNotIn(streams[number].request, server.in_flight)
+            self.assertEqual(server.in_flight, [])
+
+    def test_wait_for_requests(self) -> None:
+        """wait_for_requests(n) gives the requests once n have come; a TimeoutError says how many did."""
+        with FakeOpenAI() as server:
+            with self.assertRaisesRegex(TimeoutError, "0 of 1 requests came in 0.0 s"):
+                server.wait_for_requests(1, 0.0)
+            caller = threading.Thread(target=lambda: [call(server, chat(text)) for text in ("a", "b")])
+            caller.start()
+            self.assertEqual([request.text for request in server.wait_for_requests(2, WAIT)], ["a", "b"])
+            caller.join(WAIT)
+
+
+class GeneratorTest(unittest.TestCase):
+    """A generator lives as long as its client reads."""
+
+    def test_a_generator_is_closed_when_its_client_leaves(self) -> None:
+        """`finally` runs as soon as the client has left: during a Pause, a wait, or between parts without end."""
+
+        def parts(seen: queue.Queue[str], *parts: Any) -> Iterator[Any]:
+            try:
+                yield "one"
+                for part in parts:
+                    seen.put("waits")
+                    yield part
+                while True:
+                    yield "without end"
+            finally:
+                seen.put("closed")
+
+        def paused(seen: queue.Queue[str]) -> Iterator[Any]:
+            return parts(seen, Pause(600))
+
+        async def paused_later(seen: queue.Queue[str]) -> Any:
+            for part in parts(seen, Pause(600)):
+                yield part
+
+        async def waiting(seen: queue.Queue[str]) -> Any:
+            try:
+                yield "one"
+                seen.put("waits")
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                seen.put("closed")
+                raise
+
+        for generator, api in itertools.product((parts, paused, paused_later, waiting), PATHS):
+            seen: queue.Queue[str] = queue.Queue()
+            held = generator(seen)  # it is closed, not only forgotten
+            with self.subTest(name=generator.__name__, api=api), FakeOpenAI(always(held)) as server:
+                with asking(server, api, stream=True) as wire:
+                    wire.until(b"one")
+                    if generator is not parts:
+                        self.assertEqual(seen.get(timeout=WAIT), "waits")
+                self.assertEqual(seen.get(timeout=WAIT), "closed")
+                self.assertEqual(server.errors, [])
+
+    def test_a_handler_may_look_whether_its_client_has_left(self) -> None:
+        """`request.disconnected` turns true for a generator that is busy, which is not resumed after its next part."""
+        seen: queue.Queue[str] = queue.Queue()
+
+        def busy(request: Request) -> Iterator[str]:
+            try:
+                yield "one"
+                seen.put("busy")
+                while not request.disconnected:
+                    pass
+                seen.put("looked")
+                yield "two"
+                seen.put("resumed")
+            finally:
+                seen.put("closed")
+
+        with FakeOpenAI(busy) as server:
+            with asking(server, stream=True) as wire:
+                wire.until(b"one")
+                self.assertEqual(seen.get(timeout=WAIT), "busy")
+                self.assertTrue(seen.empty())
+            self.assertEqual([seen.get(timeout=WAIT) for _ in range(2)], ["looked", "closed"])
+
+    def test_a_mistake_in_the_middle_cuts_the_stream(self) -> None:
+        """The client of a generator that raises or yields junk gets an error event, and no terminator."""
+
+        def raising(request: Request) -> Iterator[Any]:
+            yield "one"
+            raise KeyError("gone")
+
+        async def raising_later(request: Request) -> Any:
+            yield "one"
+            raise KeyError("gone")
+
+        async def junk_later(request: Request) -> Any:
+            yield "one"
+            yield 3
+
+        def junk(request: Request) -> Iterator[Any]:
+            yield "one"
+            yield 3
+
+        for api, handler in itertools.product(PATHS, (raising, raising_later, junk, junk_later)):
+            with self.subTest(name=handler.__name__, api=api), forgiven(untyped(handler)) as server:
+                told = pieces(everything(server, api, stream=True))
+                words = "KeyError: 'gone'" if "raising" in handler.__name__ else "TypeError: not a part of an answer: 3"
+                self.assertIn(b"one", b"".join(told))
+                self.assertTrue(error_in(b"".join(told))["message"].startswith(f"handler raised {words}"))
+                self.assertNotEqual(told[-1], b"")
+                self.assertNotIn(ENDS[api], b"".join(told))
+                self.assertEqual(len(server.errors), 1)
+                self.assertEqual(call(server, BODIES[api]()).status, 500)  # nothing of it is sent as JSON
+
+
+class WireActTest(unittest.TestCase):
+    """What happens on the wire, as parts of an answer."""
+
+    raws: ClassVar[dict[str, tuple[bytes, ...]]] = {
+        "malformed JSON": (b"data: {broken\n\n",),
+        "comment": (b": are you there\n\n",),
+        "CRLF": (b'data: {"a": 1}\r\n\r\n',),
+        "half a character": (b'data: "\xc3', b'\xa9"\n\n'),
+        "several events": (b"data: 1\n\ndata: 2\n\ndata: 3\n\n",),
+        "byte by byte": tuple(bytes([byte]) for byte in b"data: slow\n\n"),
+    }
+
+    def test_raw_bytes_are_sent_as_they_are(self) -> None:
+        """Each Raw is a write of its own, byte for byte, between the events of the answer."""
+        send = openai_fake._Connection.send
+        for (name, raws), api in itertools.product(self.raws.items(), PATHS):
+            parts = ["one", *map(Raw, raws), "two"]
+            spy = mock.patch.object(openai_fake._Connection, "send", autospec=True, side_effect=send)
+            with self.subTest(name=name, api=api), spy as sent, FakeOpenAI(always(parts)) as server:
+                told = pieces(everything(server, api, stream=True))
+                at = told.index(raws[0])
+                self.assertEqual(told[at : at + len(raws)], list(raws))
+                self.assertIn(b"one", b"".join(told[:at]))
+                self.assertIn(b"two", b"".join(told[at + len(raws) :]))
+                self.assertIn(ENDS[api], b"".join(told))
+                self.assertEqual(told[-1], b"")
+                for raw in raws:
+                    self.assertTrue(any(call.args[1].endswith(raw + b"\r\n") for call in sent.mock_calls))
+
+    def test_disconnect_cuts_here(self) -> None:
+        """After Disconnect the connection ends, with a FIN or a RST, and nothing after it is sent."""
+        for api, reset, stream in itertools.product(PATHS, (False, True), (False, True)):
+            parts = ["one", Disconnect(reset=reset), "two"]
+            with self.subTest(name=api, reset=reset, stream=stream), FakeOpenAI(always(parts)) as server:
+                with asking(server, api, stream=stream) as wire:
+                    head = wire.until(b"\r\n\r\n")
+                    with self.assertRaises(ConnectionResetError) if reset else contextlib.nullcontext():
+                        while data := wire.sock.recv(65536):
+                            wire.buffer += data
+                self.assertNotIn(b"two", wire.buffer)
+                self.assertNotIn(ENDS[api], wire.buffer)
+                if stream:
+                    self.assertIn(b"one", wire.buffer)
+                else:
+                    length = int(re.findall(rb"content-length: (\d+)", head)[0])
+                    self.assertTrue(0 < len(wire.buffer) < length)
+
+    def test_disconnect_first_sends_nothing(self) -> None:
+        """An answer that begins with Disconnect is no byte at all."""
+        for api, reset, stream in itertools.product(PATHS, (False, True), (False, True)):
+            ending = self.assertRaises(ConnectionResetError) if reset else contextlib.nullcontext()
+            handler = always(Disconnect(reset=reset))
+            with (
+                self.subTest(name=api, reset=reset, stream=stream),
+                FakeOpenAI(handler) as server,
+                ending,
+                asking(server, api, stream=stream) as wire,
+            ):
+                self.assertEqual(wire.sock.recv(1), b"")
+
+    def test_a_stream_error_ends_the_answer(self) -> None:
+        """StreamError is the API's error event in a stream, and a 500 with its fields as JSON."""
+        error = StreamError("Overloaded", type="overloaded_error", code="busy", param="p")
+        fields = {"message": "Overloaded", "type": "overloaded_error", "param": "p", "code": "busy"}
+        for api in PATHS:
+            with self.subTest(name=api), FakeOpenAI(always(["one", error, "two"])) as server:
+                answer = call(server, BODIES[api](stream=True))
+                self.assertEqual(error_in(answer.body), fields)
+                self.assertEqual(text_streamed(api, answer.events), "one")
+                self.assertNotIn(ENDS[api], answer.body)
+                whole = call(server, BODIES[api]())
+                self.assertEqual((whole.status, whole.error), (500, fields))
+
+    def test_acts_in_a_json_answer(self) -> None:
+        """A JSON body may be slow, be other bytes, or have another content type."""
+        slept: list[float] = []
+        sleep = mock.patch.object(openai_fake._Waiter, "sleep", lambda waiter, seconds: slept.append(seconds))
+        for api in PATHS:
+            answers = (["one", Pause(7), "two"], Raw(b"{broken"), Reply("one", headers={"Content-Type": "text/html"}))
+            with self.subTest(name=api), sleep, FakeOpenAI(Script(*untyped(answers))) as server:
+                self.assertEqual(text_in(api, call(server, BODIES[api]()).json), "onetwo")
+                self.assertEqual(call(server, BODIES[api]()).body, b"{broken")
+                self.assertEqual(call(server, BODIES[api]()).headers["content-type"], "text/html")
+        self.assertEqual(slept, [7, 7])
+
+    def test_a_pause_comes_after_what_was_said(self) -> None:
+        """What was said before a Pause is on the wire while it lasts: of a stream, and half of a JSON body."""
+        for api, stream in itertools.product(PATHS, (True, False)):
+            parts = ["one", Pause(600), "two"]
+            with (
+                self.subTest(name=api, stream=stream),
+                FakeOpenAI(always(parts)) as server,
+                asking(server, api, stream=stream) as wire,
+            ):
+                wire.until(b"one" if stream else b'"id"')
+
+    def test_stop_interrupts_every_wait(self) -> None:
+        """stop() does not wait for a Pause, a slow token, a Stream or a coroutine, and cuts their answers."""
+
+        async def later(request: Request) -> str:
+            waits.set()
+            await asyncio.sleep(600)
+            return "never"
+
+        def pausing(request: Request) -> Iterator[Any]:
+            waits.set()
+            yield Pause(600)
+
+        def slow(request: Request) -> Any:
+            waits.set()
+            return Reply("one two", ttft=600)
+
+        for handler, stream in itertools.product((later, pausing, slow), (False, True)):
+            waits = threading.Event()
+            with self.subTest(name=handler.__name__, stream=stream):
+                server = FakeOpenAI(untyped(handler)).start()
+                with asking(server, stream=stream) as wire:
+                    self.assertTrue(waits.wait(WAIT))
+                    begun = time.monotonic()
+                    with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
+                        server.stop()
+                    self.assertLess(time.monotonic() - begun, 1.5)  # robustness.md 38
+                    self.assertEqual(wire.rest(), b"")
+
+
+class PaceTest(unittest.TestCase):
+    """ttft and itl, seen by what the server would have slept."""
+
+    def slept(self, options: dict[str, float], reply: Reply, **request: Any) -> list[float]:
+        """What was slept before an answer."""
+        times: list[float] = []
+        sleep = mock.patch.object(openai_fake._Waiter, "sleep", lambda waiter, seconds: times.append(seconds))
+        with sleep, FakeOpenAI(always(reply), **untyped(options)) as server:
+            for api in PATHS:
+                self.assertEqual(call(server, BODIES[api](**request)).status, 200)
+        self.assertEqual(times[: len(times) // 2], times[len(times) // 2 :])
+        return times[: len(times) // 2]
+
+    def test_a_stream_waits_before_each_token(self) -> None:
+        """ttft before the first token, itl before each other; a Reply's own are in place of the server's."""
+        pace = {"ttft": 5.0, "itl": 2.0}
+        cases: dict[str, tuple[dict[str, float], Reply, list[float]]] = {
+            "none": ({}, Reply("one two three"), []),
+            "of the server": (pace, Reply("one two three"), [5, 2, 2]),
+            "of the reply": ({}, Reply("one two three", ttft=5, itl=2), [5, 2, 2]),
+            "both": (pace, Reply("one two three", ttft=3, itl=1), [3, 1, 1]),
+            "half": (pace, Reply("one two three", itl=1), [5, 1, 1]),
+            "none of the reply": (pace, Reply("one two three", ttft=0, itl=0), []),
+            "over several parts": (pace, Reply("one two", ToolCall("f", "{}")), [5, 2, 2]),
+        }
+        for name, (options, reply, expected) in cases.items():
+            with self.subTest(name=name):
+                self.assertEqual(self.slept(options, reply, stream=True), expected)
+                self.assertAlmostEqual(sum(self.slept(options, reply)), sum(expected))
+
+    def test_nothing_is_sent_before_the_first_token(self) -> None:
+        """With ttft, not even the head of a stream is on the wire before its time."""
+        sent: list[bool] = []
+
+        def sleep(waiter: Any, seconds: float) -> None:
+            sent.append(waiter.connection.headed)
+
+        with mock.patch.object(openai_fake._Waiter, "sleep", sleep), FakeOpenAI(ttft=5.0) as server:
+            for api in PATHS:
+                call(server, BODIES[api](stream=True))
+        self.assertEqual(sent, [False, False])
+
+
+class ErrorsOnTheWireTest(unittest.TestCase):
+    """Errors as clients meet them."""
+
+    def test_rate_limit_tells_when_to_come_back(self) -> None:
+        """rate_limit() is the API's 429, with both headers that clients read, and the x-ratelimit ones."""
+        for seconds, whole, milliseconds in ((0.02, "1", "20"), (1.5, "2", "1500"), (30, "30", "30000")):
+            with self.subTest(name=seconds), FakeOpenAI(always(rate_limit(seconds))) as server:
+                answer = call(server, chat())
+                self.assertEqual((answer.status, answer.error["code"]), (429, "rate_limit_exceeded"))
+                self.assertEqual(answer.headers["retry-after"], whole)
+                self.assertEqual(answer.headers["retry-after-ms"], milliseconds)
+                for name in itertools.product(("limit", "remaining", "reset"), ("requests", "tokens")):
+                    self.assertIn("x-ratelimit-" + "-".join(name), answer.headers)
+
+    def test_connections_are_refused_after_stop(self) -> None:
+        """A stopped fake refuses connections, and its open ones are closed."""
+        with FakeOpenAI() as server:
+            wire = Wire(server)
+        with wire:
+            self.assertEqual(wire.rest(), b"")
+            with self.assertRaises(ConnectionRefusedError):
+                Wire(server)
+
+
+class Driven:
+    """An async thing for synchronous code: what it gives is awaited, iterated and entered on a loop of the test's."""
+
+    def __init__(self, thing: Any, run: Callable[[Any], Any]) -> None:
+        self.thing, self.run = thing, run
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.thing, name)
+        is_async = type(value).__module__.startswith("openai.resources") or inspect.ismethod(value) or callable(value)
+        return Driven(value, self.run) if is_async else value
+
+    def __call__(self, *values: Any, **options: Any) -> Any:
+        result = self.thing(*values, **options)
+        result = self.run(result) if inspect.isawaitable(result) else result
+        return Driven(result, self.run) if hasattr(result, "__aiter__") or hasattr(result, "__aenter__") else result
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = aiter(self.thing)
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                yield self.run(anext(iterator))
+
+    def __enter__(self) -> Any:
+        return Driven(self.run(self.thing.__aenter__()), self.run)
+
+    def __exit__(self, *error: Any) -> None:
+        self.run(self.thing.__aexit__(*error))
+
+
+ASKED_LIVE: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hi"}]}
+ASKED_INPUT: dict[str, Any] = {"model": "gpt-4o", "input": "Hi"}
+ASK: dict[str, Callable[[Any], Any]] = {
+    "chat.completions": lambda client: client.chat.completions.create(**ASKED_LIVE).choices[0].message.content,
+    "responses": lambda client: client.responses.create(**ASKED_INPUT).output_text,
+}
+OPEN: dict[str, Callable[[Any], Any]] = {
+    "chat.completions": lambda client: client.chat.completions.create(**ASKED_LIVE, stream=True),
+    "responses": lambda client: client.responses.create(**ASKED_INPUT, stream=True),
+}
+TEXT: dict[str, Callable[[Any], str]] = {
+    "chat.completions": lambda event: (event.choices[0].delta.content or "") if event.choices else "",
+    "responses": lambda event: event.delta if event.type == "response.output_text.delta" else "",
+}
+
+
+def city_model() -> Any:
+    """What users ask for as structured output."""
+    from pydantic import create_model
+
+    return create_model("City", name=(str, ...))
+
+
+def overloaded() -> APIError:
+    return APIError(503, "The server is overloaded or not ready yet.", headers={"retry-after-ms": "1"})
+
+
+def chat_agent(client: Any) -> Any:
+    """Runs tools until none is called, as users write it; a tool's output is its name and arguments."""
+    messages: list[Any] = [{"role": "user", "content": "How warm is it?"}]
+    while True:
+        message = client.chat.completions.create(model="gpt-4o", messages=messages).choices[0].message
+        if not message.tool_calls:
+            return message.content
+        messages.append(message)
+        for call in message.tool_calls:
+            said = call.function.name + call.function.arguments
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": said})
+
+
+def responses_agent(client: Any) -> Any:
+    """The same in the Responses API."""
+    items: list[Any] = [{"role": "user", "content": "How warm is it?"}]
+    while True:
+        answer = client.responses.create(model="gpt-4o", input=items)
+        calls = [item for item in answer.output if item.type == "function_call"]
+        if not calls:
+            return answer.output_text
+        items += answer.output
+        for call in calls:
+            said = call.name + call.arguments
+            items.append({"type": "function_call_output", "call_id": call.call_id, "output": said})
+
+
+def with_each_client(test: Callable[[Any, str, Any], None]) -> Callable[[Any], None]:
+    """A test for both APIs and both official clients; it gets the API, and a function that connects a client."""
+
+    @functools.wraps(test)
+    def tests(self: Any) -> None:
+        for kind, api in itertools.product(("sync", "async"), PATHS):
+            with self.subTest(name=kind, api=api), contextlib.ExitStack() as stack:
+                test(self, api, functools.partial(self.connected, stack, kind))
+
+    return tests
+
+
+@needs_openai
+class OfficialClientTest(unittest.TestCase):
+    """The official client, sync and async, in both APIs, takes everything for the real thing."""
+
+    def connected(self, stack: contextlib.ExitStack, kind: str, handler: Any, retries: int = 0, **options: Any) -> Any:
+        """A fake, and a client of it, until the end of the subtest."""
+        import openai
+
+        server = stack.enter_context(FakeOpenAI(handler, **options))
+        settings: dict[str, Any] = {"base_url": server.base_url, "api_key": "test", "timeout": WAIT}
+        settings["max_retries"] = retries
+        if kind == "sync":
+            client: Any = openai.OpenAI(**settings)
+        else:
+            loop = asyncio.new_event_loop()
+            stack.callback(loop.close)
+            stack.callback(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
+            client = Driven(openai.AsyncOpenAI(**settings), loop.run_until_complete)
+        stack.callback(client.close)
+        return server, client
+
+    @with_each_client
+    def test_create(self, api: str, connect: Any) -> None:
+        """create() gives the answer, with its usage, its request id, and a Reply's headers beside it."""
+        _, client = connect(always(Reply("Hello ", "you", Usage(7, 5), headers={"x-own": "yes"})))
+        self.assertEqual(ASK[api](client), "Hello you")
+        if api == "chat.completions":
+            raw = client.chat.completions.with_raw_response.create(**ASKED_LIVE)
+        else:
+            raw = client.responses.with_raw_response.create(**ASKED_INPUT)
+        answer = raw.parse()
+        self.assertEqual((answer.usage.total_tokens, raw.headers["x-own"]), (12, "yes"))
+        self.assertRegex(answer._request_id, "^req_[0-9a-f]{32}$")
+        self.assertEqual((raw.request_id, raw.headers["x-request-id"]), (answer._request_id, answer._request_id))
+
+    @with_each_client
+    def test_create_streaming(self, api: str, connect: Any) -> None:
+        """create(stream=True) gives the deltas of the answer."""
+        _, client = connect(always("Hello you there"))
+        deltas = [text for event in OPEN[api](client) if (text := TEXT[api](event))]
+        self.assertEqual(deltas, ["Hello", " you", " there"])
+
+    @with_each_client
+    def test_stream_helper(self, api: str, connect: Any) -> None:
+        """.stream() accumulates text and tool calls into a final answer, and parses it."""
+        city = city_model()
+        _, client = connect(Script('{"name": "Paris"}', [Text("Let me see."), ToolCall("f", {"x": 1})]))
+        if api == "chat.completions":
+            with client.chat.completions.stream(**ASKED_LIVE, response_format=city) as stream:
+                self.assertIn("content.delta", [event.type for event in stream])
+                self.assertEqual(stream.get_final_completion().choices[0].message.parsed, city(name="Paris"))
+            with client.chat.completions.stream(**ASKED_LIVE) as stream:
+                message = stream.get_final_completion().choices[0].message
+            self.assertEqual((message.content, message.tool_calls[0].function.arguments), ("Let me see.", '{"x":1}'))
+            return
+        with client.responses.stream(**ASKED_INPUT, text_format=city) as stream:
+            self.assertIn("response.output_text.delta", [event.type for event in stream])
+            self.assertEqual(stream.get_final_response().output_parsed, city(name="Paris"))
+        with client.responses.stream(**ASKED_INPUT) as stream:
+            answer = stream.get_final_response()
+        self.assertEqual((answer.output_text, answer.output[1].arguments), ("Let me see.", '{"x":1}'))
+
+    @with_each_client
+    def test_parse(self, api: str, connect: Any) -> None:
+        """.parse() asks for a schema and gets its object."""
+        city = city_model()
+        server, client = connect(always('{"name": "Paris"}'))
+        if api == "chat.completions":
+            parsed = client.chat.completions.parse(**ASKED_LIVE, response_format=city).choices[0].message.parsed
+        else:
+            parsed = client.responses.parse(**ASKED_INPUT, text_format=city).output_parsed
+        self.assertEqual(parsed, city(name="Paris"))
+        key = "response_format" if api == "chat.completions" else "text"
+        self.assertIn("City", json.dumps(server.requests[0].options[key]))
+
+    @with_each_client
+    def test_a_tool_loop_of_two_rounds(self, api: str, connect: Any) -> None:
+        """A caller that runs tools until none is called sees two rounds of calls, then the answer."""
+        first = [ToolCall("celsius", city) for city in ("(Paris)", "(Rome)")]
+        last: Callable[[Request], str] = lambda request: request.messages[-1].text  # noqa: E731
+        server, client = connect(Script(first, ToolCall("mean", "(21, 23)"), last))
+        agent = chat_agent if api == "chat.completions" else responses_agent
+        self.assertEqual(agent(client), "mean(21, 23)")
+        said = [[message.text for message in request.messages if message.role == "tool"] for request in server.requests]
+        rounds = [["celsius(Paris)", "celsius(Rome)"], ["mean(21, 23)"]]
+        self.assertEqual(said, [[], rounds[0], rounds[0] + rounds[1]])
+
+    @with_each_client
+    def test_retries(self, api: str, connect: Any) -> None:
+        """429, 503, then success: the client retries as told, and the fake sees it count."""
+        server, client = connect(Script(rate_limit(0.001), overloaded(), "At last"), retries=2)
+        self.assertEqual(ASK[api](client), "At last")
+        counts = [request.headers["x-stainless-retry-count"] for request in server.requests]
+        self.assertEqual(counts, ["0", "1", "2"])
+
+    @with_each_client
+    def test_errors(self, api: str, connect: Any) -> None:
+        """Each status is the exception of the client that it is for the real API, with type, code and param."""
+        import openai
+
+        kinds: dict[int, type[openai.APIStatusError]] = {
+            400: openai.BadRequestError,
+            401: openai.AuthenticationError,
+            403: openai.PermissionDeniedError,
+            404: openai.NotFoundError,
+            409: openai.ConflictError,
+            422: openai.UnprocessableEntityError,
+            429: openai.RateLimitError,
+            500: openai.InternalServerError,
+            503: openai.InternalServerError,
+            529: openai.InternalServerError,
+        }
+        _, client = connect(Script(*(APIError(status, "No.", type="t", code="c", param="p") for status in kinds)))
+        for status, kind in kinds.items():
+            with self.assertRaises(kind) as raised:
+                ASK[api](client)
+            error = raised.exception
+            self.assertEqual((error.status_code, error.type, error.code, error.param), (status, "t", "c", "p"))
+
+    @with_each_client
+    def test_a_failing_fake_is_not_retried(self, api: str, connect: Any) -> None:
+        """A client that would retry gives up at once where the handler failed."""
+        import openai
+
+        server, client = connect(a_broken_handler, retries=1)
+        for ask in (ASK, OPEN):
+            with self.assertRaisesRegex(openai.InternalServerError, "handler raised ZeroDivisionError"):
+                ask[api](client)
+        self.assertEqual(len(server.requests), 2)
+        server.errors.clear()
+
+    @with_each_client
+    def test_errors_inside_a_stream(self, api: str, connect: Any) -> None:
+        """An error after the head raises APIError in the client, after the text before it."""
+        import openai
+
+        def broken(request: Request) -> Iterator[str]:
+            yield "one"
+            raise KeyError("gone")
+
+        failed = Stream()
+        failed.send("one")
+        failed.fail(rate_limit())
+        server, client = connect(Script(["one", StreamError("Overloaded")], failed, broken))
+        for words in ("Overloaded", "Rate limit reached", "handler raised KeyError"):
+            text = ""
+            with self.assertRaisesRegex(openai.APIError, words):
+                for event in OPEN[api](client):
+                    text += TEXT[api](event)
+            self.assertEqual(text, "one")
+        server.errors.clear()
+
+    @with_each_client
+    def test_refusal(self, api: str, connect: Any) -> None:
+        """A refusal is in the place where the client looks for it."""
+        _, client = connect(always(Refusal("I won't.")))
+        if api == "chat.completions":
+            message = client.chat.completions.create(**ASKED_LIVE).choices[0].message
+            self.assertEqual((message.content, message.refusal), (None, "I won't."))
+        else:
+            content = client.responses.create(**ASKED_INPUT).output[0].content[0]
+            self.assertEqual((content.type, content.refusal), ("refusal", "I won't."))
+
+    @with_each_client
+    def test_length(self, api: str, connect: Any) -> None:
+        """An answer that is cut by its length is LengthFinishReasonError in chat, and incomplete in Responses."""
+        import openai
+
+        _, client = connect(always(['{"na', Finish("length")]))
+        if api == "chat.completions":
+            with self.assertRaises(openai.LengthFinishReasonError):
+                client.chat.completions.parse(**ASKED_LIVE, response_format=city_model())
+            with (
+                self.assertRaises(openai.LengthFinishReasonError),
+                client.chat.completions.stream(**ASKED_LIVE) as stream,
+            ):
+                stream.get_final_completion()
+        else:
+            answer = client.responses.create(**ASKED_INPUT)
+            self.assertEqual((answer.status, answer.incomplete_details.reason), ("incomplete", "max_output_tokens"))
+            self.assertEqual([event.type for event in OPEN[api](client)][-1], "response.incomplete")
+
+    @with_each_client
+    def test_choices_and_logprobs(self, api: str, connect: Any) -> None:
+        """n choices come where n are asked for, and the logprobs of each token where they are."""
+        _, client = connect(always("Hello you"))
+        if api == "chat.completions":
+            choices = client.chat.completions.create(**ASKED_LIVE, n=3, logprobs=True, top_logprobs=1).choices
+            self.assertEqual([choice.message.content for choice in choices], ["Hello you"] * 3)
+            logprobs = choices[2].logprobs.content
+        else:
+            include = ["message.output_text.logprobs"]
+            answer = client.responses.create(**ASKED_INPUT, include=include, top_logprobs=1)
+            logprobs = answer.output[0].content[0].logprobs
+        self.assertEqual("".join(entry.token for entry in logprobs), "Hello you")
+        self.assertTrue(all(entry.logprob <= 0 for entry in logprobs))
+
+    @with_each_client
+    def test_a_live_stream(self, api: str, connect: Any) -> None:
+        """On one thread: the test sends a part, the client reads it, until the client leaves."""
+        stream = Stream()
+        server, client = connect(always(stream))
+        opened = OPEN[api](client)
+        texts = (text for event in opened if (text := TEXT[api](event)))
+        for word in ("one", "two"):
+            stream.send(word)
+            self.assertEqual(next(texts), word)
+        self.assertEqual(server.in_flight, [stream.request])
+        opened.close()
+        self.assertTrue(stream.wait_disconnected(WAIT))
+        self.assertFalse(stream.send("three"))
+
+    @with_each_client
+    def test_wire_acts(self, api: str, connect: Any) -> None:
+        """The client reads over comments, line ends and split characters, and sees what is broken as broken."""
+        import openai
+
+        events = {
+            "chat.completions": {"choices": [{"index": 0, "delta": {"content": "é"}}]},
+            "responses": {"type": "response.output_text.delta", "delta": "é"},
+        }
+        frame = f"data: {json.dumps(events[api], ensure_ascii=False)}\n\n".encode()
+        whole: dict[str, list[Raw]] = {
+            "byte by byte": [Raw(bytes([byte])) for byte in frame],
+            "CRLF and a comment": [Raw(b": hello\r\n\r\n" + frame.replace(b"\n", b"\r\n"))],
+            "several in one write": [Raw(frame * 2)],
+        }
+        cuts: list[Any] = [["one", Disconnect()], ["one", Disconnect(reset=True)], Raw(b"data: {broken\n\n")]
+        _, client = connect(Script(*whole.values(), *cuts, Disconnect(), Disconnect(reset=True)))
+        for name in whole:
+            text = "".join(map(TEXT[api], OPEN[api](client)))
+            self.assertEqual(text, "éé" if name.startswith("several") else "é")
+        for expected in (Exception, Exception, json.JSONDecodeError):
+            with self.assertRaises(expected):
+                list(OPEN[api](client))
+        for _ in range(2):
+            with self.assertRaises(openai.APIConnectionError):
+                ASK[api](client)
+
+    @with_each_client
+    def test_a_slow_answer_times_out(self, api: str, connect: Any) -> None:
+        """A client that runs out of patience has left: its error is a timeout, and the answer ends."""
+        import openai
+
+        ended = threading.Event()
+
+        def handler(request: Request) -> Iterator[Any]:
+            try:
+                yield Pause(600)
+            finally:
+                ended.set()
+
+        _, client = connect(handler)
+        with self.assertRaises(openai.APITimeoutError):
+            OPEN[api](client.with_options(timeout=openai.Timeout(WAIT, read=0.05)))
+        self.assertTrue(ended.wait(WAIT))
+
+    @with_each_client
+    def test_after_stop(self, api: str, connect: Any) -> None:
+        """A stopped fake is a connection error."""
+        import openai
+
+        server, client = connect(echo)
+        self.assertEqual(ASK[api](client), "Hi")
+        server.stop()
+        with self.assertRaises(openai.APIConnectionError):
+            ASK[api](client)
+
+    @with_each_client
+    def test_models(self, api: str, connect: Any) -> None:
+        """models.list() gives what the fake has, by default and by its option."""
+        _, client = connect(echo)
+        self.assertIn("gpt-4o", [model.id for model in client.models.list()])
+        _, client = connect(echo, models=["mine", "yours"])
+        self.assertEqual([model.id for model in client.models.list()], ["mine", "yours"])
+        self.assertEqual(client.models.retrieve("mine").id, "mine")
+
+
+@needs_openai
+class AsyncTest(unittest.IsolatedAsyncioTestCase):
+    """The async client in an event loop that the fake shares with nobody."""
+
+    async def asyncSetUp(self) -> None:
+        import openai
+
+        asyncio.get_running_loop().slow_callback_duration = WAIT  # the client imports much of itself at first use
+        self.streams = [Stream() for _ in range(3)]
+        self.server = start(self, lambda request: self.streams[int(request.text)])
+        self.client = openai.AsyncOpenAI(base_url=self.server.base_url, api_key="test", max_retries=0, timeout=WAIT)
+        self.addAsyncCleanup(self.client.close)
+
+    async def read(self, number: int) -> str:
+        stream = await self.client.responses.create(model="gpt-4o", input=str(number), stream=True)
+        return "".join([TEXT["responses"](event) async for event in stream])
+
+    async def test_tasks_are_released_in_any_order(self) -> None:
+        """Tasks that read at once end in the order in which the test closes their Streams."""
+        tasks = [asyncio.create_task(self.read(number)) for number in range(3)]
+        ended: list[str] = []
+        for number in (2, 0, 1):
+            self.streams[number].send(f"to {number}")
+            self.streams[number].close()
+            ended.append(await asyncio.wait_for(tasks[number], WAIT))
+            self.assertEqual(sum(task.done() for task in tasks), len(ended))
+        self.assertEqual(ended, ["to 2", "to 0", "to 1"])
+
+    async def test_a_cancelled_task_has_left(self) -> None:
+        """Cancelling the task that reads is a client that leaves."""
+        task = asyncio.create_task(self.read(0))
+        await asyncio.to_thread(self.streams[0].wait_request, WAIT)
+        self.streams[0].send("one")
+        task.cancel()
+        self.assertTrue(await asyncio.to_thread(self.streams[0].wait_disconnected, WAIT))
+        self.assertTrue(task.done())
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+
+COMMAND = [sys.executable, "-X", "dev", "-m", "openai_fake"]
+DIRECTORY = os.path.dirname(os.path.abspath(openai_fake.__file__))
+SETTINGS = ("NO_COLOR", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")  # of the environment, that would change a result
+PATIENCE = 10.0  # seconds for what should come at once; a wait that lasts this long is a failure
+POSIX = unittest.skipIf(sys.platform == "win32", "POSIX signals, pipes and terminals")
+_T = TypeVar("_T")
+
+
+def within(seconds: float, function: Callable[..., _T], *arguments: Any) -> _T:
+    """What the function returns, or queue.Empty when that takes too long."""
+    results: queue.Queue[_T] = queue.Queue()
+    threading.Thread(target=lambda: results.put(function(*arguments)), daemon=True).start()
+    return results.get(timeout=seconds)
+
+
+class Program:
+    """The command line in a process of its own; it ends with the test."""
+
+    def __init__(self, test: unittest.TestCase, *arguments: str, stdout: int = subprocess.PIPE, **env: str) -> None:
+        environ = {name: value for name, value in os.environ.items() if name not in SETTINGS} | env
+        self.process = subprocess.Popen(
+            [*COMMAND, "--port", "0", *arguments],
+            bufsize=0,
+            cwd=DIRECTORY,
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+        )
+        test.addCleanup(self._end)
+        self.stdout: Any = self.process.stdout
+
+    def url(self) -> str:
+        return self.line().split()[-1]
+
+    def line(self) -> str:
+        line: bytes = within(PATIENCE, self.stdout.readline)
+        return line.decode()
+
+    def until(self, text: str) -> str:
+        """The first line from here on that has the text in it."""
+        while text not in (line := self.line()):
+            if not line:
+                raise AssertionError(f"the output ended before {text!r}")
+        return line
+
+    def type(self, *lines: str) -> None:
+        stdin: Any = self.process.stdin
+        for line in lines:
+            stdin.write(f"{line}\n".encode())
+
+    def interrupt(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(2)  # robustness: it leaves within two seconds
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def refused(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, cwd=DIRECTORY, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+class Caller:
+    """Chat requests over one connection."""
+
+    def __init__(self, test: unittest.TestCase, url: str) -> None:
+        host, _, port = url.removeprefix("http://").partition("/")[0].rpartition(":")
+        self.connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
+        test.addCleanup(self.connection.close)
+
+    def send(self, text: str = "Hello", *, stream: bool = False) -> None:
+        body = {"model": "gpt-4o", "stream": stream, "messages": [{"role": "user", "content": text}]}
+        self.connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+
+    def receive(self) -> tuple[int, Any]:
+        response = self.connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    def events(self) -> Iterator[Any]:
+        """The events of a streamed answer, as they come."""
+        response = self.connection.getresponse()
+        with response:
+            while line := response.readline():
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])
+                elif line.startswith(b"data: [DONE]"):
+                    return
+
+    def said(self, text: str = "Hello") -> str:
+        self.send(text)
+        status, body = self.receive()
+        return body["choices"][0]["message"]["content"] if status == 200 else f"{status} {body['error']['message']}"
+
+
+def contents(events: Iterator[Any], end: str) -> str:
+    """The text of a stream, read until it ends so."""
+    text = ""
+    while not text.endswith(end):
+        delta = next(events)["choices"][0]["delta"]
+        text += delta.get("content") or ""
+    return text
+
+
+class CommandLineTest(unittest.TestCase):
+    def test_banner(self) -> None:
+        """The first line ends with the base URL; the environment variables to export follow."""
+        program = Program(self)
+        url = program.url()
+        self.assertRegex(url, r"^http://127\.0\.0\.1:\d+/v1$")
+        self.assertEqual(program.until("OPENAI_BASE_URL").strip(), f"export OPENAI_BASE_URL={url}")
+        self.assertIn("export OPENAI_API_KEY=", program.line())
+        self.assertEqual(Caller(self, url).said("Hello"), "Hello")
+
+    @POSIX
+    @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
+    def test_curl_line(self) -> None:
+        """The curl line works as it is pasted, with a key to give too."""
+        for arguments in ((), ("--api-key", "it's a $key"), ("--models", "llama, mistral")):
+            with self.subTest(arguments=arguments):
+                program = Program(self, *arguments)
+                line = program.until("curl")
+                pasted = subprocess.run(line, shell=True, capture_output=True, timeout=PATIENCE, check=True).stdout
+                self.assertEqual(json.loads(pasted)["choices"][0]["message"]["content"].strip(), "Hello!")
+
+    @POSIX
+    def test_signals(self) -> None:
+        """SIGINT and SIGTERM end it within two seconds, quietly, with requests under way too."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for arguments in ((), ("--interactive",)):
+                with self.subTest(signal=number.name, arguments=arguments):
+                    program = Program(self, *arguments)
+                    caller = Caller(self, program.url())
+                    caller.send()
+                    program.until("chat.completions gpt-4o")
+                    self.assertEqual(program.interrupt(number), 0)
+                    self.assertEqual(within(PATIENCE, program.process.communicate)[1], b"")
+
+    def test_busy_port(self) -> None:
+        """A port in use is one line on stderr and exit status 2."""
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            port = str(busy.getsockname()[1])
+            result = refused("--port", port)
+        self.assertEqual((result.returncode, result.stdout, result.stderr.count("\n")), (2, "", 1))
+        self.assertIn(port, result.stderr)
+
+    def test_bad_options(self) -> None:
+        """What cannot be done is one line on stderr, which names it, and exit status 2."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "handlers.py")
+            path.write_text("import sys\nnumber = 1\nif 'x' in sys.argv: raise OSError('two\\nlines')\n", "utf-8")
+            broken = Path(directory, "broken.py")
+            broken.write_text("def answer(:\n", "utf-8")
+            leaving = Path(directory, "leaving.py")
+            leaving.write_text("raise SystemExit(0)\n", "utf-8")
+            cases = {
+                "unknown option": (["--prot", "1"], "--prot"),
+                "port not a number": (["--port", "http"], "'http'"),
+                "port too high": (["--port", "65536"], "'65536'"),
+                "negative seconds": (["--itl", "-1"], "'-1'"),
+                "seconds not a number": (["--ttft", "nan"], "'nan'"),
+                "two answers": (["--reply", "a", "--interactive"], "--interactive"),
+                "handler without a name": (["--handler", str(path)], "FILE.py:NAME"),
+                "no such file": (["--handler", f"{directory}/none.py:answer"], "none.py"),
+                "no such module": (["--handler", "no_such_module:answer"], "no_such_module"),
+                "no such name": (["--handler", f"{path}:nobody"], "nobody"),
+                "not a function": (["--handler", f"{path}:number"], "number"),
+                "syntax error": (["--handler", f"{broken}:answer"], "SyntaxError"),
+                "exits": (["--handler", f"{leaving}:answer"], "SystemExit"),
+                "unknown host": (["--host", "256.0.0.0.1", "--port", "0"], "256.0.0.0.1"),
+            }
+            for name, (arguments, named) in cases.items():
+                with self.subTest(name=name):
+                    result = refused(*arguments)
+                    self.assertEqual((result.returncode, result.stdout, result.stderr.count("\n")), (2, "", 1))
+                    self.assertIn(named, result.stderr)
+
+    def test_version(self) -> None:
+        """--version prints the name and the version."""
+        self.assertEqual(refused("--version").stdout, f"openai_fake {openai_fake.__version__}\n")
+
+    def test_reply(self) -> None:
+        """--reply answers that text, whatever was said."""
+        caller = Caller(self, Program(self, "--reply", "No.").url())
+        self.assertEqual([caller.said("Yes?"), caller.said("Why?")], ["No.", "No."])
+
+    def test_lines(self) -> None:
+        """Each request is a line; --verbose adds the conversation and the answer, --quiet shows neither."""
+        for option, shown in (("--cors", (True, False)), ("--verbose", (True, True)), ("--quiet", (False, False))):
+            with self.subTest(option=option):
+                program = Program(self, "--reply", "Fine.", option)
+                Caller(self, program.url()).said("How are you?")
+                if option == "--quiet":
+                    program.until("Ctrl-C")  # so its signal handlers are in place
+                else:
+                    program.until("chat.completions gpt-4o")
+                if sys.platform != "win32":
+                    program.interrupt()
+                else:
+                    program.process.kill()
+                rest = within(PATIENCE, program.process.communicate)[0].decode()
+                self.assertNotIn("gpt-4o", rest)
+                self.assertEqual("How are you?" in rest and "Fine." in rest, shown[1])
+
+    def test_errors_shown(self) -> None:
+        """A handler that raises is named in the request's line; --verbose shows where it did."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "handlers.py")
+            path.write_text("def answer(request):\n    return 1 // 0\n", "utf-8")
+            program = Program(self, "--verbose", "--handler", f"{path}:answer")
+            self.assertIn("ZeroDivisionError", Caller(self, program.url()).said())
+            self.assertIn("ZeroDivisionError", program.until("  500  "))
+            program.until("handlers.py")
+            program.until("1 // 0")
+
+    def test_handler_reload(self) -> None:
+        """A handler's file is loaded again when it changes, which is said; one that cannot be is a 500 with why."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "json.py")  # a name of the standard library's: it must not take its place
+            neighbour = Path(directory, "neighbour_of_handler.py")
+            neighbour.write_text("from openai_fake import Text\n", "utf-8")
+            source = "import neighbour_of_handler as n\nasync def answer(request): return n.Text({!r})\n"
+
+            def edit(text: str, tick: int) -> None:
+                path.write_text(text, "utf-8")
+                os.utime(path, ns=(tick, tick))  # all within one second; and no clock's tick is too coarse for them
+
+            edit(source.format("one"), 1)
+            program = Program(self, "--handler", f"{path}:answer")
+            caller = Caller(self, program.url())
+            self.assertEqual(caller.said(), "one")
+            edit(source.format("two"), 2)
+            self.assertEqual(caller.said(), "two")
+            self.assertIn("json.py", program.until("loaded again"))
+            edit("def answer(:", 3)
+            for _ in range(2):
+                self.assertRegex(caller.said(), "^500 .*SyntaxError")
+            self.assertIn("SyntaxError", program.until("cannot be loaded"))
+            edit(source.format("four"), 4)
+            self.assertEqual(caller.said(), "four")
+            path.unlink()
+            self.assertEqual(caller.said(), "four")
+
+    def test_handler_of_module(self) -> None:
+        """--handler module:name imports from the current directory, and reloads."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "handlers_of_test.py")
+            path.write_text("def answer(request): return 'one'\n", "utf-8")
+            program = Program(self, "--handler", "handlers_of_test:answer", PYTHONPATH=directory)
+            caller = Caller(self, program.url())
+            self.assertEqual(caller.said(), "one")
+            path.write_text("def answer(request): return 'another'\n", "utf-8")
+            self.assertEqual(caller.said(), "another")
+
+    @POSIX
+    def test_output_never_read(self) -> None:
+        """A reader that stops reading its output holds up neither the answers nor the end."""
+        program = Program(self, "--verbose")
+        caller = Caller(self, program.url())
+        for number in range(2_000):
+            self.assertEqual(caller.said(f"Hello {number}").strip(), f"Hello {number}")
+        self.assertEqual(program.interrupt(), 0)
+
+    @POSIX
+    def test_output_broken(self) -> None:
+        """A reader that has left harms nothing."""
+        program = Program(self)
+        caller = Caller(self, program.url())
+        program.stdout.close()
+        for _ in range(3):
+            self.assertEqual(caller.said(), "Hello")
+        self.assertEqual(program.interrupt(), 0)
+        self.assertEqual(within(PATIENCE, program.process.stderr.read), b"")  # type: ignore[union-attr]
+
+    @POSIX
+    def test_output_closed(self) -> None:
+        """It serves when it was started with no standard streams at all."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        process = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *COMMAND, "--port", str(port)], cwd=DIRECTORY
+        )
+        self.addCleanup(process.wait, PATIENCE)
+        self.addCleanup(process.kill)
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionRefusedError):
+                self.assertEqual(Caller(self, f"http://127.0.0.1:{port}").said(), "Hello")
+                break
+        self.assertLess(time.monotonic(), deadline)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(2), 0)
+
+    @POSIX
+    def test_colour(self) -> None:
+        """There is colour on a terminal, unless NO_COLOR is set, and never in a pipe."""
+        import pty
+
+        for environ, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+            with self.subTest(environ=environ):
+                ours, theirs = pty.openpty()
+                program = Program(self, stdout=theirs, **environ)
+                os.close(theirs)
+                program.stdout = open(ours, "rb", buffering=0)  # noqa: SIM115
+                self.addCleanup(program.stdout.close)
+                Caller(self, program.url()).said()
+                self.assertEqual("\x1b[" in program.until("chat.completions gpt-4o"), coloured)
+        program = Program(self)
+        Caller(self, program.url()).said()
+        self.assertNotIn("\x1b", program.until("chat.completions gpt-4o"))
+
+
+class InteractiveTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.program = Program(self, "--interactive")
+        self.url = self.program.url()
+        self.caller = Caller(self, self.url)
+        self.program.until("/hangup")  # the help, its last line
+
+    def test_streamed_lines(self) -> None:
+        """The conversation is shown, and each line that is typed reaches the client at once."""
+        self.caller.send("How are you?", stream=True)
+        self.program.until("How are you?")
+        events = self.caller.events()
+        for line in ("Fine.", "", "And you?", "//end"):
+            self.program.type(line)
+            self.assertEqual(contents(events, line.replace("//", "/") + "\n"), line.replace("//", "/") + "\n")
+        self.program.type("/end")
+        self.assertEqual([event for event in events if "error" in event], [])
+        self.program.until("  200  ")
+
+    def test_whole_answer(self) -> None:
+        """A request that is not streamed gets all at /end; lines typed ahead are for it."""
+        self.program.type("One", "Two", "/end")
+        self.assertEqual(self.caller.said(), "One\nTwo\n")
+
+    def test_turns(self) -> None:
+        """One conversation at a time has the terminal; the others wait for their turn."""
+        self.caller.send("First")
+        self.program.until("First")
+        second = Caller(self, self.url)
+        second.send("Second")
+        self.program.type("1", "/end")
+        self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["content"], "1\n")
+        self.program.until("Second")
+        self.program.type("2", "/end")
+        self.assertEqual(second.receive()[1]["choices"][0]["message"]["content"], "2\n")
+
+    def test_call(self) -> None:
+        """/call calls a tool, with what follows its name as the arguments."""
+        self.caller.send()
+        self.program.type("/call", '/call get_weather {"city": "Paris"}', "/end")
+        self.program.until("usage: /call NAME JSON")
+        call = self.caller.receive()[1]["choices"][0]["message"]["tool_calls"][0]["function"]
+        self.assertEqual((call["name"], json.loads(call["arguments"])), ("get_weather", {"city": "Paris"}))
+
+    def test_error_first(self) -> None:
+        """/error before anything is said is a reply of that status."""
+        self.program.type("/error", "/error x", "/error 200 fine", "/error 429 Slow down.")
+        self.assertEqual(self.caller.said(), "429 Slow down.")
+
+    def test_error_later(self) -> None:
+        """/error once something was said is an error in the stream."""
+        self.caller.send(stream=True)
+        self.program.type("So")
+        events = self.caller.events()
+        contents(events, "So\n")
+        self.program.type("/error 500 Out of words.")
+        self.assertIn("Out of words.", [event["error"]["message"] for event in events if "error" in event])
+
+    def test_hangup(self) -> None:
+        """/hangup drops the connection with no reply."""
+        self.program.type("/hangup")
+        with self.assertRaises((http.client.RemoteDisconnected, ConnectionError)):
+            self.caller.said()
+
+    def test_client_leaves(self) -> None:
+        """A client that leaves while one types gives the terminal to the next, which is said."""
+        self.caller.send("First", stream=True)
+        self.program.until("First")
+        self.program.type("So")
+        contents(self.caller.events(), "So\n")
+        self.caller.connection.close()
+        self.program.until("client has left")
+        self.program.type("2", "/end")
+        self.assertEqual(Caller(self, self.url).said(), "2\n")
+
+    def test_unknown_command(self) -> None:
+        """A command that there is not shows those that there are."""
+        self.caller.send()
+        self.program.type("/quit")
+        self.program.until("/end")
+        self.program.type("/end")
+        self.caller.receive()
+
+    def test_input_ends(self) -> None:
+        """When the input ends, so does the answer, with what was said; later requests get a 503."""
+        stdin: Any = self.program.process.stdin
+        self.caller.send()
+        self.program.type("So far")
+        stdin.close()
+        self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["content"], "So far\n")
+        self.assertIn("503 ", self.caller.said())
+
+
+class ShownTextTest(unittest.TestCase):
+    @staticmethod
+    def exchange(**changes: Any) -> Any:
+        request = SimpleNamespace(api="responses", model="gpt-4o", stream=True)
+        usage = openai_fake.Usage(9, 2)
+        return SimpleNamespace(
+            **{
+                "method": "POST",
+                "path": "/v1/responses",
+                "status": 200,
+                "request": request,
+                "seconds": 0.0123,
+                "answer": (),
+                "usage": usage,
+                "outcome": "",
+            }
+            | changes
+        )
+
+    def test_log_line(self) -> None:
+        """A line has time, API, model, stream, status, duration, tokens, and what went wrong."""
+        json_request = SimpleNamespace(api="chat.completions", model="m", stream=False)
+        cases: dict[str, tuple[dict[str, Any], str]] = {
+            "whole": ({}, "12:00:00 responses gpt-4o stream 200 0.012 s 9+2 tokens"),
+            "json": ({"request": json_request}, "12:00:00 chat.completions m json 200 0.012 s 9+2 tokens"),
+            "other": (
+                {"request": None, "usage": None, "method": "GET", "path": "/v1/models"},
+                "12:00:00 GET /v1/models 200 0.012 s",
+            ),
+            "cut": (
+                {"status": 0, "usage": None, "outcome": "client left"},
+                "12:00:00 responses gpt-4o stream --- 0.012 s client left",
+            ),
+        }
+        for name, (changes, expected) in cases.items():
+            with self.subTest(name=name):
+                line = openai_fake._log_line(self.exchange(**changes), "12:00:00")
+                self.assertTrue(line.endswith("\n"))
+                self.assertEqual(" ".join(line.split()), expected)
+
+    def test_colours(self) -> None:
+        """A status is green, yellow or red by its hundreds, and red where none was sent."""
+        for status, colour in ((200, "32"), (404, "33"), (500, "31"), (0, "31")):
+            with self.subTest(status=status):
+                line = openai_fake._log_line(self.exchange(status=status), "12:00:00", True)
+                self.assertIn(f"\x1b[{colour}m{status or '---'}\x1b[0m", line)
+
+    def test_untrusted(self) -> None:
+        """What a client sent cannot move the cursor, colour, ring, reverse or break the output."""
+        hostile = "a\x1b[2J\x07\r\x9b\u202e\u2028\x00\x7f\ud800\nb"
+        request = SimpleNamespace(api="responses", model=hostile, stream=True)
+        shown = [
+            openai_fake._log_line(self.exchange(request=request, outcome=hostile), "12:00:00"),
+            openai_fake._log_line(self.exchange(request=None, path=hostile, method=hostile), "12:00:00"),
+            openai_fake._shown_conversation([self.message(hostile, hostile, hostile)]),
+            openai_fake._answer_text([openai_fake.Text(hostile), openai_fake.ToolCall(hostile, hostile, id="1")]),
+        ]
+        for text in shown:
+            with self.subTest(text=text):
+                self.assertEqual(text.replace("\n", "").strip(), "".join(filter(str.isprintable, text)).strip())
+        self.assertEqual([text.count("\n") for text in shown[:2]], [1, 1])
+
+    def test_long_texts(self) -> None:
+        """A text of any length shows its beginning, and how much is left out."""
+        text = openai_fake._shown_conversation([self.message("user", "x" * 1_000_000)])
+        self.assertLess(len(text), 3_000)
+        self.assertIn("(998,000 more characters)", text)
+
+    def test_conversation(self) -> None:
+        """A message shows its role and its text, with its lines one below the other, and its calls."""
+        messages = [self.message("user", "Rain\nin Paris?"), self.message("assistant", "", "{}")]
+        self.assertEqual(
+            openai_fake._shown_conversation(messages),
+            "  > user       Rain\n               in Paris?\n  > call       get_weather({})\n",
+        )
+
+    def test_answer(self) -> None:
+        """Every kind of part is shown; one that has no words of its own by its repr."""
+        parts = [openai_fake.Reasoning("Hm."), openai_fake.Text("Yes."), openai_fake.Disconnect()]
+        lines = openai_fake._answer_text(parts).splitlines()
+        self.assertEqual([line.split()[1] for line in lines], ["reasoning", "answer", "Disconnect"])
+
+    def test_banner_quoting(self) -> None:
+        """What a shell would take apart is quoted."""
+        text = openai_fake._banner("http://[::1]:80/v1", {"OPENAI_API_KEY": "a b"}, "it's", None)
+        self.assertIn("'http://[::1]:80/v1/chat/completions'", text)
+        self.assertIn("export OPENAI_API_KEY='a b'", text)
+        self.assertTrue(text.startswith("openai_fake listens on http://[::1]:80/v1\n"))
+
+    @staticmethod
+    def message(role: str, text: str, arguments: str | None = None) -> Any:
+        calls = [] if arguments is None else [openai_fake.ToolCall("get_weather", arguments, id="call_1")]
+        return SimpleNamespace(role=role, text=text, tool_calls=calls, tool_call_id=None)
+
+
+# ---- The README and the docstrings -----------------------------------------------------------------------------------
+
+
+README = Path(__file__).with_name("README.md").read_text("utf-8")
+HAS_PYTEST = find_spec("pytest") is not None
+OPENAI = int(importlib.metadata.version("openai").split(".")[0]) if HAS_OPENAI else 0
+needs_openai_3 = unittest.skipUnless(OPENAI >= 3, "openai 3 or newer is not installed")
+
+
+def fenced(language: str) -> list[str]:
+    """The README's blocks of a language; a Python one after as many empty lines as there are lines before it."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return ["\n" * (language == "python") * README[: each.start(1)].count("\n") + each[1] for each in found]
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the table under a heading, without its head; a cell that is all code, without its backquotes."""
+    section = re.split(r"^#+ ", README.split(f"\n### {heading}\n")[1], flags=re.MULTILINE)[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip("`") for cell in row] for row in rows[2:]]
+
+
+class ReadmeBlocksTest(unittest.TestCase):
+    """What the README shows is what happens."""
+
+    def names_of(self, block: str) -> dict[str, Any]:
+        """The names that a block makes; a recipe goes on from the block with FakeCase."""
+        first, common, *_ = fenced("python")
+        names: dict[str, Any] = {"__name__": "readme"}
+        for source in (block,) if block == first else (common, "import json", block):
+            exec(compile(source, "README.md", "exec", dont_inherit=True), names)
+        return names
+
+    def test_python_compiles(self) -> None:
+        """Every Python block is Python."""
+        for block in fenced("python"):
+            compile(block, "README.md", "exec")
+
+    @needs_openai_3
+    def test_python_runs(self) -> None:
+        """Every Python block but the recipes' common lines holds tests, and they pass."""
+        first, common, *recipes = fenced("python")
+        self.assertIn("class FakeCase", common)
+        for block in (first, *recipes):
+            if "import pytest" in block:
+                continue
+            names = self.names_of(block)
+            with self.subTest(name=re.findall(r"class (\w+)\((?:\w+\.)?\w*TestCase|class (\w+)\(FakeCase", block)):
+                suite = unittest.TestSuite()
+                for case in names.values():
+                    if isinstance(case, type) and issubclass(case, unittest.TestCase):
+                        suite.addTest(unittest.defaultTestLoader.loadTestsFromTestCase(case))
+                result = unittest.TestResult()
+                suite.run(result)
+                self.assertEqual([text for _, text in (*result.errors, *result.failures)], [])
+                self.assertGreater(result.testsRun, 0)
+
+    @needs_openai_3
+    @unittest.skipUnless(HAS_PYTEST, "pytest is not installed")
+    def test_pytest_recipe_runs(self) -> None:
+        """The pytest recipe passes under pytest."""
+        _, common, *recipes = fenced("python")
+        [recipe] = [block for block in recipes if "import pytest" in block]
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "test_recipe.py").write_text(common + recipe, "utf-8")
+            where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
+            done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_streams_are_as_shown(self) -> None:
+        """Both streams of the console block are what the server sends; `…` stands for anything."""
+        [console] = fenced("console")
+        shown = re.findall(r"^\$ curl -N \S+?(/v1\S+) -d '(.*?)'\n(.*?)(?=^\$|\Z)", console, re.DOTALL | re.MULTILINE)
+        self.assertEqual([path for path, _, _ in shown], [*PATHS.values()])
+        for path, body, output in shown:
+            with self.subTest(name=path), FakeOpenAI() as server:
+                sent = call(server, body.encode(), path).body.decode()
+                pattern = ".*?".join(map(re.escape, output.strip().split("…")))
+                self.assertIsNotNone(re.fullmatch(pattern, sent.strip(), re.DOTALL), sent)
+
+    def test_banner_is_as_shown(self) -> None:
+        """The command that serves prints what the README says."""
+        self.assertIn("python -m openai_fake\n", fenced("sh"))
+        [shown] = fenced("text")
+        environ = {"OPENAI_BASE_URL": "http://127.0.0.1:8080/v1", "OPENAI_API_KEY": "sk-fake"}
+        self.assertEqual(shown, openai_fake._banner(environ["OPENAI_BASE_URL"], environ, "gpt-4o", None))
+
+    def test_help_runs(self) -> None:
+        """`python -m openai_fake --help` names every option of the README's table."""
+        command = [sys.executable, openai_fake.__file__, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        for option, _ in table("Command line"):
+            self.assertIn(option.split()[0], done.stdout)
+
+    def test_docstring_runs(self) -> None:
+        """The examples of the module's docstrings are true."""
+        failed, attempted = doctest.testmod(openai_fake)
+        self.assertEqual(failed, 0)
+        self.assertGreater(attempted, 0)
+
+
+class ReadmeTablesTest(unittest.TestCase):
+    """What the README lists is what there is: no more, no less."""
+
+    def test_endpoints(self) -> None:
+        """The table of endpoints has the routes of the module."""
+        self.assertCountEqual([row[0] for row in table("Endpoints")], openai_fake._ENDPOINTS)
+
+    def test_options(self) -> None:
+        """The table of options has FakeOpenAI's keywords in their order, and their defaults."""
+        parameters = list(inspect.signature(FakeOpenAI).parameters.values())[1:]
+        shown = [(name, eval(default, {"time": time})) for name, default, _ in table("Options")]
+        self.assertEqual(shown, [(each.name, each.default) for each in parameters])
+
+    def test_command_line(self) -> None:
+        """The table of the command line has the parser's options, with what they take."""
+        options: list[str] = []
+        for each in openai_fake._parser()._actions:
+            takes = f" {each.metavar or each.dest.upper()}" if each.nargs is None else ""
+            options.append(each.option_strings[-1] + takes)
+        self.assertCountEqual([row[0] for row in table("Command line")], options)
+
+    def test_parts(self) -> None:
+        """The tables of parts and wire acts have every part there is, with its arguments."""
+        shown: dict[str, list[str]] = {}
+        for signature, _ in (*table("Parts"), *table("Wire acts")):
+            made = ast.parse(signature, mode="eval").body
+            assert isinstance(made, ast.Call) and isinstance(made.func, ast.Name)
+            shown[made.func.id] = [*map(ast.unparse, made.args), *(each.arg or "" for each in made.keywords)]
+        public = {name: getattr(openai_fake, name) for name in openai_fake.__all__}
+        classes = [each for each in public.values() if isinstance(each, type) and issubclass(each, openai_fake._Part)]
+        self.assertEqual(shown, {each.__name__: [*inspect.signature(each).parameters] for each in classes})
+
+    def test_attributes(self) -> None:
+        """The tables of the request and the server name what they have; the request's, all of it."""
+        asked = {name for row in table("The request") for name in re.findall(r"\w+", row[0])}
+        self.assertEqual(asked, {name for name in dir(Request) if not name.startswith("_")})
+        named = {name for row in table("The server") for name in re.findall(r"\w+", re.sub(r"\(.*?\)", "", row[0]))}
+        self.assertEqual(named, {name for name in dir(FakeOpenAI) if not name.startswith("_")} | {"errors"})
+
+
+if __name__ == "__main__":
+    unittest.main()
