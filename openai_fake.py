@@ -21,6 +21,8 @@ To add a part, write one class in the section "What a handler answers": how it s
 Completions, what it is in Responses. To add an endpoint, write one function in the section "Endpoints".
 """
 
+# pyright: strict, reportPrivateUsage=false
+
 from __future__ import annotations
 
 import hashlib
