@@ -57,14 +57,14 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, FrozenInstanceError, dataclass
 from email.utils import formatdate
 from functools import lru_cache
 from heapq import heappop, heappush
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 if TYPE_CHECKING:
@@ -74,15 +74,18 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import TypeAlias
 
-    from typing_extensions import Self, override
+    from typing_extensions import Self, dataclass_transform, override
 else:
     try:
-        from typing_extensions import Self, override
+        from typing_extensions import Self, dataclass_transform, override
     except ImportError:  # the copied file runs on a bare interpreter; only type checkers need the real ones
         Self = Any
 
         def override(method):
             return method
+
+        def dataclass_transform(**options):
+            return override
 
 
 __all__ = [
@@ -197,19 +200,19 @@ _loads = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
-_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
+_FIELD_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_FIELD_VALUE = r"[\t\x20-\x7e\xa0-\xff]*"
 
 
 def _header_fields(headers: Mapping[str, str] | None) -> dict[str, str]:
     """Header fields as given, refused where they could not go on the wire as one field each."""
     fields = dict(headers or {})
     for name, value in fields.items():
-        if not _FIELD_NAME.fullmatch(name):
+        if not re.fullmatch(_FIELD_NAME, name):
             raise ValueError(f"not a header field name: {name!r}")
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"the server itself sets {name}; use Raw(...) or Disconnect() to break an answer")
-        if not _FIELD_VALUE.fullmatch(value):
+        if not re.fullmatch(_FIELD_VALUE, value):
             raise ValueError(f"not a header field value, which is one line of Latin-1: {value!r} in {name!r}")
     return fields
 
@@ -287,10 +290,27 @@ class _Gone(Exception):
     """The client has left, or the server is stopping: there is nobody to answer."""
 
 
+_T = TypeVar("_T")
+
+
 class _Value:
-    """What the frozen dataclasses share: compiled for each class, as dataclass() would, it takes half of the import."""
+    """A value: its fields are set once, and two of a kind with equal fields are equal.
+
+    Its classes are dataclasses by the decorator below. It says once what dataclass(frozen=True) compiles for each class
+    anew, which would take half of the import.
+    """
 
     __slots__: tuple[str, ...] = ()
+
+    @override
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(self, name):
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        object.__setattr__(self, name, value)
+
+    @override
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def _fields(self) -> list[tuple[str, Any]]:
         return [(name, getattr(self, name)) for name in self.__slots__ if name[0] != "_"]
@@ -306,6 +326,12 @@ class _Value:
     @override
     def __hash__(self) -> int:
         return hash((type(self), *self._fields()))
+
+
+@dataclass_transform(frozen_default=True)
+def _value(cls: type[_T]) -> type[_T]:
+    """Makes a class of _Value a slotted dataclass."""
+    return dataclass(slots=True, eq=False, repr=False)(cls)
 
 
 # ---- What the client sent --------------------------------------------------------------------------------------------
@@ -355,7 +381,7 @@ def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Message(_Value):
     """One message of a conversation. `content` is as it came: a string, a list of content parts, or None.
 
@@ -374,7 +400,7 @@ class Message(_Value):
         return _text_of(self.content)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Tool(_Value):
     """A tool that the request offers, in one shape for both APIs. A hosted tool (`web_search`) has a type only."""
 
@@ -1383,7 +1409,7 @@ class _MessagePart(_Spoken):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Text(_MessagePart):
     """Text of the answer. A given Text is sent in word-sized deltas; several in a row are one text.
 
@@ -1397,9 +1423,11 @@ class Text(_MessagePart):
     _grows = "text"
     _content = "output_text"
 
-    def __post_init__(self) -> None:
-        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0:
-            _check(self, text=(self.text, str), choice=(self.choice, int))
+    def __init__(self, text: str, *, choice: int = 0) -> None:  # by hand, as there are thousands in a stream
+        if type(text) is not str or type(choice) is not int or choice < 0:
+            _check(self, text=(text, str), choice=(choice, int))
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "choice", choice)
 
     @override
     def _chat_delta(self, item: _Item, text: str) -> _JSON:
@@ -1453,7 +1481,7 @@ class _Run(Text):
         return Text(text, choice=self.choice)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Refusal(_MessagePart):
     """The model refuses, in these words (`message.refusal`; a refusal content part in Responses)."""
 
@@ -1492,7 +1520,7 @@ class Refusal(_MessagePart):
         return {"refusal": text}
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Reasoning(_Spoken):
     """The model thinks first: a reasoning item in Responses; in Chat Completions only tokens in the usage.
 
@@ -1621,7 +1649,7 @@ class _Call(_Spoken):
         return [(f"response.{self._item_type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
 
 
-@dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
+@_value
 class ToolCall(_Call):
     """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping.
 
@@ -1633,7 +1661,7 @@ class ToolCall(_Call):
     arguments: str
     id: str | None
     choice: int
-    _ours: bool  # the JSON is ours: its spaces may follow the API's habit
+    _ours: bool = False  # the JSON is ours: its spaces may follow the API's habit
 
     _grows = "arguments"
     _prefix = "fc_"
@@ -1657,7 +1685,7 @@ class ToolCall(_Call):
             object.__setattr__(self, key, value)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class CustomToolCall(_Call):
     """The model calls a custom tool, whose input is free text. `id` and "" as a name: as in ToolCall."""
 
@@ -1679,7 +1707,7 @@ class CustomToolCall(_Call):
         _check(self, choice=(self.choice, int))
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class WebSearch(_Spoken):
     """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
 
@@ -1736,7 +1764,7 @@ _Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
 _REASONS = ("stop", "length", "tool_calls", "content_filter")
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Finish(_Part):
     """Why the answer ends. Without it: "tool_calls" where tools were called, else "stop"."""
 
@@ -1754,7 +1782,7 @@ class Finish(_Part):
         teller.encoder.finish[self.choice] = self.reason
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Usage(_Part):
     """The tokens that the answer says it used. Without it they are estimated from the texts."""
 
@@ -1780,7 +1808,7 @@ class Usage(_Part):
         teller.encoder.usage = self
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Pause(_Part):
     """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
 
@@ -1795,7 +1823,7 @@ class Pause(_Part):
         teller.pause(self.seconds)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Disconnect(_Part):
     """The server hangs up here: with a FIN, or a RST if `reset`. A stream has no terminator, a JSON body is cut."""
 
@@ -1807,7 +1835,7 @@ class Disconnect(_Part):
         teller.disconnect(self.reset)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Raw(_Part):
     """These bytes, as they are, in the place of an event (or in the JSON body, which they are if nothing is said)."""
 
@@ -1822,7 +1850,7 @@ class Raw(_Part):
         teller.raw(self.data)
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class StreamError(_Part):
     """The answer fails here. A stream gets the API's in-stream error; a request for JSON a 500 with these fields."""
 
@@ -1932,7 +1960,7 @@ _END: Any = object()  # in a Stream's queue: close() was called
 _WAKE: Any = object()  # in a Stream's queue: look whether the client has left
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class _Failure(_Part):
     """An APIError at this place: itself where nothing is sent yet, a StreamError in a stream."""
 
@@ -2082,7 +2110,7 @@ def echo(request: Request) -> str:
 # The low level: the original's data, for who wants to say exactly what a chunk holds.
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class ChunkChoice(_Value):
     """One choice of a Chunk: `delta` is its content, sent where it is not empty, and so are the others."""
 
@@ -2092,7 +2120,7 @@ class ChunkChoice(_Value):
     finish_reason: _Reason | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Chunk(_Part):
     """One chat.completion.chunk, sent as it is given; in Responses and in JSON, the parts that it says.
 
@@ -2123,7 +2151,7 @@ class Chunk(_Part):
         return parts + ([self.usage] if self.usage else [])
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class CompletionChoice(_Value):
     """One choice of a Completion."""
 
@@ -2132,7 +2160,7 @@ class CompletionChoice(_Value):
     finish_reason: _Reason = "stop"
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@_value
 class Completion(_Value):
     """A whole chat.completion. Empty `id`, `model` and `created` stand for the answer's own, as in Chunk."""
 
@@ -2760,7 +2788,7 @@ _TOOL_DEFAULTS: dict[str, _JSON] = {
     "tool_search": {"description": None, "parameters": None},
 }
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-_RESPONSE_ID = re.compile(r"resp_[0-9a-f]{50}")
+_RESPONSE_ID = r"resp_[0-9a-f]{50}"
 
 
 def _strict_schema(schema: Any) -> Any:
@@ -2820,7 +2848,7 @@ class _ResponsesEncoder(_Encoder):
         # "0" and 15 digits that a response shares with its items, then the second it was made (wire.md 6)
         self.shared = f"0{ids.hex(15)}00"
         self.id = reply.id or self._id("resp_")
-        if reply.id and _RESPONSE_ID.fullmatch(reply.id):
+        if reply.id and re.fullmatch(_RESPONSE_ID, reply.id):
             self.shared = reply.id[5:23]
         self.background = body.get("background") is True
         self.obfuscated = self.asked.obfuscated and not self.background
@@ -3078,7 +3106,7 @@ class _Route(NamedTuple):
 
 
 _APIS = {"POST /chat/completions": "chat.completions", "POST /responses": "responses"}
-_PREFIX = re.compile(r"(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*)", re.DOTALL)
+_PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
 def _pattern(path: str) -> re.Pattern[str]:
@@ -3091,7 +3119,7 @@ def _pattern(path: str) -> re.Pattern[str]:
 
 def _find_route(routes: Mapping[str, _Endpoint], method: str, path: str) -> _Route:
     """The route of a request. HEAD is served as GET."""
-    match = _PREFIX.fullmatch(path)
+    match = re.fullmatch(_PREFIX, path)
     deployment, rest = match.groups() if match else (None, path)
     method = "GET" if method == "HEAD" else method
     allowed: list[str] = []
@@ -3613,21 +3641,21 @@ class _Head(NamedTuple):
     coding: str  # Content-Encoding
 
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
-_LENGTH = re.compile(r"[0-9]{1,18}")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_BEGINNING = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?")
-_BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)")
+_REQUEST_LINE = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
+_FIELD = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*"
+_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?"
+_LENGTH = r"[0-9]{1,18}"
+_CHUNK_SIZE = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
+_BAD_PERCENT = r"%(?![0-9A-Fa-f]{2})"
+_BEGINNING = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?"
+_BARE = rb"(?<!\r)\n|\r(?!\n)"
 
 
 def _request_line(line: bytes) -> tuple[str, str, bool]:
     """Method, target, and whether it is HTTP/1.1."""
     if len(line) > _MAX_LINE:
         raise _Refused(414, f"The request line is longer than {_MAX_LINE} bytes.")
-    match = _REQUEST_LINE.fullmatch(line)
+    match = re.fullmatch(_REQUEST_LINE, line)
     if match is None:
         raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
     if match[3] != b"1" or match[4] not in b"01":
@@ -3644,7 +3672,7 @@ def _target(method: str, target: str) -> tuple[str, str, str]:
     elif target.lower().startswith(("http://", "https://")):
         try:
             url = urlsplit(target)
-            if not url.hostname or url.port == 0 or not _HOST.fullmatch(url.netloc.rpartition("@")[2]):
+            if not url.hostname or url.port == 0 or not re.fullmatch(_HOST, url.netloc.rpartition("@")[2]):
                 raise ValueError  # Python 3.10 takes [zz] for an address
         except ValueError:
             raise _Refused(400, "The request target is not a valid URL.") from None
@@ -3652,7 +3680,7 @@ def _target(method: str, target: str) -> tuple[str, str, str]:
     else:
         raise _Refused(400, "The request target is neither a path nor a URL.")
     path = path.partition("#")[0]
-    if _BAD_PERCENT.search(path):
+    if re.search(_BAD_PERCENT, path):
         raise _Refused(400, "The request target has a '%' that is not followed by two hexadecimal digits.")
     try:
         return path, query, unquote_to_bytes(path).decode()
@@ -3665,7 +3693,7 @@ def _fields(lines: list[bytes]) -> list[tuple[str, str]]:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
     fields: list[tuple[str, str]] = []
     for line in lines:
-        match = _FIELD.fullmatch(line)
+        match = re.fullmatch(_FIELD, line)
         if match is None:
             raise _Refused(400, "A header line is not 'Name: value', or has a control character.")
         fields.append((match[1].decode().lower(), match[2].decode("latin-1")))
@@ -3682,7 +3710,7 @@ def _parse_head(head: bytes) -> _Head:
     for name, value in fields:
         values.setdefault(name, []).append(value)
     hosts = values.get("host", [])
-    if len(hosts) > 1 or (http11 and not hosts) or not all(map(_HOST.fullmatch, hosts)):
+    if len(hosts) > 1 or (http11 and not hosts) or not all(re.fullmatch(_HOST, host) for host in hosts):
         raise _Refused(400, "The request needs one valid Host header field.")
     tokens = {token.strip().lower() for value in values.get("connection", ()) for token in value.split(",")}
     keep_alive = "close" not in tokens and (http11 or "keep-alive" in tokens)
@@ -3708,7 +3736,7 @@ def _body_length(values: dict[str, list[str]], http11: bool) -> int:
         return -1
     if lengths is None:
         return 0
-    if len(set(lengths)) > 1 or not _LENGTH.fullmatch(lengths[0]) or not lengths[0].isascii():
+    if len(set(lengths)) > 1 or not re.fullmatch(_LENGTH, lengths[0]) or not lengths[0].isascii():
         raise _Refused(400, "Content-Length is not one number.")
     if int(lengths[0]) > _MAX_BODY:
         raise _too_large()
@@ -3726,9 +3754,9 @@ def _check_beginning(data: bytes) -> None:
         _request_line(line)
     elif line.endswith(b"\r"):
         line = line[:-1]
-    if not _BEGINNING.fullmatch(line):
+    if not re.fullmatch(_BEGINNING, line):
         raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
-    if _BARE.search(data[:-1] if data.endswith(b"\r") else data):
+    if re.search(_BARE, data[:-1] if data.endswith(b"\r") else data):
         raise _Refused(400, "A line of the head does not end with CR LF.")
     if data.count(b"\r\n") > _MAX_FIELDS + 1:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
@@ -4666,7 +4694,7 @@ class _Connection(BaseRequestHandler):
     def _chunked_body(self) -> bytes:
         body = bytearray()
         while True:
-            match = _CHUNK_SIZE.fullmatch(self._line())
+            match = re.fullmatch(_CHUNK_SIZE, self._line())
             if match is None:
                 raise _Refused(400, "The size of a chunk is not a hexadecimal number.")
             size = int(match[1], 16)
