@@ -134,6 +134,7 @@ _MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 t
 _MAX_DEPTH = 200  # of JSON in requests: Python gives up at 1,000 frames, and some code takes two or three a level
 _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
+_RUN = 256  # texts that are encoded together; their events fill a batch
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
@@ -2636,19 +2637,18 @@ class _ChatEncoder(_Encoder):
             return []
         events: list[_Event] = []
         self.close_items()
-        bodies = {choice["index"]: choice for choice in self._choices()}
-        for choice in bodies:
+        spoken = self._spoken_choices()
+        for choice in spoken:
             if choice not in self.started:
                 opened = Text("", choice=choice)
                 events.append(self._choice(choice, opened._chat_role(_Item(opened, 0)), self._empty_logprobs(opened)))
-        for choice, body in bodies.items():
-            if body["message"]["annotations"]:
-                events.append(self._choice(choice, {"annotations": body["message"]["annotations"]}))
-        events += [
-            self._choice(choice, {}, finish=body["finish_reason"])
-            for choice, body in bodies.items()
-            if choice not in self.finished
-        ]
+        if any(item.sources for item in self.items):
+            cited = {body["index"]: body["message"]["annotations"] for body in self._choices()}
+            events += [self._choice(choice, {"annotations": each}) for choice, each in cited.items() if each]
+        for choice in spoken:
+            if choice not in self.finished:
+                reason = self._finish_reason(choice, choice in self.calls)
+                events.append(self._choice(choice, {}, finish=reason))
         if self.asked.with_usage:
             events.append(self._chunk([], self._padding(), self._usage(), False))
         return events
@@ -2662,11 +2662,14 @@ class _ChatEncoder(_Encoder):
         forced = self.asked.forced and self.model.forced_stop
         return "tool_calls" if called and not forced else "stop"
 
+    def _spoken_choices(self) -> list[int]:
+        return sorted({item.part.choice for item in self.items if item.part._in_chat} | set(self.finish)) or [0]
+
     def _choices(self) -> list[_JSON]:
         messages: dict[int, _JSON] = {}
         entries: dict[int, _JSON] = {}
         spoken = [item for item in self.items if item.part._in_chat]
-        for choice in sorted({item.part.choice for item in spoken} | set(self.finish)) or [0]:
+        for choice in self._spoken_choices():
             messages[choice] = {
                 "role": "assistant",
                 "content": None,
@@ -4122,6 +4125,9 @@ class _Teller:
     def flush(self) -> None:
         """Sends what is gathered: what comes next may take its time."""
 
+    def hurry(self) -> None:
+        """The answer is long: its beginning is to go out at once."""
+
     def live(self) -> None:
         """The parts come from a Stream: the client may know that the answer has begun."""
 
@@ -4151,7 +4157,7 @@ class _StreamTeller(_Teller):
         self.chunked = connection.http11
         self.pending: list[bytes] = []
         self.size = 0
-        self.limit = 1  # the first event goes at once, then batches that grow
+        self.limit = _BATCH
         self.begun = False
 
     def _add(self, data: bytes) -> None:
@@ -4173,7 +4179,7 @@ class _StreamTeller(_Teller):
                 self._add(_chunk_of(frame) if chunked else frame)
         if self.size >= self.limit and not hold:
             self.flush()
-            self.limit = min(_BATCH, max(2048, self.limit * 8))
+            self.limit = _BATCH
 
     def flush(self) -> None:
         if self.pending:
@@ -4181,6 +4187,9 @@ class _StreamTeller(_Teller):
             if not self.connection.headed:
                 pending.insert(0, self.connection.stream_head(self.reply))
             self.connection.send(b"".join(pending))
+
+    def hurry(self) -> None:
+        self.limit = 1
 
     def live(self) -> None:
         if not self.begun:
@@ -4334,11 +4343,9 @@ class _BodyTeller(_Teller):
         send(piece + body[sent:])
 
 
-def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> Iterator[_Part]:
-    """The parts of an answer that is known: as they are, but repeated for n, and with Texts in a row taken together."""
+def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> list[_Part]:
+    """The parts of an answer that is known: as they are, but repeated for n, and parallel calls as the API has them."""
     n = encoder.asked.n
-    if n == 1 and len(parts) == 1:
-        return iter(parts)
     calls: dict[int, int] = {}
     for part in parts:
         if isinstance(part, _Call) and part.name:
@@ -4349,7 +4356,7 @@ def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> Iterat
             parts = [_spaced(part) if isinstance(part, ToolCall) else part for part in parts]
     if n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
         parts = list(_repeated(parts, n))
-    return _runs(parts) if len(parts) > 2 else iter(parts)
+    return parts
 
 
 def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
@@ -4380,10 +4387,10 @@ def _spaced(call: ToolCall) -> ToolCall:
     )
 
 
-def _runs(parts: list[_Part]) -> Iterator[_Part]:
-    """Texts of one choice in a row as one; the first goes out at once, those after it many at a time."""
+def _runs(parts: list[_Part], size: int) -> Iterator[_Part]:
+    """Texts of one choice in a row as one: `size` fragments first, then as many at a time as fill a send."""
     fragments: list[str] = []
-    choice, size = 0, 1
+    choice = 0
     for part in parts:
         if type(part) is not Text or part.choice != choice:
             if fragments:
@@ -4394,9 +4401,9 @@ def _runs(parts: list[_Part]) -> Iterator[_Part]:
                 continue
             choice = part.choice
         fragments += part._fragments()
-        if len(fragments) >= size:
-            yield _Run.of(fragments, choice)
-            fragments, size = [], 256
+        while len(fragments) >= size:
+            yield _Run.of(fragments[:size], choice)
+            fragments, size = fragments[size:], _RUN
     if fragments:
         yield _Run.of(fragments, choice)
 
@@ -4476,7 +4483,12 @@ def _source(reply: Reply, request: Request, teller: _Teller) -> Iterator[_Part]:
     """The parts of a reply, wherever they come from."""
     known = reply._known()
     if known is not None:
-        return _in_order(known, request, teller.encoder)
+        if len(known) > 1 or teller.encoder.asked.n > 1:
+            known = _in_order(known, request, teller.encoder)
+        if len(known) <= _RUN // 4 and not any(type(part) is Text and len(part.text) > _RUN for part in known):
+            return _runs(known, _RUN)  # soon encoded: it goes out in one piece
+        teller.hurry()
+        return _runs(known, 1)
     return _mixed(reply.parts, request, teller)
 
 
