@@ -63,6 +63,8 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from http.server import ThreadingHTTPServer
 from importlib import import_module
+from itertools import groupby
+from operator import attrgetter
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
@@ -4389,23 +4391,19 @@ def _spaced(call: ToolCall) -> ToolCall:
 
 def _runs(parts: list[_Part], size: int) -> Iterator[_Part]:
     """Texts of one choice in a row as one: `size` fragments first, then as many at a time as fill a send."""
-    fragments: list[str] = []
-    choice = 0
-    for part in parts:
-        if type(part) is not Text or part.choice != choice:
-            if fragments:
-                yield _Run.of(fragments, choice)
-                fragments = []
-            if type(part) is not Text:
-                yield part
-                continue
-            choice = part.choice
-        fragments += part._fragments()
-        while len(fragments) >= size:
-            yield _Run.of(fragments[:size], choice)
-            fragments, size = fragments[size:], _RUN
-    if fragments:
-        yield _Run.of(fragments, choice)
+    for kind, group in groupby(parts, type):
+        if kind is not Text:
+            yield from group
+            continue
+        for choice, texts in groupby(cast("Iterator[Text]", group), _CHOICE):
+            fragments = [fragment for text in texts for fragment in _tokens(text.text) or ("",)]
+            at = 0
+            while at < len(fragments):
+                yield _Run.of(fragments[at : at + size], choice)
+                at, size = at + size, _RUN
+
+
+_CHOICE = attrgetter("choice")
 
 
 def _next(parts: Iterator[Any]) -> Any:
@@ -6072,7 +6070,7 @@ class _Turn:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.stream = Stream()
+        self.stream = Stream(timeout=None)  # a person may think for long
         # What the handler returns: the stream at the first thing said; or an error, whose status the reply then has.
         self.begun: queue.SimpleQueue[Stream | APIError] = queue.SimpleQueue()
         self.said = False
