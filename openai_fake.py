@@ -12,10 +12,14 @@ client asked for: Chat Completions or Responses, JSON or a stream of server-sent
 ...         json.load(reply)["choices"][0]["message"]["content"]
 'You said: Hello'
 
-How the data flows, which is also the order of this file:
+How the data flows:
 
     HTTP bytes -> Request -> handler(request) -> parts -> encoder -> events -> SSE frames -> chunked bytes
                                                             \\-> fold -> JSON body
+
+The file has first what knows no socket (requests, parts, encoders, endpoints), then HTTP, then the server that tests
+use and the command line. In comments, `wire.md N` (or `wire N`) is section N of the notes on OpenAI's recorded traffic
+that this was written from, and `clients.md` the notes on what clients need.
 
 To add a part, write one class in the section "What a handler answers": how it splits and merges, what it is in Chat
 Completions, what it is in Responses. To add an endpoint, write one function in the section "Endpoints".
@@ -134,6 +138,7 @@ _MAX_BODY = 64 << 20  # bytes, decoded; OpenAI documents 50 MB for a request wit
 _MAX_LINE = 64 << 10  # bytes of a request line; RFC 9112 3 asks for 8,000 at least
 _MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 to 64 KiB, Go at 1 MiB
 _MAX_DEPTH = 200  # of JSON in requests: Python gives up at 1,000 frames, and some code takes two or three a level
+_MAX_CHUNK_LINE = 4 << 10  # bytes of a chunk's size with its extensions, or of a trailer; as Go has it
 _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
 _RUN = 256  # texts that are encoded together; their events fill a batch
@@ -281,7 +286,7 @@ def rate_limit(retry_after: float = 0.02) -> APIError:
     )
 
 
-class _Fault(Exception):
+class _HandlerError(Exception):
     """The handler's mistake, never the client's: the client gets a 500, and the test gets `error`."""
 
     def __init__(self, error: BaseException) -> None:
@@ -505,8 +510,9 @@ class _Asked:
         self.store = body.get("store")
         self.prompt_tokens = _estimate(_list(body.get("messages")))
         # A string is all of the answer's choice, and its JSON like any other's: see _Telling.plain.
-        self.plain = api == "chat.completions" and not (self.stream or self.logprobs or self.store or self.n > 1)
+        self.plain = api == "chat.completions" and not (self.logprobs or self.store or self.n > 1)
         self.plain = self.plain and _model(self.model).service_tier  # the others' ids are not like the rest
+        self.known = False  # shared
         self.cut = ""  # that JSON, encoded but for what differs
 
 
@@ -593,12 +599,12 @@ class Request:
 
         For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`.
         """
-        if self._messages is None:
-            if self.api == "responses":
-                self._messages = _items_messages(self._items)
-            else:
-                self._messages = _chat_messages(self.body.get("messages"))
-        return self._messages
+        messages = self._messages
+        if messages is None:
+            responses = self.api == "responses"
+            messages = _items_messages(self._items) if responses else _chat_messages(self.body.get("messages"))
+            self._messages = messages
+        return messages  # not the attribute: _forget() may clear it at any time
 
     @property
     def _items(self) -> list[Any]:
@@ -652,8 +658,7 @@ def _estimate(items: Iterable[object]) -> int:
     tokens = 3
     for item in items:
         sent = _dict(item)
-        content = sent.get("content")
-        text = content if isinstance(content, str) else _text_of(content)
+        text = _text_of(sent.get("content"))
         for key in ("output", "arguments"):
             if key in sent:
                 text += _text_of(sent[key])
@@ -675,22 +680,22 @@ _KINDS: dict[type, str] = {
 }  # fmt: skip
 
 
-def _refusal(message: str, param: str | None, code: str | None = None) -> APIError:
+def _bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
     return APIError(400, message, type="invalid_request_error", code=code, param=param)
 
 
 def _missing(path: str) -> APIError:
-    return _refusal(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
+    return _bad_request(f"Missing required parameter: '{path}'.", path, "missing_required_parameter")
 
 
 def _outside(path: str, problem: str, expected: str, got: object, code: str) -> APIError:
-    return _refusal(f"Invalid '{path}': {problem}. Expected {expected}, but got {got} instead.", path, code)
+    return _bad_request(f"Invalid '{path}': {problem}. Expected {expected}, but got {got} instead.", path, code)
 
 
 def _unsupported(path: str, value: str, supported: Iterable[str]) -> APIError:
     *most, last = (f"'{name}'" for name in supported)
     listed = f"{', '.join(most)}{',' if len(most) > 1 else ''} and {last}" if most else last
-    return _refusal(f"Invalid value: '{value}'. Supported values are: {listed}.", path, "invalid_value")
+    return _bad_request(f"Invalid value: '{value}'. Supported values are: {listed}.", path, "invalid_value")
 
 
 def _passes(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
@@ -706,7 +711,9 @@ def _either(expected: str, *checks: tuple[type, _Check]) -> _Check:
         if further := by_type.get(value.__class__):
             return further(value, path, holder)
         got = _KINDS.get(value.__class__, "an object")
-        return _refusal(f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type")
+        return _bad_request(
+            f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type"
+        )
 
     return check
 
@@ -829,14 +836,14 @@ def _plain(item: Any) -> bool:
     return (
         item.__class__ is dict
         and len(item) == 2
-        and item.get("role") in _PLAIN
+        and item.get("role") in _PLAIN_ROLES
         and item.get("content").__class__ is str
     )
 
 
 # Chat's messages
 
-_PLAIN = ("user", "assistant", "system", "developer")
+_PLAIN_ROLES = ("user", "assistant", "system", "developer")
 _chat_parts: dict[str, _Check] = {  # S, order I*
     "text": _object({"text": _any_string}),
     "image_url": _object({"image_url": _object({"url": _any_string})}),
@@ -896,11 +903,11 @@ def _unpaired(messages: list[Any]) -> APIError | None:
         if message["role"] == "tool":
             if message["tool_call_id"] not in answered:
                 words = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
-                return _refusal(f"Invalid parameter: {words}", f"messages.[{index}].role")
+                return _bad_request(f"Invalid parameter: {words}", f"messages.[{index}].role")
             answered[message["tool_call_id"]] = True
             continue
         if lacking := [call for call, done in answered.items() if not done]:
-            return _refusal(
+            return _bad_request(
                 "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
                 f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(lacking)}",
                 f"messages.[{min(index, len(messages) - 1)}].role",
@@ -932,8 +939,8 @@ _typed_item = _tagged("type", _item_types, closed=False)
 def _input_item(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
     if _plain(value):
         return None
-    if value.__class__ is dict and value.get("type") is None:  # S: only messages and references may lack it
-        value = {**value, "type": "item_reference" if "id" in value and "role" not in value else "message"}
+    if value.__class__ is dict and value.get("type") is None:
+        value = {**value, "type": _item_type(value)}
     return _typed_item(value, path, holder)
 
 
@@ -952,7 +959,7 @@ def _input(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
 
 def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
     if value is None or value == "":
-        return _refusal("you must provide a model parameter", None)
+        return _bad_request("you must provide a model parameter", None)
     return _any_string(value, path, holder)
 
 
@@ -966,7 +973,7 @@ _stream_flags = _object({}, {"include_usage": _boolean, "include_obfuscation": _
 def _stream_options(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
     if holder.get("stream") is True:
         return _stream_flags(value, path, holder)
-    return _refusal("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
+    return _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
 
 
 _conversation_id = _either("one of a string or object", (str, _passes), (dict, _object({"id": _any_string})))
@@ -976,12 +983,12 @@ def _conversation_named(value: Any, path: str, holder: dict[str, Any]) -> APIErr
     if holder.get("previous_response_id") is None:
         return _conversation_id(value, path, holder)
     words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'pre..._id' or 'conversation'."
-    return _refusal(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
+    return _bad_request(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
 
 
 def _moved(new: str) -> _Check:
     def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-        return _refusal(
+        return _bad_request(
             f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. Try again "
             "with the new parameter. See the API documentation for more information: "
             "https://platform.openai.com/docs/api-reference/responses/create.",
@@ -1026,7 +1033,7 @@ _CHAT: dict[str, _Check] = {
     "tool_choice": _choice(_tagged("type", _chat_choices), "none", "auto", "required"),  # S
     "parallel_tool_calls": _boolean,  # S
     "max_completion_tokens": _integer(1),  # wire 5: P
-    "n": _integer(1, 8),  # wire 5: P
+    "n": _integer(1, _MAX_CHOICES),  # wire 5: P
     "temperature": _decimal(0, 2),  # wire 5: R, P; S
     "top_p": _decimal(0, 1),  # S
     "presence_penalty": _decimal(-2, 2),  # S
@@ -1128,7 +1135,7 @@ def _unknown(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
     near = [(_distance(name, other), other) for other in known if other not in body and abs(len(other) - len(name)) < 3]
     distance, other = min(near, default=(3, ""))
     hint = f" Did you mean '{other}'?" if distance < 3 else ""
-    return _refusal(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
+    return _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
 
 
 def _distance(left: str, right: str) -> int:
@@ -1149,11 +1156,14 @@ def _conversation_fault(items: list[Any], start: int, reasons: bool = True) -> A
 
     `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (wire 3).
     """
-    facts = [tuple(_word(item, name) for name in ("type", "id", "call_id", "role")) for item in items]
+    facts = [
+        (_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
+        for item in map(_dict, items)
+    ]
     seen: set[str] = set()
     for index, (_, mark, _, _) in enumerate(facts):
         if mark in seen and index >= start:  # wire 5: I
-            return _refusal(
+            return _bad_request(
                 f"Duplicate item found with id {mark}. Remove duplicate items from your input and try again.", "input"
             )
         if mark:
@@ -1163,10 +1173,10 @@ def _conversation_fault(items: list[Any], start: int, reasons: bool = True) -> A
         answered = {call for kind, _, call, _ in facts if kind.endswith("_call_output")}
         for kind, _, call, _ in facts[start:]:
             if kind == "function_call_output" and call not in called:  # wire 5: I
-                return _refusal(f"No tool call found for function call output with call_id {call}.", "input")
+                return _bad_request(f"No tool call found for function call output with call_id {call}.", "input")
         for kind, _, call, _ in facts:
             if kind == "function_call" and call not in answered:  # wire 5: I
-                return _refusal(f"No tool output found for function call {call}.", "input")
+                return _bad_request(f"No tool output found for function call {call}.", "input")
     reasoned = not reasons
     for index, (kind, mark, _, role) in enumerate(facts):
         reasoned = kind == "reasoning" or kind in _OPAQUE or not reasons or (reasoned and role in ("", "assistant"))
@@ -1176,22 +1186,16 @@ def _conversation_fault(items: list[Any], start: int, reasons: bool = True) -> A
             continue
         if kind == "reasoning" and lone:  # wire 5: R
             words = f"Item '{mark}' of type 'reasoning' was provided without its required following item."
-            return _refusal(words, "input")
+            return _bad_request(words, "input")
         if kind == "web_search_call" and not reasoned:  # I*; the API adds the missing item's id
             words = f"Item '{mark}' of type 'web_search_call' was provided without its required 'reasoning' item."
-            return _refusal(words, "input")
+            return _bad_request(words, "input")
     return None
-
-
-def _word(item: Any, name: str) -> str:
-    value: Any = item.get(name) if item.__class__ is dict else None
-    if value is None and name == "type" and not _word(item, "role"):  # S: only messages and references may lack it
-        return "item_reference"
-    return value if isinstance(value, str) else ""
 
 
 # ---- What a handler answers ------------------------------------------------------------------------------------------
 # A part is a piece of what the model says, or a thing that happens on the wire. A fragment of a part is a part.
+# To make one with a field of the wrong type raises TypeError, with a value that cannot be ValueError.
 
 # Words with the space before them, as the models' own tokens are; a long word is several.
 _TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
@@ -1249,10 +1253,12 @@ class _Item:
 
     @property
     def text(self) -> str:
-        pieces = self.pieces
-        if len(pieces) > 1:
-            pieces[:] = ["".join(pieces)]
-        return pieces[0] if pieces else ""
+        return "".join(self.pieces)
+
+    def join(self) -> None:
+        """Makes one piece of all, on the thread that adds them: others may read `text` meanwhile, and only read."""
+        if len(self.pieces) > 1:
+            self.pieces[:] = [self.text]
 
     @property
     def whole(self) -> _Spoken:
@@ -1350,7 +1356,7 @@ class _Spoken(_Part):
         return []
 
 
-def _check(part: object, **fields: tuple[object, type | tuple[type, ...]]) -> None:
+def _check_fields(part: object, **fields: tuple[object, type | tuple[type, ...]]) -> None:
     """Raises TypeError where a field is not of its type: the mistake shows where the part is made."""
     for name, (value, kind) in fields.items():
         if not isinstance(value, kind):
@@ -1428,7 +1434,7 @@ class Text(_MessagePart):
 
     def __init__(self, text: str, *, choice: int = 0) -> None:  # by hand, as there are thousands in a stream
         if type(text) is not str or type(choice) is not int or choice < 0:
-            _check(self, text=(text, str), choice=(choice, int))
+            _check_fields(self, text=(text, str), choice=(choice, int))
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "choice", choice)
 
@@ -1496,7 +1502,7 @@ class Refusal(_MessagePart):
     _content = "refusal"
 
     def __post_init__(self) -> None:
-        _check(self, text=(self.text, str), choice=(self.choice, int))
+        _check_fields(self, text=(self.text, str), choice=(self.choice, int))
 
     @override
     def _chat_role(self, item: _Item) -> _JSON:
@@ -1539,7 +1545,7 @@ class Reasoning(_Spoken):
     _in_chat = False
 
     def __post_init__(self) -> None:
-        _check(self, summary=(self.summary, str), encrypted_content=(self.encrypted_content, (str, type(None))))
+        _check_fields(self, summary=(self.summary, str), encrypted_content=(self.encrypted_content, (str, type(None))))
 
     @override
     def _continues(self, opened: _Spoken) -> bool:
@@ -1680,8 +1686,8 @@ class ToolCall(_Call):
         id: str | None = None,
         choice: int = 0,
     ) -> None:
-        _check(self, name=(name, str), arguments=(arguments, (str, Mapping)), id=(id, (str, type(None))))
-        _check(self, choice=(choice, int))
+        _check_fields(self, name=(name, str), arguments=(arguments, (str, Mapping)), id=(id, (str, type(None))))
+        _check_fields(self, choice=(choice, int))
         ours = not isinstance(arguments, str)
         text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
         for key, value in (("name", name), ("arguments", text), ("id", id), ("choice", choice), ("_ours", ours)):
@@ -1706,8 +1712,8 @@ class CustomToolCall(_Call):
     _padded = False
 
     def __post_init__(self) -> None:
-        _check(self, name=(self.name, str), input=(self.input, str), id=(self.id, (str, type(None))))
-        _check(self, choice=(self.choice, int))
+        _check_fields(self, name=(self.name, str), input=(self.input, str), id=(self.id, (str, type(None))))
+        _check_fields(self, choice=(self.choice, int))
 
 
 @_value
@@ -1727,12 +1733,12 @@ class WebSearch(_Spoken):
     _in_chat = False
 
     def __post_init__(self) -> None:
-        _check(self, query=(self.query, str), id=(self.id, (str, type(None))))
+        _check_fields(self, query=(self.query, str), id=(self.id, (str, type(None))))
         if isinstance(self.sources, str):
             raise TypeError(f"WebSearch wants a list of URLs for sources, not {self.sources!r}")
         object.__setattr__(self, "sources", tuple(self.sources))
         for url in self.sources:
-            _check(self, sources=(url, str))
+            _check_fields(self, sources=(url, str))
 
     @override
     def _fragments(self) -> Sequence[str]:
@@ -1778,7 +1784,7 @@ class Finish(_Part):
     def __post_init__(self) -> None:
         if self.reason not in _REASONS:
             raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
-        _check(self, choice=(self.choice, int))
+        _check_fields(self, choice=(self.choice, int))
 
     @override
     def _tell(self, teller: _Teller) -> None:
@@ -1787,7 +1793,10 @@ class Finish(_Part):
 
 @_value
 class Usage(_Part):
-    """The tokens that the answer says it used. Without it they are estimated from the texts."""
+    """The tokens that the answer says it used. Without it they are estimated from the texts.
+
+    `cached_tokens` are among the prompt's tokens, `reasoning_tokens` among the completion's.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -1799,7 +1808,7 @@ class Usage(_Part):
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
-                _check(self, **{name: (value, int)})
+                _check_fields(self, **{name: (value, int)})
 
     @property
     def total_tokens(self) -> int:
@@ -1845,7 +1854,7 @@ class Raw(_Part):
     data: bytes
 
     def __post_init__(self) -> None:
-        _check(self, data=(self.data, (bytes, bytearray, memoryview)))
+        _check_fields(self, data=(self.data, (bytes, bytearray, memoryview)))
         object.__setattr__(self, "data", bytes(self.data))
 
     @override
@@ -1865,8 +1874,8 @@ class StreamError(_Part):
 
     def __post_init__(self) -> None:
         word = (str, type(None))
-        _check(self, message=(self.message, str), type=(self.type, str))
-        _check(self, code=(self.code, word), param=(self.param, word))
+        _check_fields(self, message=(self.message, str), type=(self.type, str))
+        _check_fields(self, code=(self.code, word), param=(self.param, word))
 
     @override
     def _tell(self, teller: _Teller) -> None:
@@ -1898,7 +1907,7 @@ class Reply:
 
     `created` is in unix seconds. `ttft` and `itl` are the seconds before the first token and between tokens, in
     place of the server's. `only="stream"` or `only="json"` refuses the other kind of request with a 500. Raises
-    ValueError for headers that could not be sent.
+    TypeError for an id, model or time of another type, ValueError for headers that could not be sent.
     """
 
     def __init__(
@@ -1913,7 +1922,7 @@ class Reply:
         itl: float | None = None,
     ) -> None:
         word = (str, type(None))
-        _check(self, id=(id, word), model=(model, word), created=(created, (int, type(None))))
+        _check_fields(self, id=(id, word), model=(model, word), created=(created, (int, type(None))))
         self.parts = parts
         self.id = id
         self.model = model
@@ -1965,7 +1974,7 @@ _WAKE: Any = object()  # in a Stream's queue: look whether the client has left
 
 @_value
 class _Failure(_Part):
-    """An APIError at this place: itself where nothing is sent yet, a StreamError in a stream."""
+    """An APIError at this place: itself, status and all, for a request for JSON; a StreamError in a stream."""
 
     error: APIError
 
@@ -2078,7 +2087,7 @@ class Stream:
 class Script:
     """A handler that gives one answer per request, in order. An answer that is a function is called as a handler.
 
-    A request after the last answer is an error, and so are answers left when the server stops.
+    A request after the last answer is an error, and so are answers left when the server whose handler this is stops.
     """
 
     def __init__(self, *answers: _Answer | _Handler) -> None:
@@ -2198,13 +2207,9 @@ def non_streaming_response(text: str) -> Reply:
     return Reply(Completion([choice], usage=Usage(10, 5)), model="gpt-4", only="json")
 
 
-def _chunk_ids() -> _Ids:
-    return _Ids(random.getrandbits)
-
-
 def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
     """One chunk per delta, all with one id and time, for the choices 0, 1, 2, ...; or all for the choice `index`."""
-    id, created = "chatcmpl-" + _chunk_ids().alnum(29), int(time.time())
+    id, created = "chatcmpl-" + _Ids(random.getrandbits).alnum(29), int(time.time())
     return [
         Chunk([ChunkChoice(number if index is None else index, delta)], id=id, created=created, model="gpt-4")
         for number, delta in enumerate(deltas)
@@ -2213,7 +2218,7 @@ def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
 
 def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     """A chunk that calls a function: choice 0, call index 0, id `call_...`."""
-    ids = _chunk_ids()
+    ids = _Ids(random.getrandbits)
     call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
     return Chunk(
         [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(time.time()), model="gpt-4"
@@ -2292,15 +2297,17 @@ _SNAPSHOTS = {
 }
 
 _CLASSIC: dict[str, Any] = {"logprobs": True, "forced_stop": True, "effort": None, "context": None}
+_AUDIO: dict[str, Any] = {"fingerprint": True, "effort": None, "context": None}
+_SEARCH: dict[str, Any] = {**_AUDIO, "service_tier": False}
 _LATE: dict[str, Any] = {"top_p": 0.98, "retention": "24h"}
 # By the beginning of the name, first match; a model of an unknown name is like gpt-4o, but for forced calls.
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gpt-3.5", _CLASSIC),
-    ("gpt-4o-audio", {"fingerprint": True, "effort": None, "context": None}),
-    ("gpt-4o-mini-audio", {"fingerprint": True, "effort": None, "context": None}),
-    ("gpt-audio", {"fingerprint": True, "effort": None, "context": None}),
-    ("gpt-4o-search", {"fingerprint": True, "service_tier": False, "effort": None, "context": None}),
-    ("gpt-4o-mini-search", {"fingerprint": True, "service_tier": False, "effort": None, "context": None}),
+    ("gpt-4o-audio", _AUDIO),
+    ("gpt-4o-mini-audio", _AUDIO),
+    ("gpt-audio", _AUDIO),
+    ("gpt-4o-search", _SEARCH),
+    ("gpt-4o-mini-search", _SEARCH),
     ("gpt-4o", {**_CLASSIC, "fingerprint": True}),
     ("gpt-4.1", {**_CLASSIC, "fingerprint": True}),
     ("gpt-4", _CLASSIC),
@@ -2366,6 +2373,9 @@ class _Deltas:
 
 _Event: TypeAlias = "_JSON | _Deltas"
 
+# What is encoded in the place of what differs, and cut out again; random, so that no text of a user can have it.
+_SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
+
 
 class _Encoder:
     """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
@@ -2375,7 +2385,7 @@ class _Encoder:
     id: str
     usage: Usage | None = None
     tokens = 0
-    number = 0  # of the next event
+    number = 0  # Responses: of the next event; Chat Completions: of the last that was padded
     parallel = False  # several calls are known to come
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
@@ -2434,7 +2444,6 @@ class _Encoder:
     def chunk(self, chunk: Chunk) -> list[_Event]:
         """The events of a Chunk that was given."""
         events: list[_Event] = []
-        self.adopt(chunk)
         for part in chunk._parts():
             if isinstance(part, _Spoken):
                 events += self.say(part)
@@ -2464,8 +2473,9 @@ class _Encoder:
     def close_items(self) -> None:
         """All is said: gives the items that are still being said the status they end with."""
         self.ended = True
-        cut = self.finish and any(reason in ("length", "content_filter") for reason in self.finish.values())
+        cut = any(reason in _INCOMPLETE for reason in self.finish.values())
         for item in self.items:
+            item.join()
             if item.status == "in_progress":
                 item.status = "incomplete" if cut else "completed"
 
@@ -2494,7 +2504,7 @@ class _ChatEncoder(_Encoder):
         self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
         self.fingerprint = _fingerprint(self.model_name) if model.fingerprint else None
         self.tier = {"service_tier": self.asked.tier} if model.service_tier else {}
-        self.started: dict[int, bool] = {}  # the choices whose role chunk is sent
+        self.started: set[int] = set()  # the choices whose role chunk is sent
         self.finished: set[int] = set()  # the choices that a Chunk has finished
         self.calls: dict[int, int] = {}  # how many calls each choice has made
 
@@ -2573,7 +2583,7 @@ class _ChatEncoder(_Encoder):
     def _opening(self, part: _Spoken, item: _Item) -> list[_Event]:
         choice = part.choice
         if choice not in self.started:
-            self.started[choice] = True
+            self.started.add(choice)
             if not (self.parallel and isinstance(part, _Call)):
                 return [self._choice(choice, part._chat_role(item), self._empty_logprobs(part))]
             bare = {"role": "assistant", "content": None}
@@ -2634,11 +2644,10 @@ class _ChatEncoder(_Encoder):
         return [event]
 
     def end(self) -> list[_Event]:
+        self.close_items()
         if self.given and not self.started:
-            self.close_items()
             return []
         events: list[_Event] = []
-        self.close_items()
         spoken = self._spoken_choices()
         for choice in spoken:
             if choice not in self.started:
@@ -2744,9 +2753,6 @@ class _ChatEncoder(_Encoder):
         for slot in _SLOTS:
             text = text.replace(f'"{slot}"', "%s")
         return text
-
-
-_SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
 
 
 def _chat_logprobs(entry: _JSON) -> _JSON:
@@ -2892,8 +2898,7 @@ class _ResponsesEncoder(_Encoder):
             value = told(key, default)
             return float(value) if type(value) is int else value  # the API's are floats: 1.0 (wire.md 0)
 
-        asked = told("reasoning", {})
-        asked = _dict(asked)
+        asked = _dict(body.get("reasoning"))
         reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
         if model.context is not None:
             reasoning["mode"] = "standard"
@@ -3025,6 +3030,7 @@ class _ResponsesEncoder(_Encoder):
     def _careful_deltas(self, item: _Item, texts: Sequence[str], kind: str, fields: _JSON) -> list[_Event]:
         """Deltas of a text with logprobs, or with citations between them."""
         events: list[_Event] = []
+        item.join()
         before = item.text
         said = before[: len(before) - sum(map(len, texts))]
         for text in texts:
@@ -3087,7 +3093,8 @@ class _ResponsesEncoder(_Encoder):
 
 
 # ---- Endpoints -------------------------------------------------------------------------------------------------------
-# An endpoint takes the server, the request and the values of its path, and returns JSON, an _Answer200, or a _Telling.
+# An endpoint takes the server, the request and the values of its path. It returns JSON, or an _HTTPResponse, which is a
+# whole HTTP response, or what tells its answer as it comes: a _Telling, a _Replay.
 
 _Endpoint: TypeAlias = "Callable[..., Any]"
 _ENDPOINTS: dict[str, _Endpoint] = {}
@@ -3127,18 +3134,16 @@ def _find_route(routes: Mapping[str, _Endpoint], method: str, path: str) -> _Rou
     match = re.fullmatch(_PREFIX, path)
     deployment, rest = match.groups() if match else (None, path)
     method = "GET" if method == "HEAD" else method
-    allowed: list[str] = []
+    allowed: set[str] = set()
     for name, endpoint in routes.items():
         served, _, pattern = name.partition(" ")
         found = _pattern(pattern).fullmatch(rest)
         if found and served == method:
             return _Route(endpoint, found.groups(), _APIS.get(name, ""), deployment)
         if found:
-            allowed.append(served)
+            allowed |= {served, "HEAD"} if served == "GET" else {served}
     if allowed:
-        return _Route(
-            _wrong_method, (", ".join(sorted({*allowed, *("HEAD" for each in allowed if each == "GET")})),), "", None
-        )
+        return _Route(_wrong_method, (", ".join(sorted(allowed)),), "", None)
     return _Route(_unknown_route, (), "", None)
 
 
@@ -3219,6 +3224,7 @@ def _check_body(fake: FakeOpenAI, request: Request) -> _Asked:
             if len(fake._asked) >= 256:
                 fake._asked.clear()
             fake._asked[key] = asked
+            asked.known = True
     request._asked = asked
     return asked
 
@@ -3253,9 +3259,14 @@ def _digits(text: str, default: int) -> int:
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else default
 
 
+def _query(request: Request) -> dict[str, str]:
+    """The query's parameters; the last where one came several times."""
+    return {key: values[-1] for key, values in parse_qs(request.query).items()}
+
+
 def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
     """A page of a list: `limit`, `order` and `after` as the query says."""
-    query = {key: values[-1] for key, values in parse_qs(request.query).items()}
+    query = _query(request)
     ordered = list(items) if query.get("order", order) == "asc" else list(items)[::-1]
     ids = [item.get("id") for item in ordered]
     if "after" in query and query["after"] in ids:
@@ -3301,7 +3312,7 @@ def _update_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("DELETE /chat/completions/{id}")
 def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     _stored_chat(fake, id)
-    del fake._chats[id]
+    fake._chats.pop(id, None)
     return {"object": "chat.completion.deleted", "id": id, "deleted": True}
 
 
@@ -3356,13 +3367,13 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
     if isinstance(conversation, dict):
         conversation = _dict(conversation).get("id")
     if isinstance(conversation, str):
-        if conversation in fake._conversations:
-            return fake._conversations[conversation].items()
+        if (kept := fake._conversations.get(conversation)) is not None:
+            return kept.items()
         if fake.validate:
             raise APIError(404, f"Conversation with id '{conversation}' not found.")
     if isinstance(previous, str):
-        if previous in fake._responses:
-            return fake._responses[previous].conversation()
+        if (stored := fake._responses.get(previous)) is not None:
+            return stored.conversation()
         if fake.validate:
             raise APIError(
                 400,
@@ -3397,7 +3408,8 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if history or resolved is not items:
         request._conversation = [*history, *resolved]
     if fake.validate:
-        fault = _conversation_fault([*history, *resolved], len(history))
+        reasons = _model(request.model).effort is not None
+        fault = _conversation_fault([*history, *resolved], len(history), reasons)
         if fault is not None:
             raise fault
     if fake.strict:
@@ -3420,15 +3432,16 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
 
 
 def _stored_response(fake: FakeOpenAI, id: str) -> _StoredResponse:
-    if id not in fake._responses:
+    stored = fake._responses.get(id)
+    if stored is None:
         raise APIError(404, f"Response with id '{id}' not found.")
-    return fake._responses[id]
+    return stored
 
 
 @_endpoint("GET /responses/{id}")
 def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
     stored = _stored_response(fake, id)
-    query = {key: values[-1] for key, values in parse_qs(request.query).items()}
+    query = _query(request)
     if query.get("stream") != "true" or request.method == "HEAD":
         return stored.body()
     if stored.log is None:
@@ -3439,7 +3452,7 @@ def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
 @_endpoint("DELETE /responses/{id}")
 def _delete_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     _stored_response(fake, id)
-    del fake._responses[id]
+    fake._responses.pop(id, None)
     return {"id": id, "object": "response.deleted", "deleted": True}
 
 
@@ -3487,9 +3500,10 @@ class _Conversation:
 
 
 def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
-    if id not in fake._conversations:
+    conversation = fake._conversations.get(id)
+    if conversation is None:
         raise APIError(404, f"Conversation with id '{id}' not found.")
-    return fake._conversations[id]
+    return conversation
 
 
 @_endpoint("POST /conversations")
@@ -3498,8 +3512,9 @@ def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     ids = fake._ids()
     items = [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _input_items(body.get("items"))]
     id = "conv_" + ids.hex(48)
-    fake._remember(fake._conversations, id, _Conversation(int(fake.clock()), body.get("metadata") or {}, items))
-    return fake._conversations[id].body(id)
+    conversation = _Conversation(int(fake.clock()), body.get("metadata") or {}, items)
+    fake._remember(fake._conversations, id, conversation)
+    return conversation.body(id)
 
 
 @_endpoint("GET /conversations/{id}")
@@ -3517,7 +3532,7 @@ def _update_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("DELETE /conversations/{id}")
 def _delete_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     _conversation_of(fake, id)
-    del fake._conversations[id]
+    fake._conversations.pop(id, None)
     return {"id": id, "object": "conversation.deleted", "deleted": True}
 
 
@@ -3741,7 +3756,7 @@ def _body_length(values: dict[str, list[str]], http11: bool) -> int:
         return -1
     if lengths is None:
         return 0
-    if len(set(lengths)) > 1 or not re.fullmatch(_LENGTH, lengths[0]) or not lengths[0].isascii():
+    if len(set(lengths)) > 1 or not re.fullmatch(_LENGTH, lengths[0]):
         raise _Refused(400, "Content-Length is not one number.")
     if int(lengths[0]) > _MAX_BODY:
         raise _too_large()
@@ -3802,10 +3817,8 @@ def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Call
 
 # ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
 
-_USUAL = (  # on every answer of the API itself (wire.md 5)
-    b"openai-version: 2020-10-01\r\nopenai-organization: org-fake\r\nopenai-project: proj_fake\r\n"
-)
 _VERSION = b"openai-version: 2020-10-01\r\n"
+_USUAL = _VERSION + b"openai-organization: org-fake\r\nopenai-project: proj_fake\r\n"  # the API's own (wire.md 5)
 _GATEWAY = b"vary: Origin\r\n"  # sends no version and no time
 _LIMITS = (
     b"x-ratelimit-limit-requests: 10000\r\n"
@@ -3828,6 +3841,14 @@ def _fixed_top(status: int, content_type: str, usual: bytes, cors: bool, close: 
     line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
     fields = [line, b"content-type: %b\r\n" % content_type.encode(), usual]
     return b"".join([*fields, _CORS if cors else b"", b"connection: close\r\n" if close else b""])
+
+
+def _with_fields(top: bytes, fields: Mapping[str, str]) -> bytes:
+    """A head with these fields; they take the place of fields of the same name."""
+    names = {name.lower().encode() for name in fields}
+    lines = [line for line in top.split(b"\r\n")[:-1] if line.partition(b":")[0] not in names]
+    lines += [f"{name}: {value}".encode("latin-1") for name, value in fields.items()]
+    return b"\r\n".join(lines) + b"\r\n"
 
 
 @lru_cache(2)
@@ -3936,9 +3957,10 @@ class _Pacer:
     def _wake(self, now: float) -> None:
         while len(self.holders) < self._BATONS and self.sleepers and self.sleepers[0][0] <= now:
             _, turn, waiter = heappop(self.sleepers)
-            if waiter.turn == turn and waiter.wake is not None:  # else it was woken by something else
+            wake = waiter.wake
+            if waiter.turn == turn and wake is not None:  # else it was woken by something else
                 self.holders[waiter] = now + self._PATIENCE
-                waiter.wake()
+                wake()
 
     def run(self) -> float:
         """Wakes who is due. Returns when the loop should come again."""
@@ -3963,7 +3985,7 @@ class _Waiter:
     watched = False
     cancelled = False
     turn = 0  # of the sleep that goes on, with the pacer
-    lock: threading.Lock | None = None
+    lock: threading.Lock | None = None  # guards nothing: held while the thread sleeps, and released to wake it
     loop: asyncio.AbstractEventLoop | None = None
 
     def __init__(self, server: _Server, connection: _Connection | None, streams: bool) -> None:
@@ -4415,7 +4437,7 @@ def _next(parts: Iterator[Any]) -> Any:
     except _Gone:
         raise
     except BaseException as error:
-        raise _Fault(error) from None
+        raise _HandlerError(error) from None
 
 
 def _coming(parts: Iterator[Any], teller: _Teller) -> Iterator[_Part]:
@@ -4453,10 +4475,8 @@ def _async_coming(parts: Any, waiter: _Waiter) -> Iterator[Any]:
                     waiter.run(close())
 
 
-def _live(stream: Stream, teller: _Teller, request: Request) -> Iterator[_Part]:
+def _live(stream: Stream, teller: _Teller) -> Iterator[_Part]:
     """The parts of a Stream, as the test sends them."""
-    stream._serve(request)
-    teller.streams.append(stream)
     taken = 0
     teller.live()
     while True:
@@ -4469,7 +4489,7 @@ def _live(stream: Stream, teller: _Teller, request: Request) -> Iterator[_Part]:
                 part = teller.waiter.get(stream._queue, stream._timeout)
             except queue.Empty:
                 told = f"a Stream was sent nothing for {stream._timeout} s: close() ends it, Stream(timeout=None) waits"
-                raise _Fault(TimeoutError(told)) from None
+                raise _HandlerError(TimeoutError(told)) from None
         if part is _END:
             return
         if part is not _WAKE:
@@ -4487,17 +4507,17 @@ def _source(reply: Reply, request: Request, teller: _Teller) -> Iterator[_Part]:
             return _runs(known, _RUN)  # soon encoded: it goes out in one piece
         teller.hurry()
         return _runs(known, 1)
-    return _mixed(reply.parts, request, teller)
+    return _mixed(reply.parts, teller)
 
 
-def _mixed(contents: Iterable[_Content], request: Request, teller: _Teller) -> Iterator[_Part]:
+def _mixed(contents: Iterable[_Content], teller: _Teller) -> Iterator[_Part]:
     for content in contents:
-        yield from _content(content, request, teller)
+        yield from _content(content, teller)
 
 
-def _content(content: Any, request: Request, teller: _Teller) -> Iterator[_Part]:
+def _content(content: Any, teller: _Teller) -> Iterator[_Part]:
     if isinstance(content, Stream):
-        return _live(content, teller, request)
+        return _live(content, teller)
     if isinstance(content, (str, _Part)):
         return iter([_part(content)])
     if isinstance(content, Completion):
@@ -4507,14 +4527,14 @@ def _content(content: Any, request: Request, teller: _Teller) -> Iterator[_Part]
     try:
         return _coming(iter(content), teller)
     except BaseException as error:
-        raise _Fault(error) from None
+        raise _HandlerError(error) from None
 
 
 # ---- HTTP: connections and the server --------------------------------------------------------------------------------
 
 
-class _Answer200(NamedTuple):
-    """A whole answer that is not JSON made by an encoder: a status, header fields and a body."""
+class _HTTPResponse(NamedTuple):
+    """A whole HTTP response, 200 unless said otherwise, that no encoder makes: body, status, more header fields."""
 
     body: bytes
     content_type: str = "application/json"
@@ -4636,7 +4656,7 @@ class _Connection(BaseRequestHandler):
     def _read_head(self) -> _Head:
         limits = self.server.limits
         self.deadline = time.monotonic() + limits.idle
-        skipped = 0
+        skipped, begun = 0, False
         while True:
             buffer, at = self.buffer, self.at
             while buffer.startswith(b"\r\n", at):
@@ -4652,8 +4672,8 @@ class _Connection(BaseRequestHandler):
                     _check_beginning(head)
                 return _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
             if len(buffer) > at:
-                if self.deadline_is_idle:
-                    self.deadline_is_idle = False
+                if not begun:
+                    begun = True
                     self.deadline = time.monotonic() + limits.head
                 if buffer[at:] != b"\r":
                     _check_beginning(buffer[at:])
@@ -4666,8 +4686,6 @@ class _Connection(BaseRequestHandler):
                 if len(self.buffer) > self.at:
                     raise
                 raise _Closed from None
-
-    deadline_is_idle = True
 
     def _exactly(self, count: int) -> bytes:
         have = len(self.buffer) - self.at
@@ -4692,12 +4710,12 @@ class _Connection(BaseRequestHandler):
     def _line(self) -> bytes:
         """A line of the chunked coding, without its CR LF."""
         while (end := self.buffer.find(b"\n", self.at)) < 0:
-            if len(self.buffer) - self.at > 4096:
-                raise _Refused(400, "A line of the chunked body is longer than 4096 bytes.")
+            if len(self.buffer) - self.at > _MAX_CHUNK_LINE:
+                raise _Refused(400, f"A line of the chunked body is longer than {_MAX_CHUNK_LINE} bytes.")
             self._receive()
         line = self.buffer[self.at : end + 1]
         self.at = end + 1
-        if not line.endswith(b"\r\n") or len(line) > 4096:
+        if not line.endswith(b"\r\n") or len(line) > _MAX_CHUNK_LINE:
             raise _Refused(400, "A line of the chunked body does not end with CR LF, or is too long.")
         return line[:-2]
 
@@ -4783,7 +4801,7 @@ class _Connection(BaseRequestHandler):
         top = self._top(200, content_type, _ON_REPLIES)
         return _with_fields(top, reply.headers) if reply is not None and reply.headers else top
 
-    def stream_head(self, reply: Reply) -> bytes:
+    def stream_head(self, reply: Reply | None) -> bytes:
         """The head of an event stream."""
         if not self.http11:  # the end of the connection ends the stream
             self.hung_up = True
@@ -4807,7 +4825,7 @@ class _Connection(BaseRequestHandler):
         head = top + b"content-length: %d\r\n\r\n" % len(body)
         self.send(head if self.head is not None and self.head.method == "HEAD" else head + body)
 
-    def send_error(self, error: APIError, extra: Mapping[str, str] | None = None) -> None:
+    def send_error(self, error: APIError) -> None:
         """Answers with an error of the API, in the form of who sends it there: the gateway or the application."""
         status = error.status
         request = self.exchange.request
@@ -4822,7 +4840,7 @@ class _Connection(BaseRequestHandler):
             usual = _USUAL + (_LIMITS if request is not None and request.api == "chat.completions" else b"")
         content_type = "application/json; charset=utf-8" if gateway else "application/json"
         top = self._top(status, content_type, usual)
-        fields = {**error.headers, **(extra or {})}
+        fields = dict(error.headers)
         if status == 401 and responses:
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
         self._send_whole(_with_fields(top, fields) if fields else top, _utf8(_dumps({"error": error._error()})), status)
@@ -4833,7 +4851,6 @@ class _Connection(BaseRequestHandler):
     def _serve_one(self) -> bool:
         """Serves a request; False when the connection is to end."""
         self.headed = False
-        self.deadline_is_idle = True
         self.head = None
         self.exchange = exchange = _Exchange()
         try:
@@ -4843,7 +4860,8 @@ class _Connection(BaseRequestHandler):
             exchange.method, exchange.path = head.method, head.path
             body = self._read_body(head)
         except _Refused as refused:
-            self.started = self.started or time.perf_counter()
+            if self.head is None:  # `started` is still the last request's
+                self.started = time.perf_counter()
             self._refuse(refused)
             return False
         self.deadline = math.inf
@@ -4886,7 +4904,7 @@ class _Connection(BaseRequestHandler):
             self._carry_out(route, request)
         except APIError as error:
             self.send_error(error)
-        except _Fault as fault:
+        except _HandlerError as fault:
             self._own_fault(fault.error, request)
         except _Gone:
             exchange.outcome = exchange.outcome or "client left"
@@ -4904,7 +4922,7 @@ class _Connection(BaseRequestHandler):
         if self.headed:  # half of a JSON answer is sent
             self.hung_up = True
             return
-        self.send_error(APIError(500, message), {"x-should-retry": "false"})
+        self.send_error(APIError(500, message, headers={"x-should-retry": "false"}))
 
     def _carry_out(self, route: _Route, request: Request) -> None:
         result = route.endpoint(self.server.fake, request, *route.values)
@@ -4915,21 +4933,13 @@ class _Connection(BaseRequestHandler):
             finally:
                 waiter.end()
             return
-        answer = result if isinstance(result, _Answer200) else _Answer200(_utf8(_dumps(result)))
+        answer = result if isinstance(result, _HTTPResponse) else _HTTPResponse(_utf8(_dumps(result)))
         top = self._top(answer.status, answer.content_type, _USUAL)
         self._send_whole(_with_fields(top, answer.headers) if answer.headers else top, answer.body, answer.status)
 
 
 _INHERITS = sys.platform == "linux"  # accepted sockets: TCP_NODELAY from the listener, and no O_NONBLOCK
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
-
-
-def _with_fields(top: bytes, fields: Mapping[str, str]) -> bytes:
-    """A head with these fields; they take the place of fields of the same name."""
-    names = {name.lower().encode() for name in fields}
-    lines = [line for line in top.split(b"\r\n")[:-1] if line.partition(b":")[0] not in names]
-    lines += [f"{name}: {value}".encode("latin-1") for name, value in fields.items()]
-    return b"\r\n".join(lines) + b"\r\n"
 
 
 class _Limits:
@@ -4963,7 +4973,6 @@ class _Thread(threading.Thread):
 class _Server(ThreadingHTTPServer):
     """The listener, its loop, and the threads that connections run on, which are used again."""
 
-    daemon_threads = True
     request_queue_size = 1024  # a backlog of 5, the default, stalls connects for a second
     allow_reuse_address = os.name == "posix"  # elsewhere it lets two servers share a port
     allow_reuse_port = False
@@ -5036,16 +5045,15 @@ class _Server(ThreadingHTTPServer):
                 self.selector.register(listener, selectors.EVENT_READ)
 
     def _accept(self) -> bool:
-        """Accepts what has come; False if that is not possible now."""
-        for _ in range(64):
-            try:
-                sock, address = self.socket.accept()
-            except (BlockingIOError, ConnectionError):
-                return True
-            except OSError:
-                return self.stopping
-            self.sockets.add(sock)
-            self.process_request(sock, address)
+        """Accepts one connection; False if that is not possible now. Another that waits is told by the next select."""
+        try:
+            sock, address = self.socket.accept()
+        except (BlockingIOError, ConnectionError):
+            return True
+        except OSError:
+            return self.stopping
+        self.sockets.add(sock)
+        self.process_request(sock, address)
         return True
 
     def _sweep(self, now: float) -> None:
@@ -5189,6 +5197,36 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...
     return family, address
 
 
+class _Recorder:
+    """In the place of a connection: keeps what a teller sends, without the head."""
+
+    http11 = True
+    headed = True
+    sent = b""
+
+    def send(self, data: bytes) -> None:
+        self.sent += data
+
+    def answered(self) -> None:
+        """There is no request."""
+
+
+_ANY_ID = "chatcmpl-" + _Ids(random.SystemRandom().getrandbits).alnum(29)
+_ANY_TIME = "1000000000"
+
+
+def _few_texts(answer: object) -> tuple[str, ...] | None:
+    """The deltas of an answer that is a short text, or a list of a few; None for any other."""
+    if type(answer) is str:
+        return (_tokens(answer) or ("",)) if len(answer) <= _RUN else None
+    texts = _list(answer)
+    if len(texts) > _RUN // 4 or {*map(type, texts)} != {Text}:
+        return None
+    if any(text.choice or len(text.text) > _RUN for text in texts):
+        return None
+    return tuple([fragment for text in texts for fragment in _tokens(text.text) or ("",)])
+
+
 class _Telling:
     """The answer of a model: calls the handler, and carries what it says to the client."""
 
@@ -5202,7 +5240,7 @@ class _Telling:
         self.log: _Log | None = None  # in the background
 
     def answer(self, waiter: _Waiter) -> Any:
-        """What the handler answers. Raises _Fault for what it raises, but for an APIError."""
+        """What the handler answers. Raises _HandlerError for what it raises, but for an APIError."""
         try:
             answer: Any = self.fake.handler(self.request)
             if type(answer) is not str and hasattr(answer, "__await__"):
@@ -5210,19 +5248,19 @@ class _Telling:
         except (_Gone, APIError):
             raise
         except BaseException as error:
-            raise _Fault(error) from None
+            raise _HandlerError(error) from None
         return answer
 
     def reply(self, answer: object) -> Reply:
-        """The Reply that an answer stands for. Raises _Fault if it is none, or not one for this request."""
+        """The Reply that an answer stands for. Raises _HandlerError if it is none, or not one for this request."""
         try:
             reply = _reply(answer)
         except (TypeError, ValueError) as error:
-            raise _Fault(error) from None
+            raise _HandlerError(error) from None
         if reply.only == "json" and self.streamed:
-            raise _Fault(ValueError("handler returned non-streaming response for streaming request"))
+            raise _HandlerError(ValueError("handler returned non-streaming response for streaming request"))
         if reply.only == "stream" and not self.streamed:
-            raise _Fault(ValueError("handler returned streaming response for non-streaming request"))
+            raise _HandlerError(ValueError("handler returned streaming response for non-streaming request"))
         return reply
 
     def plain(self, text: str, connection: _Connection) -> None:
@@ -5241,6 +5279,41 @@ class _Telling:
         connection.answered()
         connection.send(connection.json_head(None, len(body)) + body)
 
+    def said_plainly(self, answer: object, connection: _Connection) -> bool:
+        """Answers with texts in a shorter way, if there is one; False if not."""
+        if not self.streamed:
+            if type(answer) is str:
+                self.plain(answer, connection)
+            return type(answer) is str
+        texts = _few_texts(answer)
+        created = str(int(self.fake.clock()))
+        if texts is None or not self.asked.known or not connection.http11 or len(created) != len(_ANY_TIME):
+            return False
+        self.recall(texts, created, connection)
+        return True
+
+    def recall(self, texts: tuple[str, ...], created: str, connection: _Connection) -> None:
+        """Streams texts as they were streamed before to the same request, but for the id and the time."""
+        fake, key = self.fake, (self.asked, texts)
+        body = fake._recalled.get(key)
+        if body is None:
+            recorder = cast(_Connection, _Recorder())
+            reply = Reply(id=_ANY_ID, created=int(_ANY_TIME))
+            encoder = _ChatEncoder(self.request, reply, _Ids(random.getrandbits), 0)
+            teller = _StreamTeller(encoder, _Waiter(connection.server, None, True), 0.0, 0.0, recorder, reply)
+            teller.say(_Run.of(list(texts), 0))
+            teller.end()
+            if len(fake._recalled) >= 64:
+                fake._recalled.clear()
+            body = fake._recalled[key] = cast(_Recorder, recorder).sent
+        id = "chatcmpl-" + fake._ids().alnum(29)
+        body = body.replace(_ANY_ID.encode(), id.encode())
+        body = body.replace(b'"created":' + _ANY_TIME.encode(), b'"created":' + created.encode())
+        connection.exchange.plain = "".join(texts)
+        connection.exchange.plain_usage = (self.asked.prompt_tokens, len(texts))
+        connection.answered()
+        connection.send(connection.stream_head(None) + body)
+
     def encoder(self, reply: Reply) -> _Encoder:
         """A new encoder for this answer."""
         encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
@@ -5251,30 +5324,28 @@ class _Telling:
     def tell(self, connection: _Connection, waiter: _Waiter) -> None:
         """Answers on a connection."""
         answer = self.answer(waiter)
-        if type(answer) is str and self.asked.plain and not self.fake._paced:
-            self.plain(answer, connection)
+        if self.asked.plain and not self.fake._paced and self.said_plainly(answer, connection):
             return
         reply = self.reply(answer)
         try:
             encoder = connection.exchange.encoder = self.encoder(reply)
         except Exception as error:  # a Reply with what no answer can have
-            raise _Fault(error) from None
+            raise _HandlerError(error) from None
         make = _StreamTeller if self.streamed else _BodyTeller
         ttft = self.fake.ttft if reply.ttft is None else reply.ttft
         itl = self.fake.itl if reply.itl is None else reply.itl
         teller = make(encoder, waiter, ttft, itl, connection, reply)
         try:
             self.carry(reply, teller)
-        except _Fault as fault:
+        except _HandlerError as fault:
             if not connection.headed or not isinstance(teller, _StreamTeller):
                 raise
             teller.fault(self.fake._keep_error(fault.error, self.request))
         except APIError as error:
             if not connection.headed or not isinstance(teller, _StreamTeller):
                 raise
-            told = StreamError(error.message, type=error.type, code=error.code, param=error.param)
             with suppress(_Over):
-                teller.error(told)
+                teller.refuse(error)
         finally:
             connection.exchange.outcome = teller.outcome
 
@@ -5282,6 +5353,10 @@ class _Telling:
         """Tells all parts, and what becomes of them to the Streams they come from."""
         parts: Iterator[_Part] = iter(())
         try:
+            for content in reply.parts:  # all of them now: the client may leave before their turn comes
+                if isinstance(content, Stream):
+                    content._serve(self.request)
+                    teller.streams.append(content)
             parts = _source(reply, self.request, teller)
             told = False
             for part in parts:
@@ -5292,13 +5367,13 @@ class _Telling:
             teller.end()
         except _Over:
             pass
-        except (_Gone, _Fault, APIError) as error:
+        except (_Gone, _HandlerError, APIError) as error:
             teller.encoder.abandon()
-            if isinstance(error, _Fault) and isinstance(error.error, APIError):
+            if isinstance(error, _HandlerError) and isinstance(error.error, APIError):
                 raise error.error from None
             raise
         except BaseException as error:  # an answer that can't be encoded
-            raise _Fault(error) from None
+            raise _HandlerError(error) from None
         finally:
             close = getattr(parts, "close", None)
             if close is not None:
@@ -5384,6 +5459,7 @@ class _LogTeller(_Teller):
             self.log.add(self.encoder.say(fragment))
 
     def chunk(self, chunk: Chunk) -> None:
+        self.pace()
         self._proceed()
         self.log.add(self.encoder.chunk(chunk))
 
@@ -5421,7 +5497,7 @@ def _in_background(fake: FakeOpenAI, request: Request, telling: _Telling) -> Any
             telling.carry(reply, _LogTeller(encoder, waiter, ttft, fake.itl if reply.itl is None else reply.itl, log))
         except _Gone:
             pass
-        except (_Fault, APIError) as error:
+        except (_HandlerError, APIError) as error:
             failed = error if isinstance(error, APIError) else APIError(500, fake._keep_error(error.error, request))
             log.add(encoder.fail(failed._error()))
         finally:
@@ -5455,6 +5531,8 @@ class _Replay:
                     events, over = log.events[at:], log.over
                 at += len(events)
                 frames = [_utf8(_sse(event)) for event in events]
+                if over:
+                    connection.answered()
                 if frames:
                     connection.send(b"".join(map(_chunk_of, frames) if chunked else frames))
                 if over:
@@ -5498,9 +5576,12 @@ class FakeOpenAI:
     - `models`: what GET /models lists.
     - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
       what is sent as JSON, or bytes, or an APIError. A {name} in a route stands for any one segment of the path.
-    - `keep`: how many requests are kept in `requests`, and how many answers with `store`; None keeps all.
+    - `keep`: how many requests are kept in `requests`, answers with `store`, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin.
-    - `seed`, `clock`: ids and times come from them, and are the same in every run.
+    - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
+
+    What went wrong in the fake so far is in `errors`; `stop` raises the first. Raises TypeError for a handler that is
+    not callable, ValueError for a route that is not "METHOD /path".
     """
 
     def __init__(
@@ -5544,10 +5625,11 @@ class FakeOpenAI:
         }
         self._routes.update((name, each) for name, each in _ENDPOINTS.items() if name not in self._routes)
         self._found: dict[tuple[str, str], _Route] = {}
+        self._recalled: dict[tuple[_Asked, tuple[str, ...]], bytes] = {}
         self._asked: dict[tuple[str, str | None, bytes], _Asked] = {}
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
-        self._arrived = threading.Condition()  # guards _waiting, and tells that a request came
+        self._arrived = threading.Condition()  # guards _waiting and _count, and tells that a request came
         self._waiting = 0
         self._count = 0
         self._flying: dict[int, Request] = {}
@@ -5555,6 +5637,7 @@ class FakeOpenAI:
         self._observe: Callable[[_Exchange], None] | None = None
         self._bits = random.Random().getrandbits
         self._numbers = iter(range(sys.maxsize))
+        # Three stores without a lock: each access is one operation of a dict, or goes over a copy.
         self._responses: dict[str, _StoredResponse] = {}
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
@@ -5675,8 +5758,9 @@ class FakeOpenAI:
 
     def _remember(self, store: dict[str, Any], id: str, value: object) -> None:
         store[id] = value
-        while self._keep is not None and len(store) > max(1, self._keep):
-            store.pop(next(iter(store)), None)
+        if self._keep is not None and len(store) > (keep := max(1, self._keep)):
+            for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
+                store.pop(old, None)
 
     def _route(self, method: str, path: str) -> _Route:
         key = (method, path)
@@ -5692,9 +5776,9 @@ class FakeOpenAI:
     def _arrive(self, request: Request) -> None:
         self._journal.append(request)
         self._flying[id(request)] = request
-        self._count += 1
-        if self._waiting:
-            with self._arrived:
+        with self._arrived:
+            self._count += 1
+            if self._waiting:
                 self._arrived.notify_all()
 
     def _depart(self, request: Request) -> None:
@@ -5718,7 +5802,8 @@ class FakeOpenAI:
 
     def _keep_error(self, error: BaseException, request: Request) -> str:
         """Keeps what went wrong for the test. Returns what the client is told."""
-        self.errors.append(error)
+        if self._keep is None or len(self.errors) < max(1, self._keep):  # a traceback holds its request
+            self.errors.append(error)
         try:
             text = str(error)
         except BaseException:
@@ -5739,7 +5824,7 @@ class FakeOpenAI:
 
     def _transcript(self) -> str:
         lines = ["The last requests to the fake, and its answers:"]
-        for exchange in self._recent:
+        for exchange in tuple(self._recent):  # a handler that outlived stop() may end just now
             request = exchange.request
             asked = repr(request) if request is not None else f"{exchange.method} {exchange.path}"
             said = ", ".join(_short(repr(part)) for part in exchange.answer[:4])
@@ -5802,28 +5887,28 @@ def _own_route(function: Callable[[Request], object]) -> _Endpoint:
             result: Any = function(request)
             if hasattr(result, "__await__"):
                 result = waiter.run(result)
+            if isinstance(result, APIError):
+                raise result
             if isinstance(result, bytes):
-                return _Answer200(result, "application/octet-stream")
-            if not isinstance(result, APIError):
-                return _Answer200(_utf8(_dumps(result)))
+                return _HTTPResponse(result, "application/octet-stream")
+            return _HTTPResponse(_utf8(_dumps(result)))
         except (APIError, _Gone):
             raise
         except BaseException as error:
-            raise _Fault(error) from None
+            raise _HandlerError(error) from None
         finally:
             waiter.end()
-        raise result
 
     return endpoint
 
 
-def _preflight(fake: FakeOpenAI, request: Request) -> _Answer200:
+def _preflight(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
     headers = {
         "access-control-allow-methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
         "access-control-allow-headers": request.headers.get("access-control-request-headers", "*"),
         "access-control-max-age": "86400",
     }
-    return _Answer200(b"", status=204, headers=headers)
+    return _HTTPResponse(b"", status=204, headers=headers)
 
 
 def start(
@@ -5983,22 +6068,24 @@ class _ShownServer(FakeOpenAI):
     def __init__(self, console: _Console, handler: Callable[[Request], Any], verbose: bool, **settings: Any) -> None:
         super().__init__(handler, **settings)
         self._console, self._verbose = console, verbose
-        self._shown_lock = threading.Lock()  # guards _shown: an error is shown once
-        self._shown = 0
         self._observe = self._show
 
     def _show(self, exchange: _Exchange) -> None:
         text = _log_line(exchange, time.strftime("%H:%M:%S"), self._console.colour)
         if self._verbose:
             text += _shown_conversation(exchange.request.messages) if exchange.request and exchange.request.api else ""
-            text += _answer_text(exchange.answer) + self._new_failures()
+            text += _answer_text(exchange.answer)
+            text += self._new_failures()
         self._console.write(text)
 
     def _new_failures(self) -> str:
-        with self._shown_lock:
-            errors = self.errors[self._shown :]
-            self._shown += len(errors)
-        return "".join(_safe("".join(traceback.format_exception(error)), 10 * _SHOWN) for error in errors)
+        """The errors that are not shown yet. They are dropped: their tracebacks hold requests."""
+        shown: list[str] = []
+        with suppress(IndexError):
+            while True:
+                error = self.errors.pop(0)
+                shown.append(_safe("".join(traceback.format_exception(error)), 10 * _SHOWN))
+        return "".join(shown)
 
 
 def _error_words(error: BaseException) -> str:

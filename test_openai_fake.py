@@ -1133,16 +1133,23 @@ class BytesTest(unittest.TestCase):
 
     def test_a_string_says_what_a_list_of_it_says(self) -> None:
         """Byte for byte, in JSON and stream, on any model, also when the same request comes again."""
-        for text in ("Hi there", "", SPEECH, "100% %s"):
+        rows: tuple[dict[str, Any], ...] = (
+            {},
+            {"service_tier": "flex"},
+            {"n": 2},
+            {"stream": True},
+            {"stream": True, "stream_options": {"include_usage": True}},
+        )
+        for text in ("Hi there", "", SPEECH, "100% %s", '{"created":1000000000}'):
             for model in ("gpt-4o", "gpt-5.6", "gpt-4o-search-preview", "a%b %s"):
-                rows: tuple[dict[str, Any], ...] = ({}, {"service_tier": "flex"}, {"n": 2}, {"stream": True})
                 for options in rows:
                     with self.subTest(text=text, model=model, **options):
                         told: list[list[bytes]] = []
-                        for answer in (text, [text]):
+                        for answer in (text, [text], [Text(text)]):
                             with FakeOpenAI(Script(answer, answer), seed=7, clock=lambda: CLOCK) as server:
                                 told.append([call(server, chat(model=model, **options)).body for _ in range(2)])
                         self.assertEqual(told[0], told[1])
+                        self.assertEqual(told[2], told[1])
 
     def test_prebuilt_delta_frames_equal_plain_ones(self) -> None:
         """_delta_chunks gives, byte for byte, what _sse gives for each event of the deltas."""
