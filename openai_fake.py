@@ -1721,6 +1721,7 @@ class WebSearch(_Spoken):
     """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
 
     `sources` are URLs. The text after it cites them: a url_citation where the text names the URL, else over all of it.
+    A model that reasons says a Reasoning first; who sends the items back without it gets the API's 400.
     """
 
     query: str
@@ -1923,6 +1924,8 @@ class Reply:
     ) -> None:
         word = (str, type(None))
         _check_fields(self, id=(id, word), model=(model, word), created=(created, (int, type(None))))
+        if only not in (None, "stream", "json"):
+            raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         self.parts = parts
         self.id = id
         self.model = model
@@ -4874,8 +4877,8 @@ class _Connection(BaseRequestHandler):
         self.deadline = math.inf
         with suppress(_Gone):
             self.send_error(error)
-            self._linger()
         self.server.fake._ended(self)
+        self._linger()
 
     def _linger(self) -> None:
         """Reads what the client still sends, for a while: closing at once would reset, and destroy the reply."""
@@ -5366,13 +5369,15 @@ class _Telling:
                 raise ValueError("handler returned empty response")
             teller.end()
         except _Over:
-            pass
+            if teller.outcome == "cut":
+                teller.encoder.abandon()
         except (_Gone, _HandlerError, APIError) as error:
             teller.encoder.abandon()
             if isinstance(error, _HandlerError) and isinstance(error.error, APIError):
                 raise error.error from None
             raise
         except BaseException as error:  # an answer that can't be encoded
+            teller.encoder.abandon()
             raise _HandlerError(error) from None
         finally:
             close = getattr(parts, "close", None)
