@@ -5214,6 +5214,7 @@ class _Recorder:
         """There is no request."""
 
 
+# What stands for the id and the time in a stream that is kept; as long as they are, so that chunk sizes hold.
 _ANY_ID = "chatcmpl-" + _Ids(random.SystemRandom().getrandbits).alnum(29)
 _ANY_TIME = "1000000000"
 
@@ -5289,8 +5290,10 @@ class _Telling:
                 self.plain(answer, connection)
             return type(answer) is str
         texts = _few_texts(answer)
+        if texts is None or not self.asked.known or not connection.http11:
+            return False
         created = str(int(self.fake.clock()))
-        if texts is None or not self.asked.known or not connection.http11 or len(created) != len(_ANY_TIME):
+        if len(created) != len(_ANY_TIME):
             return False
         self.recall(texts, created, connection)
         return True
