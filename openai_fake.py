@@ -144,6 +144,7 @@ _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
 _RUN = 256  # texts that are encoded together; their events fill a batch
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
+_LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
 
 _JSON: TypeAlias = "dict[str, Any]"
@@ -3935,6 +3936,7 @@ class _Pacer:
         self.lock = threading.Lock()  # guards the fields below
         self.sleepers: list[tuple[float, int, _Waiter]] = []  # a heap, by the time they are due
         self.holders: dict[_Waiter, float] = {}  # until when they may hold a baton
+        self.batons = self._BATONS  # more of them while who holds one is slow
         self.count = 0
         self.until = -math.inf  # when the server's loop looks here again; -inf: it is about to
 
@@ -3955,10 +3957,11 @@ class _Pacer:
 
     def _pass(self, waiter: _Waiter) -> None:
         if self.holders.pop(waiter, None) is not None:
+            self.batons = max(self._BATONS, self.batons - 1)
             self._wake(time.monotonic())
 
     def _wake(self, now: float) -> None:
-        while len(self.holders) < self._BATONS and self.sleepers and self.sleepers[0][0] <= now:
+        while len(self.holders) < self.batons and self.sleepers and self.sleepers[0][0] <= now:
             _, turn, waiter = heappop(self.sleepers)
             wake = waiter.wake
             if waiter.turn == turn and wake is not None:  # else it was woken by something else
@@ -3971,6 +3974,7 @@ class _Pacer:
             now = time.monotonic()
             for waiter in [waiter for waiter, end in self.holders.items() if end <= now]:
                 del self.holders[waiter]
+                self.batons = min(self.batons * 2, 128)
             self._wake(now)
             due = self.sleepers[0][0] if self.sleepers else math.inf
             self.until = min(self.holders.values()) if due <= now and self.holders else due
@@ -4967,10 +4971,13 @@ class _Thread(threading.Thread):
 
     def finish(self, end: float) -> None:
         """Waits for its end, until that time of time.monotonic()."""
-        while self.ident is None and time.monotonic() < end:  # it does not run yet, so join() would raise
-            time.sleep(0.001)
-        if self.ident is not None:
-            self.join(max(0.0, end - time.monotonic()))
+        while True:
+            try:
+                return self.join(max(0.0, end - time.monotonic()))
+            except RuntimeError:  # it does not run yet
+                if time.monotonic() >= end:
+                    return None
+                time.sleep(0.001)
 
 
 class _Server(ThreadingHTTPServer):
@@ -5026,7 +5033,7 @@ class _Server(ThreadingHTTPServer):
             now = time.monotonic()
             sweep = min(sweep, now + self.limits.sweep) if self.sockets else math.inf
             until = min(sweep, resume, self.pacer.run())
-            events = select(None if until == math.inf else max(0.0, until - now))
+            events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
             if self.stopping:
                 return
             for key, _ in events:

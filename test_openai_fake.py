@@ -3523,6 +3523,26 @@ def reset(sock: socket.socket) -> None:
 class ConnectionTest(LeakTest):
     """Clients that leave, stall, trickle and crowd."""
 
+    def test_who_wakes_from_a_pause_does_not_wait_for_handlers_that_block(self) -> None:
+        """Twenty generators, each held after its Pause until all twenty are there."""
+        together = threading.Barrier(20)
+
+        def handler(request: Request) -> Iterator[Pause | str]:
+            yield Pause(0.001)
+            together.wait(WAIT)
+            yield "Hello"
+
+        server = start(self, handler)
+        ended: list[Any] = []
+        callers = [
+            threading.Thread(target=lambda: ended.append(call(server, chat(stream=True)).events[-1])) for _ in range(20)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(WAIT)
+        self.assertEqual(ended, ["[DONE]"] * 20)
+
     def test_answers_are_not_held_back(self) -> None:
         """A request on a kept connection takes no delayed-ACK time."""
         times: list[float] = []
