@@ -2063,7 +2063,7 @@ class Stream:
         return self._gone
 
     def wait_disconnected(self, timeout: float = 5.0) -> bool:
-        """Waits until the client has left. Returns False if it has not after `timeout` seconds."""
+        """Waits until the client has left. Returns False if it has not after `timeout` seconds, or never came."""
         with self._changed:
             return self._changed.wait_for(lambda: self._gone, timeout)
 
@@ -5599,6 +5599,9 @@ class FakeOpenAI:
     not callable, ValueError for a route that is not "METHOD /path".
     """
 
+    _server: _Server | None = None
+    _count = 0
+
     def __init__(
         self,
         handler: _Handler = echo,
@@ -5646,7 +5649,6 @@ class FakeOpenAI:
         self._journal: deque[Request] = deque(maxlen=keep)
         self._arrived = threading.Condition()  # guards _waiting and _count, and tells that a request came
         self._waiting = 0
-        self._count = 0
         self._flying: dict[int, Request] = {}
         self._recent: deque[_Exchange] = deque(maxlen=12)
         self._observe: Callable[[_Exchange], None] | None = None
@@ -5656,7 +5658,6 @@ class FakeOpenAI:
         self._responses: dict[str, _StoredResponse] = {}
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
-        self._server: _Server | None = None
         self._stopping = threading.Lock()  # taken by the first stop()
         self._pid = 0
 
@@ -5838,6 +5839,8 @@ class FakeOpenAI:
                 self._observe(exchange)
 
     def _transcript(self) -> str:
+        if not self._recent:
+            return "No request came to the fake."
         lines = ["The last requests to the fake, and its answers:"]
         for exchange in tuple(self._recent):  # a handler that outlived stop() may end just now
             request = exchange.request
