@@ -64,7 +64,7 @@ from contextlib import suppress
 from dataclasses import KW_ONLY, FrozenInstanceError, dataclass
 from email.utils import formatdate
 from functools import lru_cache
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from itertools import groupby
@@ -3936,6 +3936,7 @@ class _Pacer:
         self.lock = threading.Lock()  # guards the fields below
         self.sleepers: list[tuple[float, int, _Waiter]] = []  # a heap, by the time they are due
         self.holders: dict[_Waiter, float] = {}  # until when they may hold a baton
+        self.left = 0  # who has left since they were last dropped from the heap
         self.batons = self._BATONS  # more of them while who holds one is slow
         self.count = 0
         self.until = -math.inf  # when the server's loop looks here again; -inf: it is about to
@@ -3952,7 +3953,13 @@ class _Pacer:
     def leave(self, waiter: _Waiter) -> None:
         """Takes back what a waiter holds."""
         with self.lock:
-            waiter.turn = 0
+            if waiter.turn:
+                waiter.turn = 0
+                self.left += 1
+                if self.left > max(64, len(self.sleepers) // 2):  # long sleepers would keep their connections until due
+                    self.left = 0
+                    self.sleepers = [each for each in self.sleepers if each[2].turn == each[1]]
+                    heapify(self.sleepers)
             self._pass(waiter)
 
     def _pass(self, waiter: _Waiter) -> None:
@@ -4080,13 +4087,15 @@ class _Waiter:
         if loop is None:
             loop = self.loop = asyncio.new_event_loop()
         task = loop.create_task(wait())
+        cancelled: list[bool] = []
 
         def look() -> None:  # on the loop's thread, which may read ahead
             try:
                 over = self.left() and self.streams
             except _Gone:
                 over = True
-            if over:
+            if over and not cancelled:  # once: what the coroutine still does in `finally` is let be
+                cancelled.append(True)
                 task.cancel()
 
         def wake() -> None:
@@ -4102,6 +4111,13 @@ class _Waiter:
                 raise _Gone from None
             raise
 
+    def close(self, closing: Awaitable[Any]) -> None:
+        """Runs the end of an async generator, for a while, whether its client has left or not."""
+        import asyncio
+
+        if self.loop is not None:
+            self.loop.run_until_complete(asyncio.wait_for(closing, _STOP_SECONDS))
+
     def end(self) -> None:
         """The answer is over."""
         if self.watched:
@@ -4111,7 +4127,14 @@ class _Waiter:
             if self.connection is not None:
                 self.server.unwatch(self.connection.request)
         if self.loop is not None:
+            import asyncio
+
             with suppress(Exception):
+                tasks = asyncio.all_tasks(self.loop)  # that the handler started, and left
+                for task in tasks:
+                    task.cancel()
+                if tasks:
+                    self.loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_SECONDS))
                 self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
 
@@ -4479,7 +4502,7 @@ def _async_coming(parts: Any, waiter: _Waiter) -> Iterator[Any]:
         if close is not None:
             with suppress(BaseException):
                 if not waiter.server.stopping:
-                    waiter.run(close())
+                    waiter.close(close())
 
 
 def _live(stream: Stream, teller: _Teller) -> Iterator[_Part]:
@@ -5076,14 +5099,14 @@ class _Server(ThreadingHTTPServer):
 
     def watch(self, sock: socket.socket, waiter: _Waiter) -> None:
         """Calls waiter.notice() once, when the socket has something to read."""
-        with suppress(ValueError, KeyError, OSError):  # it is closed, or watched already
+        with suppress(ValueError, KeyError, OSError, RuntimeError):  # it is closed, or watched already
             self.selector.register(sock, selectors.EVENT_READ, waiter)
         if not _SELECTS_LIVE:
             self.wake()
 
     def unwatch(self, sock: socket.socket) -> None:
         """Before the socket is closed: its descriptor is used again, and a forked child may keep it open."""
-        with suppress(ValueError, KeyError, OSError):
+        with suppress(ValueError, KeyError, OSError, RuntimeError):  # selectors looks for a closed one in a loop
             self.selector.unregister(sock)
 
     def wake(self) -> None:
@@ -5316,9 +5339,11 @@ class _Telling:
             teller = _StreamTeller(encoder, _Waiter(connection.server, None, True), 0.0, 0.0, recorder, reply)
             teller.say(_Run.of(list(texts), 0))
             teller.end()
-            if len(fake._recalled) >= 64:
-                fake._recalled.clear()
-            body = fake._recalled[key] = cast(_Recorder, recorder).sent
+            body = cast(_Recorder, recorder).sent
+            if len(body) <= _BATCH:
+                if len(fake._recalled) >= 64:
+                    fake._recalled.clear()
+                fake._recalled[key] = body
         id = "chatcmpl-" + fake._ids().alnum(29)
         body = body.replace(_ANY_ID.encode(), id.encode())
         body = body.replace(b'"created":' + _ANY_TIME.encode(), b'"created":' + created.encode())
