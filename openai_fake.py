@@ -12,17 +12,23 @@ client asked for: Chat Completions or Responses, JSON or a stream of server-sent
 ...         json.load(reply)["choices"][0]["message"]["content"]
 'You said: Hello'
 
-How the data flows:
+The way of an answer, which the file follows from top to bottom:
 
-    HTTP bytes -> Request -> handler(request) -> parts -> encoder -> events -> SSE frames -> chunked bytes
-                                                            \\-> fold -> JSON body
+    bytes -> Request -> handler(request) -> parts -> encoder -> events -> sink -> bytes
 
-The file has first what knows no socket (requests, parts, encoders, endpoints), then HTTP, then the server that tests
-use and the command line. In comments, `wire.md N` (or `wire N`) is section N of the notes on OpenAI's recorded traffic
-that this was written from, and `clients.md` the notes on what clients need.
+- `Request`: what the client sent. `_check_request` refuses what the API refuses.
+- A part (`Text`, `ToolCall`, `Pause`, ...): a piece of what the model says, or a thing that happens on the wire.
+- An encoder, one per API: folds parts into items, and tells the events that say them. It does no I/O.
+- A sink: where the events go (a stream, a JSON body, the log of a response in the background).
+- `_Answer`: calls the handler and carries its parts through an encoder into a sink, waiting where parts want time.
+- An endpoint: one function per route; it returns JSON, or what sends itself, as an `_Answer` does.
+- `_Connection`: the bytes of one socket. `_Server`: the listener, and the threads. `FakeOpenAI`: the test's view.
 
-To add a part, write one class in the section "What a handler answers": how it splits and merges, what it is in Chat
-Completions, what it is in Responses. To add an endpoint, write one function in the section "Endpoints".
+To add a part, write one class in the section "What a handler answers": its text, what it is in Chat Completions, what
+it is in Responses. To add an endpoint, write one function in the section "Endpoints".
+
+Where a comment names the source of a fact, R is recordings of the API's answers (in the tests of public repositories),
+P probes of the live API, S the public API reference and the types of openai-python 3.57, I public issue reports.
 """
 
 # pyright: strict, reportPrivateUsage=false
@@ -55,20 +61,19 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
 from contextlib import suppress
-from dataclasses import KW_ONLY, FrozenInstanceError, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import formatdate
+from enum import IntEnum
 from functools import lru_cache
-from heapq import heapify, heappop, heappush
 from http.server import ThreadingHTTPServer
 from importlib import import_module
-from itertools import groupby
-from operator import attrgetter
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
@@ -80,18 +85,15 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import TypeAlias
 
-    from typing_extensions import Self, dataclass_transform, override
+    from typing_extensions import Self, override
 else:
     try:
-        from typing_extensions import Self, dataclass_transform, override
+        from typing_extensions import Self, override
     except ImportError:  # the copied file runs on a bare interpreter; only type checkers need the real ones
         Self = Any
 
         def override(method):
             return method
-
-        def dataclass_transform(**options):
-            return override
 
 
 __all__ = [
@@ -133,7 +135,7 @@ __version__ = "1.0.0"
 _LOG = logging.getLogger("openai_fake")
 _LOG.addHandler(logging.NullHandler())  # without it, logging's last resort would print warnings to stderr
 
-_MAX_CHOICES = 8  # the API's bound of n (wire.md 5)
+_MAX_CHOICES = 8  # the API's bound of n (P)
 _MAX_BODY = 64 << 20  # bytes, decoded; OpenAI documents 50 MB for a request with images
 _MAX_LINE = 64 << 10  # bytes of a request line; RFC 9112 3 asks for 8,000 at least
 _MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 to 64 KiB, Go at 1 MiB
@@ -141,7 +143,8 @@ _MAX_DEPTH = 200  # of JSON in requests: Python gives up at 1,000 frames, and so
 _MAX_CHUNK_LINE = 4 << 10  # bytes of a chunk's size with its extensions, or of a trailer; as Go has it
 _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
-_RUN = 256  # texts that are encoded together; their events fill a batch
+_FIRST_BATCH = 8 << 10  # so many at first: the beginning of a long answer goes out at once, a short one in one piece
+_RUN = 256  # Texts in a row that are encoded together; their events fill a batch
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
@@ -172,7 +175,7 @@ def _make_dumps() -> Callable[[object], str]:
 _dumps = _make_dumps()
 _quote: Callable[[str], str] = json.encoder.encode_basestring
 
-# Line readers split at U+0085, U+2028 and U+2029 (clients.md); a lone surrogate has no UTF-8 form.
+# Line readers of clients split at U+0085, U+2028 and U+2029; a lone surrogate has no UTF-8 form.
 _UNSENDABLE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 
@@ -287,60 +290,21 @@ def rate_limit(retry_after: float = 0.02) -> APIError:
     )
 
 
-class _HandlerError(Exception):
-    """The handler's mistake, never the client's: the client gets a 500, and the test gets `error`."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(error)
-        self.error = error
-
-
 class _Gone(Exception):
     """The client has left, or the server is stopping: there is nobody to answer."""
 
 
-_T = TypeVar("_T")
+def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]]) -> None:
+    """Raises TypeError where a field is not of its type: the mistake shows where the value is made."""
+    for name, (value, kind) in fields.items():
+        if not isinstance(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
+            raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
+        if kind is int and cast(int, value) < 0:
+            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
 
 
-class _Value:
-    """A value: its fields are set once, and two of a kind with equal fields are equal.
-
-    Its classes are dataclasses by the decorator below. It says once what dataclass(frozen=True) compiles for each class
-    anew, which would take half of the import.
-    """
-
-    __slots__: tuple[str, ...] = ()
-
-    @override
-    def __setattr__(self, name: str, value: object) -> None:
-        if hasattr(self, name):
-            raise FrozenInstanceError(f"cannot assign to field {name!r}")
-        object.__setattr__(self, name, value)
-
-    @override
-    def __delattr__(self, name: str) -> None:
-        raise FrozenInstanceError(f"cannot delete field {name!r}")
-
-    def _fields(self) -> list[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in self.__slots__ if name[0] != "_"]
-
-    @override
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._fields())})"
-
-    @override
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Value) and type(other) is type(self) and self._fields() == other._fields()
-
-    @override
-    def __hash__(self) -> int:
-        return hash((type(self), *self._fields()))
-
-
-@dataclass_transform(frozen_default=True)
-def _value(cls: type[_T]) -> type[_T]:
-    """Makes a class of _Value a slotted dataclass."""
-    return dataclass(slots=True, eq=False, repr=False)(cls)
+_WORD = (str, type(None))  # a string that may be left out
 
 
 # ---- What the client sent --------------------------------------------------------------------------------------------
@@ -390,8 +354,8 @@ def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-@_value
-class Message(_Value):
+@dataclass(frozen=True, slots=True)
+class Message:
     """One message of a conversation. `content` is as it came: a string, a list of content parts, or None.
 
     `tool_calls` are the calls that an assistant's message makes; `tool_call_id` names the call that a tool's
@@ -409,8 +373,8 @@ class Message(_Value):
         return _text_of(self.content)
 
 
-@_value
-class Tool(_Value):
+@dataclass(frozen=True, slots=True)
+class Tool:
     """A tool that the request offers, in one shape for both APIs. A hosted tool (`web_search`) has a type only."""
 
     name: str
@@ -432,8 +396,8 @@ def _tool(value: object) -> Tool:
 def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
     call = _dict(value)
     for key, kind, text in (("function", ToolCall, "arguments"), ("custom", CustomToolCall, "input")):
-        if said := _dict(call.get(key)):
-            return kind(_string(said.get("name")), _string(said.get(text)), id=_string(call.get("id")))
+        if about := _dict(call.get(key)):
+            return kind(_string(about.get("name")), _string(about.get(text)), id=_string(call.get("id")))
     return None
 
 
@@ -442,15 +406,11 @@ def _chat_messages(value: object) -> list[Message]:
     messages: list[Message] = []
     for each in _list(value):
         sent = _dict(each)
-        made = [_chat_call(call) for call in _list(sent.get("tool_calls"))]
-        tool_call_id = sent.get("tool_call_id")
+        calls = sent.get("tool_calls")
+        made = [call for each in _list(calls) if (call := _chat_call(each)) is not None] if calls else ()
+        id = sent.get("tool_call_id")
         messages.append(
-            Message(
-                _string(sent.get("role")),
-                sent.get("content"),
-                tuple(call for call in made if call is not None),
-                tool_call_id if isinstance(tool_call_id, str) else None,
-            )
+            Message(_string(sent.get("role")), sent.get("content"), tuple(made), id if isinstance(id, str) else None)
         )
     return messages
 
@@ -489,32 +449,28 @@ def _input_items(value: object) -> list[Any]:
     return list(_list(value))
 
 
-class _Asked:
-    """What a body asks of the encoders, read out once. Bodies that come again byte by byte share it."""
+_NOT_JSON = {  # by whether it came to Chat Completions
+    True: "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP "
+    "library correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON. If you have "
+    "trouble figuring out how to fix this, please contact us through our help center at help.openai.com.)",
+    False: "Invalid body: failed to parse JSON value. Please check the value to ensure it is valid JSON. (Common "
+    "errors include trailing commas, missing closing brackets, missing quotation marks, etc.)",
+}
 
-    def __init__(self, api: str, body: _JSON) -> None:
-        options, include, tier, top = (
-            body.get(key) for key in ("stream_options", "include", "service_tier", "top_logprobs")
-        )
-        asked = _dict(options)
-        n = body.get("n") if api == "chat.completions" else None
-        self.model = _string(body.get("model"))
-        self.stream = body.get("stream") is True
-        self.with_usage = bool(asked.get("include_usage"))
-        self.obfuscated = asked.get("include_obfuscation") is not False
-        self.includes: list[Any] = _list(include)
-        self.logprobs = body.get("logprobs") is True or "message.output_text.logprobs" in self.includes
-        self.top_logprobs = min(top, 20) if type(top) is int and self.logprobs else 0
-        self.tier = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
-        self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
-        self.forced = _dict(body.get("tool_choice")).get("type") in ("function", "custom")
-        self.store = body.get("store")
-        self.prompt_tokens = _estimate(_list(body.get("messages")))
-        # A string is all of the answer's choice, and its JSON like any other's: see _Telling.plain.
-        self.plain = api == "chat.completions" and not (self.logprobs or self.store or self.n > 1)
-        self.plain = self.plain and _model(self.model).service_tier  # the others' ids are not like the rest
-        self.known = False  # shared
-        self.cut = ""  # that JSON, encoded but for what differs
+
+def _too_deep(value: Any) -> bool:
+    """Whether JSON is nested deeper than what follows it recursively can bear."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 _OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
@@ -529,13 +485,16 @@ class Request:
     """
 
     __slots__ = (
-        "_asked",
         "_body",
         "_connection",
         "_conversation",
         "_deployment",
+        "_encoder",
         "_gone",
         "_messages",
+        "_outcome",
+        "_seconds",
+        "_status",
         "api",
         "headers",
         "method",
@@ -554,12 +513,31 @@ class Request:
         self.headers = headers
         self.raw_body = raw_body
         self._deployment: str | None = None  # Azure names the model in the path
-        self._asked: _Asked | None = None
         self._body: _JSON | None = None
         self._messages: list[Message] | None = None
         self._conversation: list[Any] | None = None  # Responses: stored turns and input, where they are not the input
         self._connection: _Connection | None = None
         self._gone = False
+        # What became of it, for the transcript and the command line.
+        self._status = 0  # 0: cut before any reply
+        self._seconds = 0.0
+        self._outcome = ""  # why the answer is not whole
+        self._encoder: _Encoder | None = None  # what was said; the last few requests have it
+
+    def _parse(self) -> _JSON:
+        """The JSON object in the body. Raises APIError where there is none."""
+        try:
+            found: Any = _loads(self.raw_body.removeprefix(b"\xef\xbb\xbf").decode().strip(" \t\r\n"))
+            if self.raw_body.count(b"{") + self.raw_body.count(b"[") > _MAX_DEPTH and _too_deep(found):
+                raise RecursionError
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise APIError(400, _NOT_JSON[self.api == "chat.completions"])
+        self._body = body = cast(_JSON, found)
+        if self._deployment is not None and not body.get("model"):
+            body["model"] = self._deployment
+        return body
 
     @property
     def body(self) -> _JSON:
@@ -567,32 +545,26 @@ class Request:
         body = self._body
         if body is None:
             try:
-                body = _parse_body(self)
+                body = self._parse()
             except APIError:  # the client was told
                 body = self._body = {}
-        return body
+        return body  # not the attribute: _forget() may clear it at any time
 
     def _forget(self) -> None:
         """Drops what can be made again from the bytes: the journal holds many requests."""
         if self._connection is not None:
-            self._gone = self._connection.gone
-        self._asked = self._body = self._messages = self._connection = None
-
-    def _ask(self) -> _Asked:
-        asked = self._asked
-        if asked is None:
-            asked = self._asked = _Asked(self.api, self.body)
-        return asked
+            self._gone = self._connection.state is _State.GONE
+        self._body = self._messages = self._connection = None
 
     @property
     def model(self) -> str:
         """The model that was asked for."""
-        return self._ask().model
+        return _string(self.body.get("model"))
 
     @property
     def stream(self) -> bool:
         """Whether the client wants server-sent events."""
-        return self._ask().stream
+        return self.body.get("stream") is True
 
     @property
     def messages(self) -> list[Message]:
@@ -605,20 +577,23 @@ class Request:
             responses = self.api == "responses"
             messages = _items_messages(self._items) if responses else _chat_messages(self.body.get("messages"))
             self._messages = messages
-        return messages  # not the attribute: _forget() may clear it at any time
+        return messages
 
     @property
     def _items(self) -> list[Any]:
         instructions = self.body.get("instructions")
         if isinstance(instructions, str):
             instructions = [{"role": "system", "content": instructions}]
-        said = _input_items(self.input) if self._conversation is None else self._conversation
-        return [*_input_items(instructions), *said]
+        items = _input_items(self.input) if self._conversation is None else self._conversation
+        return [*_input_items(instructions), *items]
 
     @property
     def text(self) -> str:
         """The text of the last user message; "" where there is none."""
-        return next((message.text for message in reversed(self.messages) if message.role == "user"), "")
+        for message in reversed(self.messages):
+            if message.role == "user":
+                return message.text
+        return ""
 
     @property
     def tools(self) -> list[Tool]:
@@ -646,6 +621,11 @@ class Request:
         connection = self._connection
         return self._gone if connection is None else connection.peer_gone()
 
+    @property
+    def _said(self) -> list[_Spoken]:
+        """What the answer said, each part whole."""
+        return [] if self._encoder is None else [item.whole for item in self._encoder.items]
+
     @override
     def __repr__(self) -> str:
         if not self.api:
@@ -658,8 +638,9 @@ def _estimate(items: Iterable[object]) -> int:
     """About how many tokens messages or items are: four characters each, and four for what is around a message."""
     tokens = 3
     for item in items:
-        sent = _dict(item)
-        text = _text_of(sent.get("content"))
+        sent = cast(_JSON, item) if isinstance(item, dict) else {}
+        content = sent.get("content")
+        text = content if isinstance(content, str) else _text_of(content)
         for key in ("output", "arguments"):
             if key in sent:
                 text += _text_of(sent[key])
@@ -668,12 +649,11 @@ def _estimate(items: Iterable[object]) -> int:
 
 
 # ---- What the API refuses --------------------------------------------------------------------------------------------
-# Each parameter is one entry of `_CHAT` or `_RESPONSES`; the entries stand in the API's order of checks (wire 5).
-# Sources: P = probes of the live API, R = recordings, I = public reports (all three in wire 5), S = the API's public
-# reference (the types of openai-python 3.54), B = robustness item 22; I* = a public report that wire.md lacks.
+# Each parameter is one entry of `_CHAT` or `_RESPONSES`; the entries stand in the API's order of checks (P). Beside the
+# marks of the module's docstring, I* is a public report that was not verified, B what this server could not bear.
 
-# A check looks at a value, its path ("tools[0].type") and the object that holds it; None means nothing is wrong.
-_Check: TypeAlias = "Callable[[Any, str, dict[str, Any]], APIError | None]"
+# A rule looks at a value, its path ("tools[0].type") and the object that holds it, and raises APIError for a fault.
+_Rule: TypeAlias = "Callable[[Any, str, dict[str, Any]], None]"
 
 _KINDS: dict[type, str] = {
     dict: "an object", str: "a string", int: "an integer", float: "a decimal", bool: "a boolean", list: "an array",
@@ -699,153 +679,150 @@ def _unsupported(path: str, value: str, supported: Iterable[str]) -> APIError:
     return _bad_request(f"Invalid value: '{value}'. Supported values are: {listed}.", path, "invalid_value")
 
 
-def _passes(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+def _anything(value: Any, path: str, holder: dict[str, Any]) -> None:
     """What no source constrains."""
-    return None
 
 
-def _either(expected: str, *checks: tuple[type, _Check]) -> _Check:
-    """A value of one of these exact types (to the API a boolean is no integer), which passes its type's check."""
-    by_type = dict(checks)
+def _either(expected: str, *rules: tuple[type, _Rule]) -> _Rule:
+    """A value of one of these exact types (to the API a boolean is no integer), by its type's rule."""
+    by_type = dict(rules)
 
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-        if further := by_type.get(value.__class__):
-            return further(value, path, holder)
-        got = _KINDS.get(value.__class__, "an object")
-        return _bad_request(
-            f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type"
-        )
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        further = by_type.get(value.__class__)
+        if further is None:
+            got = _KINDS.get(value.__class__, "an object")
+            raise _bad_request(
+                f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type"
+            )
+        further(value, path, holder)
 
-    return check
-
-
-_boolean, _any_object = _either("a boolean", (bool, _passes)), _either("an object", (dict, _passes))
+    return rule
 
 
-def _length(kind: str, low: int, high: int) -> _Check:
+_boolean, _any_object = _either("a boolean", (bool, _anything)), _either("an object", (dict, _anything))
+
+
+def _length(kind: str, low: int, high: int) -> _Rule:
     noun = kind.split()[1]
 
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
         if len(value) < low:
             least = f"{kind} with minimum length {low}"
-            return _outside(path, f"empty {noun}", least, f"an empty {noun}", f"empty_{noun}")
+            raise _outside(path, f"empty {noun}", least, f"an empty {noun}", f"empty_{noun}")
         if len(value) > high:
             most, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
-            return _outside(path, f"{noun} too long", most, got, f"{noun}_above_max_length")
-        return None
+            raise _outside(path, f"{noun} too long", most, got, f"{noun}_above_max_length")
 
-    return check
+    return rule
 
 
-def _bounded_string(low: int = 0, high: int = sys.maxsize) -> _Check:
+def _bounded_string(low: int = 0, high: int = sys.maxsize) -> _Rule:
     return _either("a string", (str, _length("a string", low, high)))
 
 
-_any_string, _name = _bounded_string(), _bounded_string(low=1)  # an empty name: I* 'tools[0].function.name'
+_any_string, _name = _either("a string", (str, _anything)), _bounded_string(low=1)  # empty: I* 'tools[0].function.name'
 
 
-def _between(word: str, low: float, high: float) -> _Check:
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+def _between(word: str, low: float, high: float) -> _Rule:
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
         if value < low:
-            return _outside(path, f"{word} below minimum value", f"a value >= {low}", value, f"{word}_below_min_value")
+            raise _outside(path, f"{word} below minimum value", f"a value >= {low}", value, f"{word}_below_min_value")
         if value > high:
-            return _outside(path, f"{word} above maximum value", f"a value <= {high}", value, f"{word}_above_max_value")
-        return None
+            raise _outside(path, f"{word} above maximum value", f"a value <= {high}", value, f"{word}_above_max_value")
 
-    return check
+    return rule
 
 
-def _integer(low: float = -math.inf, high: float = math.inf) -> _Check:
+def _integer(low: float = -math.inf, high: float = math.inf) -> _Rule:
     return _either("an integer", (int, _between("integer", low, high)))
 
 
-def _decimal(low: float, high: float) -> _Check:
+def _decimal(low: float, high: float) -> _Rule:
     between = _between("decimal", low, high)
     return _either("a decimal", (float, between), (int, between))
 
 
-def _enum(*supported: str) -> _Check:
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-        return None if value in supported else _unsupported(path, value, supported)
+def _enum(*supported: str) -> _Rule:
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        if value not in supported:
+            raise _unsupported(path, value, supported)
 
-    return _either("a string", (str, check))
+    return _either("a string", (str, rule))
 
 
-def _array(of: _Check, expected: str = "an array of objects", low: int = 0, high: int = sys.maxsize) -> _Check:
+def _array(of: _Rule, expected: str = "an array of objects", low: int = 0, high: int = sys.maxsize) -> _Rule:
     length = _length("an array", low, high)
 
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-        members = (fault for i, item in enumerate(value) if (fault := of(item, f"{path}[{i}]", holder)))
-        return length(value, path, holder) or next(members, None)
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        length(value, path, holder)
+        for i, member in enumerate(value):
+            of(member, f"{path}[{i}]", holder)
 
-    return _either(expected, (list, check))
+    return _either(expected, (list, rule))
 
 
-def _object(required: dict[str, _Check], optional: dict[str, _Check] | None = None) -> _Check:
+def _object(required: dict[str, _Rule], optional: dict[str, _Rule] | None = None) -> _Rule:
     """Required members may not be null; optional ones may, as clients send explicit nulls."""
 
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
         for name, member in required.items():
             if name not in value:
-                return _missing(f"{path}.{name}")
-            if fault := member(value[name], f"{path}.{name}", value):
-                return fault
+                raise _missing(f"{path}.{name}")
+            member(value[name], f"{path}.{name}", value)
         for name, member in (optional or {}).items():
-            if value.get(name) is not None and (fault := member(value[name], f"{path}.{name}", value)):
-                return fault
-        return None
+            if value.get(name) is not None:
+                member(value[name], f"{path}.{name}", value)
 
-    return _either("an object", (dict, check))
-
-
-def _tagged(tag: str, cases: dict[str, _Check], closed: bool = True) -> _Check:
-    """An object whose `tag` names the check it must pass; a tag that isn't in `cases` passes unless `closed`."""
-    has_tag = _object({tag: _any_string})
-
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-        if fault := has_tag(value, path, holder):
-            return fault
-        if case := cases.get(value[tag]):
-            return case(value, path, holder)
-        return _unsupported(f"{path}.{tag}", value[tag], cases) if closed else None
-
-    return check
+    return _either("an object", (dict, rule))
 
 
-def _map(of: _Check, properties: int = sys.maxsize, name_length: int = sys.maxsize) -> _Check:
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+def _tagged(tag: str, cases: dict[str, _Rule], closed: bool = True) -> _Rule:
+    """An object whose `tag` names its rule; a tag that isn't in `cases` passes unless `closed`."""
+    tag_rule = _object({tag: _any_string})
+
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        tag_rule(value, path, holder)
+        case = cases.get(value[tag])
+        if case is not None:
+            case(value, path, holder)
+        elif closed:
+            raise _unsupported(f"{path}.{tag}", value[tag], cases)
+
+    return rule
+
+
+def _map(of: _Rule, properties: int = sys.maxsize, name_length: int = sys.maxsize) -> _Rule:
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
         if len(value) > properties:
             most, got = f"an object with at most {properties} properties", f"an object with {len(value)} properties"
-            return _outside(path, "too many properties", most, got, "object_above_max_properties")
+            raise _outside(path, "too many properties", most, got, "object_above_max_properties")
         for name, member in value.items():
             if len(name) > name_length:  # the words are by analogy, the code is P
                 most, got = f"a property name with maximum length {name_length}", f"one with length {len(name)}"
-                return _outside(path, "property name too long", most, got, "property_name_above_max_length")
-            if fault := of(member, f"{path}.{name}", value):
-                return fault
-        return None
+                raise _outside(path, "property name too long", most, got, "property_name_above_max_length")
+            of(member, f"{path}.{name}", value)
 
-    return _either("an object", (dict, check))
+    return _either("an object", (dict, rule))
 
 
-def _spoken(*parts: tuple[type, _Check]) -> _Check:
-    return _either("one of a string or array of objects", (str, _passes), *parts)  # wire 5: P
+def _string_or(*parts: tuple[type, _Rule]) -> _Rule:
+    return _either("one of a string or array of objects", (str, _anything), *parts)  # P
 
 
-def _plain(item: Any) -> bool:
+def _is_simple(item: Any) -> bool:
     """Just a role and a text, as nearly all messages are: nothing more to look at."""
     return (
         item.__class__ is dict
         and len(item) == 2
-        and item.get("role") in _PLAIN_ROLES
+        and item.get("role") in _SIMPLE_ROLES
         and item.get("content").__class__ is str
     )
 
 
 # Chat's messages
 
-_PLAIN_ROLES = ("user", "assistant", "system", "developer")
-_chat_parts: dict[str, _Check] = {  # S, order I*
+_SIMPLE_ROLES = ("user", "assistant", "system", "developer")
+_chat_parts: dict[str, _Rule] = {  # S, order I*
     "text": _object({"text": _any_string}),
     "image_url": _object({"image_url": _object({"url": _any_string})}),
     "input_audio": _object({"input_audio": _any_object}),
@@ -853,13 +830,13 @@ _chat_parts: dict[str, _Check] = {  # S, order I*
     "audio": _any_object,
     "file": _object({"file": _any_object}),
 }
-_message_content = _spoken((list, _array(_tagged("type", _chat_parts))))
-_chat_calls: dict[str, _Check] = {  # S
+_message_content = _string_or((list, _array(_tagged("type", _chat_parts))))
+_chat_calls: dict[str, _Rule] = {  # S
     "function": _object({"id": _any_string, "function": _object({"name": _any_string, "arguments": _any_string})}),
     "custom": _object({"id": _any_string, "custom": _object({"name": _any_string, "input": _any_string})}),
 }
-_said = _object({"content": _message_content}, {"name": _any_string})
-_called = _object(
+_text_message = _object({"content": _message_content}, {"name": _any_string})
+_calling_message = _object(
     {},
     {
         "content": _message_content,
@@ -871,125 +848,141 @@ _called = _object(
 )
 
 
-def _answer(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+def _assistant_message(value: Any, path: str, holder: dict[str, Any]) -> None:
     """S: an assistant's content may only lack where it said something else."""
     otherwise = ("tool_calls", "function_call", "refusal", "audio")
-    return (_said if all(value.get(name) is None for name in otherwise) else _called)(value, path, holder)
+    rule = _text_message if all(value.get(name) is None for name in otherwise) else _calling_message
+    rule(value, path, holder)
 
 
-_roles: dict[str, _Check] = {  # S, order I*
-    "system": _said,
-    "assistant": _answer,
-    "user": _said,
+_roles: dict[str, _Rule] = {  # S, order I*
+    "system": _text_message,
+    "assistant": _assistant_message,
+    "user": _text_message,
     "function": _object({"name": _any_string}, {"content": _message_content}),
     "tool": _object({"content": _message_content, "tool_call_id": _any_string}),
-    "developer": _said,
+    "developer": _text_message,
 }
-_shaped = _array(_tagged("role", _roles), low=1)  # wire 5: P, R (empty array)
+_message_array = _array(_tagged("role", _roles), low=1)  # P, R (empty array)
 
 
-def _messages(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+def _messages(value: Any, path: str, holder: dict[str, Any]) -> None:
     if value is None:
-        return _missing(path)
-    if value.__class__ is list and value and all(map(_plain, value)):
-        return None
-    return _shaped(value, path, holder) or _unpaired(value)
+        raise _missing(path)
+    if value.__class__ is list and value and all(map(_is_simple, value)):
+        return
+    _message_array(value, path, holder)
+    _pairing(value)
 
 
-def _unpaired(messages: list[Any]) -> APIError | None:
-    """wire 5: I. Tool messages follow their call, and a call's answers come before anything else."""
+def _pairing(messages: list[Any]) -> None:
+    """I: tool messages follow their call, and a call's answers come before anything else."""
     answered: dict[str, bool] = {}  # by the id of the last message's calls
     ended: list[Any] = [*messages, {"role": ""}]
     for index, message in enumerate(ended):
         if message["role"] == "tool":
             if message["tool_call_id"] not in answered:
                 words = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
-                return _bad_request(f"Invalid parameter: {words}", f"messages.[{index}].role")
+                raise _bad_request(f"Invalid parameter: {words}", f"messages.[{index}].role")
             answered[message["tool_call_id"]] = True
             continue
         if lacking := [call for call, done in answered.items() if not done]:
-            return _bad_request(
+            raise _bad_request(
                 "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
                 f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(lacking)}",
                 f"messages.[{min(index, len(messages) - 1)}].role",
             )
         calls = message.get("tool_calls") if message["role"] == "assistant" else None
         answered = {call["id"]: False for call in calls or ()}
-    return None
 
 
 # The Responses' input
 
 _input_parts = ("input_text", "input_image", "output_text", "refusal", "input_file", "computer_screenshot")  # S, I*
-_told = _object({"content": _spoken((list, _array(_tagged("type", dict.fromkeys(_input_parts, _passes)))))})
-_output_parts: dict[str, _Check] = {"output_text": _passes, "refusal": _passes}  # I*, S
-_replied = _object({"content": _spoken((list, _array(_tagged("type", _output_parts))))})
-_output = _object({"call_id": _any_string, "output": _spoken((list, _array(_any_object)))})
-_item_roles: dict[str, _Check] = {"assistant": _replied, "system": _told, "developer": _told, "user": _told}  # S
-_item_types: dict[str, _Check] = {  # S; other types pass, as they grow
+_input_message = _object(
+    {"content": _string_or((list, _array(_tagged("type", dict.fromkeys(_input_parts, _anything)))))}
+)
+_output_parts: dict[str, _Rule] = {"output_text": _anything, "refusal": _anything}  # I*, S
+_output_message = _object({"content": _string_or((list, _array(_tagged("type", _output_parts))))})
+_call_output = _object({"call_id": _any_string, "output": _string_or((list, _array(_any_object)))})
+_item_roles: dict[str, _Rule] = {  # S
+    "assistant": _output_message,
+    "system": _input_message,
+    "developer": _input_message,
+    "user": _input_message,
+}
+_item_types: dict[str, _Rule] = {  # S; other types pass, as they grow
     "message": _tagged("role", _item_roles),
     "function_call": _object({"call_id": _any_string, "name": _any_string, "arguments": _any_string}),
-    "function_call_output": _output,
+    "function_call_output": _call_output,
     "custom_tool_call": _object({"call_id": _any_string, "name": _any_string, "input": _any_string}),
-    "custom_tool_call_output": _output,
+    "custom_tool_call_output": _call_output,
     "item_reference": _object({"id": _any_string}),
 }
 _typed_item = _tagged("type", _item_types, closed=False)
 
 
-def _input_item(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-    if _plain(value):
-        return None
+def _input_item(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if _is_simple(value):
+        return
     if value.__class__ is dict and value.get("type") is None:
         value = {**value, "type": _item_type(value)}
-    return _typed_item(value, path, holder)
+    _typed_item(value, path, holder)
 
 
-_items = _either("one of a string or array of input items", (str, _passes), (list, _array(_input_item)))  # wire 5: P
+_item_array = _either("one of a string or array of input items", (str, _anything), (list, _array(_input_item)))  # P
 
 
-def _input(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+def _input(value: Any, path: str, holder: dict[str, Any]) -> None:
     if value is not None:
-        return _items(value, path, holder)
+        _item_array(value, path, holder)
+        return
     instead = ("previous_response_id", "prompt", "conversation")  # S: each can stand for it
-    return _missing(path) if all(holder.get(name) is None for name in instead) else None
+    if all(holder.get(name) is None for name in instead):
+        raise _missing(path)
 
 
 # Rules about more than one value
 
 
-def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
+def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> None:
     if value is None or value == "":
-        return _bad_request("you must provide a model parameter", None)
-    return _any_string(value, path, holder)
+        raise _bad_request("you must provide a model parameter", None)
+    if value.__class__ is not str:
+        _any_string(value, path, holder)
 
 
-def _model_name(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-    return _missing(path) if value is None else _any_string(value, path, holder)
+def _responses_model(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if value is None:
+        raise _missing(path)
+    if value.__class__ is not str:
+        _any_string(value, path, holder)
 
 
 _stream_flags = _object({}, {"include_usage": _boolean, "include_obfuscation": _boolean})
 
 
-def _stream_options(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-    if holder.get("stream") is True:
-        return _stream_flags(value, path, holder)
-    return _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
+def _stream_options(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if holder.get("stream") is not True:
+        raise _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
+    _stream_flags(value, path, holder)
 
 
-_conversation_id = _either("one of a string or object", (str, _passes), (dict, _object({"id": _any_string})))
+_conversation_id = _either("one of a string or object", (str, _anything), (dict, _object({"id": _any_string})))
 
 
-def _conversation_named(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-    if holder.get("previous_response_id") is None:
-        return _conversation_id(value, path, holder)
-    words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'pre..._id' or 'conversation'."
-    return _bad_request(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
+def _conversation_parameter(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if holder.get("previous_response_id") is not None:
+        words = (
+            "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'pre..._id' or 'conversation'."
+        )
+        raise _bad_request(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
+    _conversation_id(value, path, holder)
 
 
-def _moved(new: str) -> _Check:
-    def check(value: Any, path: str, holder: dict[str, Any]) -> APIError | None:
-        return _bad_request(
+def _moved(new: str) -> _Rule:
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        raise _bad_request(
             f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. Try again "
             "with the new parameter. See the API documentation for more information: "
             "https://platform.openai.com/docs/api-reference/responses/create.",
@@ -997,22 +990,22 @@ def _moved(new: str) -> _Check:
             "unsupported_parameter",
         )
 
-    return check
+    return rule
 
 
 # The tables
 
 _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
-_VERBOSITIES = _enum("low", "medium", "high")  # wire 5: P
+_VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
-_metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # wire 5: P
+_metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # P
 _named = _object({"name": _name})
 _chat_tools = {"function": _object({"function": _named}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
-_named_tools: dict[str, _Check] = {"function": _named, "custom": _named}  # S; hosted tools pass, as they grow
+_named_tools: dict[str, _Rule] = {"function": _named, "custom": _named}  # S; hosted tools pass, as they grow
 _schema = _object({"name": _name, "schema": _any_object})
-_formats: dict[str, _Check] = {"json_object": _passes, "json_schema": _schema, "text": _passes}  # S
-_chat_formats: dict[str, _Check] = {**_formats, "json_schema": _object({"json_schema": _named})}  # S
+_formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
+_chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _named})}  # S
 _stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
     "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
@@ -1021,21 +1014,21 @@ _includes = (  # S
 )  # fmt: skip
 
 
-def _choice(of: _Check, *words: str) -> _Check:
+def _choice(of: _Rule, *words: str) -> _Rule:
     return _either("one of a string or object", (str, _enum(*words)), (dict, of))
 
 
-_CHAT: dict[str, _Check] = {
-    "model": _chat_model,  # wire 5: P; B
-    "messages": _messages,  # wire 5: P, R, I; B
+_CHAT: dict[str, _Rule] = {
+    "model": _chat_model,  # P; B
+    "messages": _messages,  # P, R, I; B
     "functions": _array(_named),  # S
     "function_call": _choice(_named, "none", "auto"),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
     "tool_choice": _choice(_tagged("type", _chat_choices), "none", "auto", "required"),  # S
     "parallel_tool_calls": _boolean,  # S
-    "max_completion_tokens": _integer(1),  # wire 5: P
-    "n": _integer(1, _MAX_CHOICES),  # wire 5: P
-    "temperature": _decimal(0, 2),  # wire 5: R, P; S
+    "max_completion_tokens": _integer(1),  # P
+    "n": _integer(1, _MAX_CHOICES),  # P
+    "temperature": _decimal(0, 2),  # R, P; S
     "top_p": _decimal(0, 1),  # S
     "presence_penalty": _decimal(-2, 2),  # S
     "frequency_penalty": _decimal(-2, 2),  # S
@@ -1056,34 +1049,34 @@ _CHAT: dict[str, _Check] = {
     "max_tokens": _integer(1),  # S
     "reasoning_effort": _EFFORTS,  # S
     "logit_bias": _map(_decimal(-100, 100)),  # S
-    "stop": _either("one of a string or array of strings", (str, _passes), (list, _stop)),  # S
+    "stop": _either("one of a string or array of strings", (str, _anything), (list, _stop)),  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
     "store": _boolean,  # S
-    "metadata": _metadata,  # wire 5: P
+    "metadata": _metadata,  # P
     "prediction": _any_object,  # S
-    "verbosity": _VERBOSITIES,  # wire 5: P
+    "verbosity": _VERBOSITIES,  # P
 }
 
-_RESPONSES: dict[str, _Check] = {
-    "model": _model_name,  # wire 5: P; B
-    "messages": _moved("input"),  # wire 5: P
+_RESPONSES: dict[str, _Rule] = {
+    "model": _responses_model,  # P; B
+    "messages": _moved("input"),  # P
     "response_format": _moved("text.format"),  # I*
     "reasoning_effort": _moved("reasoning.effort"),  # I*
     "moderation": _any_object,  # S
-    "input": _input,  # wire 5: P; B
+    "input": _input,  # P; B
     "include": _array(_enum(*_includes), "an array of strings"),  # S
-    "tools": _array(_tagged("type", _named_tools, closed=False), "an array of tools"),  # wire 5: P; S
-    "metadata": _metadata,  # wire 5: P
+    "tools": _array(_tagged("type", _named_tools, closed=False), "an array of tools"),  # P; S
+    "metadata": _metadata,  # P
     "text": _object({}, {"format": _tagged("type", _formats), "verbosity": _VERBOSITIES}),  # S
-    "temperature": _decimal(0, 2),  # wire 5: R, P; S
+    "temperature": _decimal(0, 2),  # R, P; S
     "top_p": _decimal(0, 1),  # S
     "tool_choice": _choice(_tagged("type", _named_tools, closed=False), "none", "auto", "required"),  # S
     "parallel_tool_calls": _boolean,  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
     "background": _boolean,  # S
-    "max_output_tokens": _integer(16),  # wire 5: P
+    "max_output_tokens": _integer(16),  # P
     "max_tool_calls": _integer(),  # S
     "reasoning": _object({}, {"effort": _EFFORTS, "summary": _enum("auto", "concise", "detailed")}),  # S
     "user": _any_string,  # S
@@ -1096,43 +1089,36 @@ _RESPONSES: dict[str, _Check] = {
     "store": _boolean,  # S
     "service_tier": _enum(*_SERVICE_TIERS, "ultrafast"),  # S
     "top_logprobs": _integer(0, 20),  # S
-    **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _passes),  # S: known
-    "conversation": _conversation_named,  # wire 5: P
+    **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
+    "conversation": _conversation_parameter,  # P
     "prompt": _object({"id": _any_string}),  # S
     "previous_response_id": _any_string,  # S
 }
 
-_ORDERS = {  # wire 5: P. The checks; what is looked for before unknown parameters; and where null is as absent.
+
+_ORDERS = {  # P. The rules; what is looked for before unknown parameters; and where null is as absent.
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
     "responses": (_RESPONSES, ("model",), ("model", "input")),
 }
 
 
-def _fault(api: str, body: dict[str, Any], strict: bool) -> APIError | None:
-    """The first fault of a request, in the API's order of checks."""
-    checks, first, required = _ORDERS[api]
-    for name, value in body.items():
-        check = checks.get(name)
-        if strict if check is None else value is not None and check(value, name, body):
-            break
-    else:
-        if None not in map(body.get, required):
-            return None
-    # Only now, with something amiss, is it worth the time to find what the API would have found first.
+def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
+    """Raises the first fault of a request, in the API's order of checks. `strict`: unknown parameters are faults."""
+    rules, first, required = _ORDERS[api]
     for name in first:
-        if (value := body.get(name)) in (None, "") and (fault := checks[name](value, name, body)):
-            return fault
-    for name in body if strict else ():
-        if name not in checks:
-            return _unknown(name, body, checks)
-    for name, check in checks.items():
+        if (value := body.get(name)) is None or value == "":
+            rules[name](value, name, body)
+    if strict:
+        for name in body:
+            if name not in rules:
+                raise _unknown_parameter(name, body, rules)
+    for name, rule in rules.items():
         value = body.get(name)
-        if (value is not None or name in required) and (fault := check(value, name, body)):
-            return fault
-    return None
+        if value is not None or name in required:
+            rule(value, name, body)
 
 
-def _unknown(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
+def _unknown_parameter(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
     near = [(_distance(name, other), other) for other in known if other not in body and abs(len(other) - len(name)) < 3]
     distance, other = min(near, default=(3, ""))
     hint = f" Did you mean '{other}'?" if distance < 3 else ""
@@ -1152,46 +1138,78 @@ def _distance(left: str, right: str) -> int:
 _OPAQUE = ("item_reference", "compaction")  # these may stand for any item
 
 
-def _conversation_fault(items: list[Any], start: int, reasons: bool = True) -> APIError | None:
-    """The first fault between input items: items[:start] are stored turns, the rest is the request's `input`.
+class _ItemFacts(NamedTuple):
+    """What the rules between input items look at; "" where the item does not say it."""
 
-    `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (wire 3).
+    type: str
+    id: str
+    call_id: str
+    role: str
+
+
+def _check_conversation(items: list[Any], start: int, reasons: bool = True) -> None:
+    """Raises the first fault between input items: items[:start] are stored turns, the rest is the request's `input`.
+
+    `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (R).
     """
     facts = [
-        (_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
+        _ItemFacts(_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
         for item in map(_dict, items)
     ]
+    _check_ids(facts, start)
+    if not any(item.type in _OPAQUE for item in facts):
+        _check_calls(facts, start)
+    _check_reasoning(facts, start, reasons)
+
+
+def _check_ids(facts: list[_ItemFacts], start: int) -> None:
+    """I: no id comes twice."""
     seen: set[str] = set()
-    for index, (_, mark, _, _) in enumerate(facts):
-        if mark in seen and index >= start:  # wire 5: I
-            return _bad_request(
-                f"Duplicate item found with id {mark}. Remove duplicate items from your input and try again.", "input"
-            )
-        if mark:
-            seen.add(mark)
-    if not any(kind in _OPAQUE for kind, *_ in facts):
-        called = {call for kind, _, call, _ in facts if kind.endswith("_call")}
-        answered = {call for kind, _, call, _ in facts if kind.endswith("_call_output")}
-        for kind, _, call, _ in facts[start:]:
-            if kind == "function_call_output" and call not in called:  # wire 5: I
-                return _bad_request(f"No tool call found for function call output with call_id {call}.", "input")
-        for kind, _, call, _ in facts:
-            if kind == "function_call" and call not in answered:  # wire 5: I
-                return _bad_request(f"No tool output found for function call {call}.", "input")
-    reasoned = not reasons
-    for index, (kind, mark, _, role) in enumerate(facts):
-        reasoned = kind == "reasoning" or kind in _OPAQUE or not reasons or (reasoned and role in ("", "assistant"))
-        after, _, _, speaker = facts[index + 1] if index + 1 < len(facts) else ("_output", "", "", "")
-        lone = after.endswith("_output") or speaker not in ("", "assistant")
-        if index < start or not mark:  # what has no id is new to the API: nothing is known to belong to it
+    for index, item in enumerate(facts):
+        if item.id in seen and index >= start:
+            words = f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again."
+            raise _bad_request(words, "input")
+        if item.id:
+            seen.add(item.id)
+
+
+def _check_calls(facts: list[_ItemFacts], start: int) -> None:
+    """I: every call has its output, and every new output its call."""
+    called = {item.call_id for item in facts if item.type.endswith("_call")}
+    answered = {item.call_id for item in facts if item.type.endswith("_call_output")}
+    for item in facts[start:]:
+        if item.type == "function_call_output" and item.call_id not in called:
+            words = f"No tool call found for function call output with call_id {item.call_id}."
+            raise _bad_request(words, "input")
+    for item in facts:
+        if item.type == "function_call" and item.call_id not in answered:
+            raise _bad_request(f"No tool output found for function call {item.call_id}.", "input")
+
+
+def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool) -> None:
+    """R, I*: a reasoning item goes with what the model said after it. What has no id is new: nothing belongs to it."""
+    before = False  # whether reasoning has come since the user spoke
+    for index, item in enumerate(facts):
+        if item.type == "reasoning" or item.type in _OPAQUE:
+            before = True
+        elif item.role not in ("", "assistant"):
+            before = False
+        if index < start or not item.id:
             continue
-        if kind == "reasoning" and lone:  # wire 5: R
-            words = f"Item '{mark}' of type 'reasoning' was provided without its required following item."
-            return _bad_request(words, "input")
-        if kind == "web_search_call" and not reasoned:  # I*; the API adds the missing item's id
-            words = f"Item '{mark}' of type 'web_search_call' was provided without its required 'reasoning' item."
-            return _bad_request(words, "input")
-    return None
+        if item.type == "reasoning" and _ends_turn(facts, index):
+            words = f"Item '{item.id}' of type 'reasoning' was provided without its required following item."
+            raise _bad_request(words, "input")
+        if item.type == "web_search_call" and reasons and not before:  # the API adds the missing item's id
+            words = f"Item '{item.id}' of type 'web_search_call' was provided without its required 'reasoning' item."
+            raise _bad_request(words, "input")
+
+
+def _ends_turn(facts: list[_ItemFacts], index: int) -> bool:
+    """Whether nothing of the model's follows an item."""
+    if index + 1 == len(facts):
+        return True
+    after = facts[index + 1]
+    return after.type.endswith("_output") or after.role not in ("", "assistant")
 
 
 # ---- What a handler answers ------------------------------------------------------------------------------------------
@@ -1206,7 +1224,7 @@ def _split_text(text: str) -> tuple[str, ...]:
     return tuple(_TOKEN.findall(text))
 
 
-_split_short = lru_cache(4096)(_split_text)
+_split_short = lru_cache(4096)(_split_text)  # what a list of Texts or a generator gives is short, and comes again
 
 
 def _tokens(text: str) -> tuple[str, ...]:
@@ -1242,14 +1260,14 @@ class _Item:
     call_id = ""
     sources: Sequence[str] = ()  # what a message after a web search cites
     cited = 0  # of them, in the stream so far
-    entries: Sequence[_JSON] = ()  # logprobs, one a token, where they were asked for
     opened = False  # Responses: the events before the first delta are sent
-    cut: tuple[str, str, str, str] | None = None  # its delta's frame, encoded but for what differs
+    form = ""  # of its delta events: see _Deltas
     status = "in_progress"
 
     def __init__(self, part: _Spoken, position: int) -> None:
         self.part = part
         self.pieces: list[str] = []
+        self.entries: list[_JSON] = []  # logprobs, one a token, where they were asked for
         self.position = position  # output_index in Responses
 
     @property
@@ -1258,21 +1276,20 @@ class _Item:
 
     def join(self) -> None:
         """Makes one piece of all, on the thread that adds them: others may read `text` meanwhile, and only read."""
-        if len(self.pieces) > 1:
-            self.pieces[:] = [self.text]
+        self.pieces[:] = [self.text]
 
     @property
     def whole(self) -> _Spoken:
         return self.part._with(self.text)
 
 
-class _Part(_Value):
-    """What every part can do: tell itself to whoever carries the answer to the client."""
+class _Part:
+    """A part of an answer."""
 
     __slots__ = ()
 
-    def _tell(self, teller: _Teller) -> None:
-        raise NotImplementedError
+    def _act(self, answer: _Delivery) -> None:
+        """Does what a part does that is not said by the model."""
 
 
 class _Spoken(_Part):
@@ -1308,17 +1325,15 @@ class _Spoken(_Part):
         return _tokens(self._string)
 
     def _with(self, text: str) -> Self:
-        raise NotImplementedError
+        """This part with another string."""
+        return replace(self, **{self._grows: text})  # type: ignore[type-var]  # what is made are dataclasses
 
     def _more(self, text: str) -> Self:
+        """A fragment that goes on with this part."""
         return self._with(text)
 
     def _continues(self, opened: _Spoken) -> bool:
         return type(opened) is type(self) and opened.choice == self.choice
-
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.say(self)
 
     # Chat Completions: deltas, and the message's fields.
 
@@ -1338,12 +1353,8 @@ class _Spoken(_Part):
 
     # Responses: the item, and the events between output_item.added and .done.
 
-    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        """The whole item, as in output_item.done and in the response."""
-        raise NotImplementedError
-
-    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        """The item as in output_item.added: nothing said yet."""
+    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+        """The item: whole, as in output_item.done and in the response, or nothing said, as in output_item.added."""
         raise NotImplementedError
 
     def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
@@ -1353,18 +1364,8 @@ class _Spoken(_Part):
         """The type of the delta event, and the keys that are its own."""
         raise NotImplementedError
 
-    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
         return []
-
-
-def _check_fields(part: object, **fields: tuple[object, type | tuple[type, ...]]) -> None:
-    """Raises TypeError where a field is not of its type: the mistake shows where the part is made."""
-    for name, (value, kind) in fields.items():
-        if not isinstance(value, kind):
-            wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
-            raise TypeError(f"{type(part).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind is int and cast(int, value) < 0:
-            raise ValueError(f"{type(part).__name__} wants {name} of 0 or more, not {value!r}")
 
 
 class _MessagePart(_Spoken):
@@ -1372,54 +1373,41 @@ class _MessagePart(_Spoken):
 
     __slots__ = ()
     _prefix = "msg_"
-    _content: ClassVar[str]  # the type of the content part, and of its events
+    _grows = "text"
+    _type: ClassVar[str]  # of the content part, and of its events
+    _key: ClassVar[str]  # of the text in both
     text: str
 
-    @override
-    def _with(self, text: str) -> Self:
-        return type(self)(text, choice=self.choice)  # type: ignore[call-arg]  # both take these
+    def __post_init__(self) -> None:
+        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0:  # thousands in a stream
+            _check_fields(self, text=(self.text, str), choice=(self.choice, int))
 
-    @override
     def _fragments(self) -> Sequence[str]:
-        return _tokens(self.text) or ("",)  # an empty text is said too: mirascope waits for a delta (clients.md)
+        return _tokens(self.text) or ("",)  # an empty text is said too: mirascope waits for a delta
 
-    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: Sequence[_JSON]) -> _JSON:
-        raise NotImplementedError
-
-    @override
-    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        text = item.text
-        content = [self._content_part(item, text, _citations(text, item.sources), item.entries)]
-        return self._message(item, item.status, content, encoder)
-
-    @override
-    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        return self._message(item, "in_progress", [], encoder)
-
-    def _message(self, item: _Item, status: str, content: list[_JSON], encoder: _ResponsesEncoder) -> _JSON:
+    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+        content = [self._content_part(item)] if whole else []
         phase = {"phase": "final_answer"} if encoder.model.phase else {}
+        status = item.status if whole else "in_progress"
         return {"id": item.id, "type": "message", "status": status, "content": content, **phase, "role": "assistant"}
 
-    @override
-    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
-        part = self._content_part(item, "", [], [])
-        return [("response.content_part.added", {"content_index": 0, "item_id": item.id, "part": part})]
-
-    @override
-    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
-        text = item.text
-        done: _JSON = {"content_index": 0, "item_id": item.id, **self._done(item, text)}
-        part = self._content_part(item, text, _citations(text, item.sources), item.entries)
-        return [
-            (f"response.{self._content}.done", done),
-            ("response.content_part.done", {"content_index": 0, "item_id": item.id, "part": part}),
-        ]
-
-    def _done(self, item: _Item, text: str) -> _JSON:
+    def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
         raise NotImplementedError
 
+    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+        part = self._content_part(item, whole=False)
+        return [("response.content_part.added", {"content_index": 0, "item_id": item.id, "part": part})]
 
-@_value
+    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+        where = {"content_index": 0, "item_id": item.id}
+        logprobs = {"logprobs": item.entries} if self._type == "output_text" else {}
+        return [
+            (f"response.{self._type}.done", {**where, **logprobs, self._key: item.text}),
+            ("response.content_part.done", {**where, "part": self._content_part(item)}),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Text(_MessagePart):
     """Text of the answer. A given Text is sent in word-sized deltas; several in a row are one text.
 
@@ -1430,68 +1418,32 @@ class Text(_MessagePart):
     _: KW_ONLY
     choice: int = 0
 
-    _grows = "text"
-    _content = "output_text"
+    _type = "output_text"
+    _key = "text"
 
-    def __init__(self, text: str, *, choice: int = 0) -> None:  # by hand, as there are thousands in a stream
-        if type(text) is not str or type(choice) is not int or choice < 0:
-            _check_fields(self, text=(text, str), choice=(choice, int))
-        object.__setattr__(self, "text", text)
-        object.__setattr__(self, "choice", choice)
-
-    @override
     def _chat_delta(self, item: _Item, text: str) -> _JSON:
         return {"content": text}
 
-    @override
     def _chat_message(self, item: _Item, message: _JSON) -> None:
         text = item.text
         before = message["content"] or ""
         message["content"] = before + text
-        for citation in _citations(text, item.sources):
+        for citation in _citations(text, item.sources) if item.sources else ():
             begin, end = citation["start_index"] + len(before), citation["end_index"] + len(before)
             source = {"end_index": end, "start_index": begin, "title": citation["title"], "url": citation["url"]}
             message["annotations"].append({"type": "url_citation", "url_citation": source})
 
-    @override
-    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: Sequence[_JSON]) -> _JSON:
-        return {"type": "output_text", "annotations": annotations, "logprobs": logprobs, "text": text}
+    def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
+        text = item.text if whole else ""
+        annotations = _citations(text, item.sources) if whole else []
+        entries = item.entries if whole else []
+        return {"type": "output_text", "annotations": annotations, "logprobs": entries, "text": text}
 
-    @override
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
         return "response.output_text.delta", {"content_index": 0, "logprobs": []}
 
-    @override
-    def _done(self, item: _Item, text: str) -> _JSON:
-        return {"logprobs": item.entries, "text": text}
 
-
-class _Run(Text):
-    """Texts in a row as one, each fragment kept: what a list of Texts is while it is being sent."""
-
-    __slots__ = ("fragments",)
-    fragments: list[str]
-
-    @classmethod
-    def of(cls, fragments: list[str], choice: int) -> _Run:
-        run = cls("", choice=choice)
-        object.__setattr__(run, "fragments", fragments)
-        return run
-
-    @override
-    def _fragments(self) -> Sequence[str]:
-        return self.fragments
-
-    @override
-    def _continues(self, opened: _Spoken) -> bool:
-        return isinstance(opened, Text) and opened.choice == self.choice
-
-    @override
-    def _with(self, text: str) -> Text:  # type: ignore[override]  # what is whole again is a Text
-        return Text(text, choice=self.choice)
-
-
-@_value
+@dataclass(frozen=True, slots=True)
 class Refusal(_MessagePart):
     """The model refuses, in these words (`message.refusal`; a refusal content part in Responses)."""
 
@@ -1499,38 +1451,26 @@ class Refusal(_MessagePart):
     _: KW_ONLY
     choice: int = 0
 
-    _grows = "text"
-    _content = "refusal"
+    _type = "refusal"
+    _key = "refusal"
 
-    def __post_init__(self) -> None:
-        _check_fields(self, text=(self.text, str), choice=(self.choice, int))
-
-    @override
     def _chat_role(self, item: _Item) -> _JSON:
         return {"role": "assistant", "content": None, "refusal": ""}
 
-    @override
     def _chat_delta(self, item: _Item, text: str) -> _JSON:
         return {"refusal": text}
 
-    @override
     def _chat_message(self, item: _Item, message: _JSON) -> None:
         message["refusal"] = (message["refusal"] or "") + item.text
 
-    @override
-    def _content_part(self, item: _Item, text: str, annotations: list[_JSON], logprobs: Sequence[_JSON]) -> _JSON:
-        return {"type": "refusal", "refusal": text}
+    def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
+        return {"type": "refusal", "refusal": item.text if whole else ""}
 
-    @override
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
         return "response.refusal.delta", {"content_index": 0}
 
-    @override
-    def _done(self, item: _Item, text: str) -> _JSON:
-        return {"refusal": text}
 
-
-@_value
+@dataclass(frozen=True, slots=True)
 class Reasoning(_Spoken):
     """The model thinks first: a reasoning item in Responses; in Chat Completions only tokens in the usage.
 
@@ -1546,49 +1486,32 @@ class Reasoning(_Spoken):
     _in_chat = False
 
     def __post_init__(self) -> None:
-        _check_fields(self, summary=(self.summary, str), encrypted_content=(self.encrypted_content, (str, type(None))))
+        _check_fields(self, summary=(self.summary, str), encrypted_content=(self.encrypted_content, _WORD))
 
-    @override
     def _continues(self, opened: _Spoken) -> bool:
         return isinstance(opened, Reasoning) and self.encrypted_content in (None, opened.encrypted_content)
 
-    @override
-    def _with(self, text: str) -> Reasoning:
-        return Reasoning(text, encrypted_content=self.encrypted_content)
-
-    @override
-    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        summary = [{"type": "summary_text", "text": item.text}] if item.pieces else []
-        return self._thought(item, summary, encoder)
-
-    @override
-    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        return self._thought(item, [], encoder)
-
-    def _thought(self, item: _Item, summary: list[_JSON], encoder: _ResponsesEncoder) -> _JSON:
+    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         secret = {}
-        if encoder.includes("reasoning.encrypted_content"):  # it differs each time it is sent (wire.md 4)
+        if encoder.includes("reasoning.encrypted_content"):  # it differs each time it is sent (R)
             secret = {"encrypted_content": self.encrypted_content or encoder.secret(item)}
+        summary = [{"type": "summary_text", "text": item.text}] if whole and item.pieces else []
         return {"id": item.id, "type": "reasoning", "content": [], **secret, "summary": summary}
 
-    @override
     def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
         part = {"type": "summary_text", "text": ""}
         return [("response.reasoning_summary_part.added", {"item_id": item.id, "part": part, "summary_index": 0})]
 
-    @override
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
         return "response.reasoning_summary_text.delta", {"summary_index": 0}
 
-    @override
-    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
         if not item.pieces:
             return []
-        part = {"type": "summary_text", "text": item.text}
         where = {"item_id": item.id, "summary_index": 0}
         return [
             ("response.reasoning_summary_text.done", {**where, "text": item.text}),
-            ("response.reasoning_summary_part.done", {**where, "part": part}),
+            ("response.reasoning_summary_part.done", {**where, "part": {"type": "summary_text", "text": item.text}}),
         ]
 
 
@@ -1596,21 +1519,14 @@ class _Call(_Spoken):
     """What ToolCall and CustomToolCall share. A call without a name goes on with the one before it."""
 
     __slots__ = ()
-    _type: ClassVar[str]  # in Chat Completions
-    _key: ClassVar[str]  # of name and arguments there
-    _item_type: ClassVar[str]
+    _key: ClassVar[str]  # in Chat Completions: the call's type, and the key of its name and arguments
+    _type: ClassVar[str]  # of the item in Responses
     name: str
     id: str | None
 
-    @override
     def _more(self, text: str) -> Self:
-        return type(self)("", text, id=self.id, choice=self.choice)  # type: ignore[call-arg]  # both take these
+        return replace(self, name="", **{self._grows: text})  # type: ignore[type-var]
 
-    @override
-    def _with(self, text: str) -> Self:
-        return type(self)(self.name, text, id=self.id, choice=self.choice)  # type: ignore[call-arg]
-
-    @override
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
             return False
@@ -1619,47 +1535,34 @@ class _Call(_Spoken):
         return not self.name
 
     def _chat_call(self, item: _Item, text: str) -> _JSON:
-        return {"id": item.call_id, "type": self._type, self._key: {"name": self.name, self._grows: text}}
+        return {"id": item.call_id, "type": self._key, self._key: {"name": self.name, self._grows: text}}
 
-    @override
     def _chat_role(self, item: _Item) -> _JSON:
         call = {"index": item.index, **self._chat_call(item, "")}
         return {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
 
-    @override
     def _chat_head(self, item: _Item) -> _JSON | None:
         return {"tool_calls": [{"index": item.index, **self._chat_call(item, "")}]}
 
-    @override
     def _chat_delta(self, item: _Item, text: str) -> _JSON:
         return {"tool_calls": [{"index": item.index, self._key: {self._grows: text}}]}
 
-    @override
     def _chat_message(self, item: _Item, message: _JSON) -> None:
         message.setdefault("tool_calls", []).append(self._chat_call(item, item.text))
 
-    @override
-    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        return self._call(item, item.status, item.text)
+    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+        keys = {self._grows: item.text if whole else "", "call_id": item.call_id, "name": self.name}
+        status = item.status if whole else "in_progress"
+        return {"id": item.id, "type": self._type, "status": status, **dict(sorted(keys.items()))}
 
-    @override
-    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        return self._call(item, "in_progress", "")
-
-    def _call(self, item: _Item, status: str, text: str) -> _JSON:
-        keys = {self._grows: text, "call_id": item.call_id, "name": self.name}
-        return {"id": item.id, "type": self._item_type, "status": status, **dict(sorted(keys.items()))}
-
-    @override
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
-        return f"response.{self._item_type}_{self._grows}.delta", {}
+        return f"response.{self._type}_{self._grows}.delta", {}
 
-    @override
-    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
-        return [(f"response.{self._item_type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
+    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+        return [(f"response.{self._type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
 
 
-@_value
+@dataclass(frozen=True, slots=True, init=False)
 class ToolCall(_Call):
     """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping.
 
@@ -1671,15 +1574,14 @@ class ToolCall(_Call):
     arguments: str
     id: str | None
     choice: int
-    _ours: bool = False  # the JSON is ours: its spaces may follow the API's habit
+    _ours: bool = field(init=False, repr=False, compare=False)  # the JSON is: its spaces may follow the API's habit
 
     _grows = "arguments"
     _prefix = "fc_"
-    _type = "function"
     _key = "function"
-    _item_type = "function_call"
+    _type = "function_call"
 
-    def __init__(
+    def __init__(  # by hand: `arguments` takes more than it is
         self,
         name: str,
         arguments: str | Mapping[str, object] = "",
@@ -1687,15 +1589,21 @@ class ToolCall(_Call):
         id: str | None = None,
         choice: int = 0,
     ) -> None:
-        _check_fields(self, name=(name, str), arguments=(arguments, (str, Mapping)), id=(id, (str, type(None))))
+        _check_fields(self, name=(name, str), arguments=(arguments, (str, Mapping)), id=(id, _WORD))
         _check_fields(self, choice=(choice, int))
         ours = not isinstance(arguments, str)
         text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
         for key, value in (("name", name), ("arguments", text), ("id", id), ("choice", choice), ("_ours", ours)):
             object.__setattr__(self, key, value)
 
+    def _spaced(self) -> ToolCall:
+        """This call among several, whose arguments the API writes with spaces (R), unless the text was given."""
+        if not self._ours:
+            return self
+        return replace(self, arguments=json.dumps(json.loads(self.arguments), ensure_ascii=False))
 
-@_value
+
+@dataclass(frozen=True, slots=True)
 class CustomToolCall(_Call):
     """The model calls a custom tool, whose input is free text. `id` and "" as a name: as in ToolCall."""
 
@@ -1707,17 +1615,16 @@ class CustomToolCall(_Call):
 
     _grows = "input"
     _prefix = "ctc_"
-    _type = "custom"
     _key = "custom"
-    _item_type = "custom_tool_call"
+    _type = "custom_tool_call"
     _padded = False
 
     def __post_init__(self) -> None:
-        _check_fields(self, name=(self.name, str), input=(self.input, str), id=(self.id, (str, type(None))))
+        _check_fields(self, name=(self.name, str), input=(self.input, str), id=(self.id, _WORD))
         _check_fields(self, choice=(self.choice, int))
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class WebSearch(_Spoken):
     """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
 
@@ -1735,38 +1642,32 @@ class WebSearch(_Spoken):
     _in_chat = False
 
     def __post_init__(self) -> None:
-        _check_fields(self, query=(self.query, str), id=(self.id, (str, type(None))))
+        _check_fields(self, query=(self.query, str), id=(self.id, _WORD))
         if isinstance(self.sources, str):
             raise TypeError(f"WebSearch wants a list of URLs for sources, not {self.sources!r}")
         object.__setattr__(self, "sources", tuple(self.sources))
         for url in self.sources:
             _check_fields(self, sources=(url, str))
 
-    @override
     def _fragments(self) -> Sequence[str]:
         return ()
 
-    @override
     def _with(self, text: str) -> WebSearch:
         return self
 
-    @override
     def _continues(self, opened: _Spoken) -> bool:
         return False
 
-    @override
-    def _item(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        action: _JSON = {"type": "search", "queries": [self.query], "query": self.query}
-        if encoder.includes("web_search_call.action.sources"):
+    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+        action: _JSON = {"type": "search"}
+        if whole:
+            action.update(queries=[self.query], query=self.query)
+        if whole and encoder.includes("web_search_call.action.sources"):
             action["sources"] = [{"type": "url", "url": url} for url in self.sources]
-        return {"id": item.id, "type": "web_search_call", "status": "completed", "action": action}
+        status = "completed" if whole else "in_progress"
+        return {"id": item.id, "type": "web_search_call", "status": status, "action": action}
 
-    @override
-    def _item_added(self, item: _Item, encoder: _ResponsesEncoder) -> _JSON:
-        return {"id": item.id, "type": "web_search_call", "status": "in_progress", "action": {"type": "search"}}
-
-    @override
-    def _closing(self, item: _Item, encoder: _ResponsesEncoder) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
         steps = ("in_progress", "searching", "completed")
         return [(f"response.web_search_call.{step}", {"item_id": item.id}) for step in steps]
 
@@ -1775,7 +1676,7 @@ _Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
 _REASONS = ("stop", "length", "tool_calls", "content_filter")
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class Finish(_Part):
     """Why the answer ends. Without it: "tool_calls" where tools were called, else "stop"."""
 
@@ -1788,12 +1689,11 @@ class Finish(_Part):
             raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
         _check_fields(self, choice=(self.choice, int))
 
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.encoder.finish[self.choice] = self.reason
+    def _act(self, answer: _Delivery) -> None:
+        answer.encoder.finish[self.choice] = self.reason
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class Usage(_Part):
     """The tokens that the answer says it used. Without it they are estimated from the texts.
 
@@ -1807,22 +1707,19 @@ class Usage(_Part):
     reasoning_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                _check_fields(self, **{name: (value, int)})
+        _check_fields(self, prompt_tokens=(self.prompt_tokens, int), completion_tokens=(self.completion_tokens, int))
+        _check_fields(self, cached_tokens=(self.cached_tokens, int), reasoning_tokens=(self.reasoning_tokens, int))
 
     @property
     def total_tokens(self) -> int:
         """The sum of both."""
         return self.prompt_tokens + self.completion_tokens
 
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.encoder.usage = self
+    def _act(self, answer: _Delivery) -> None:
+        answer.encoder.usage = self
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class Pause(_Part):
     """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
 
@@ -1832,24 +1729,22 @@ class Pause(_Part):
         if not 0 <= self.seconds <= threading.TIMEOUT_MAX:
             raise ValueError(f"not a pause: {self.seconds!r} seconds")
 
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.pause(self.seconds)
+    def _act(self, answer: _Delivery) -> None:
+        answer.pause(self.seconds)
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class Disconnect(_Part):
     """The server hangs up here: with a FIN, or a RST if `reset`. A stream has no terminator, a JSON body is cut."""
 
     _: KW_ONLY
     reset: bool = False
 
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.disconnect(self.reset)
+    def _act(self, answer: _Delivery) -> None:
+        answer.cut(self.reset)
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class Raw(_Part):
     """These bytes, as they are, in the place of an event (or in the JSON body, which they are if nothing is said)."""
 
@@ -1859,12 +1754,11 @@ class Raw(_Part):
         _check_fields(self, data=(self.data, (bytes, bytearray, memoryview)))
         object.__setattr__(self, "data", bytes(self.data))
 
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.raw(self.data)
+    def _act(self, answer: _Delivery) -> None:
+        answer.sink.raw(self.data)
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class StreamError(_Part):
     """The answer fails here. A stream gets the API's in-stream error; a request for JSON a 500 with these fields."""
 
@@ -1875,24 +1769,29 @@ class StreamError(_Part):
     param: str | None = None
 
     def __post_init__(self) -> None:
-        word = (str, type(None))
         _check_fields(self, message=(self.message, str), type=(self.type, str))
-        _check_fields(self, code=(self.code, word), param=(self.param, word))
+        _check_fields(self, code=(self.code, _WORD), param=(self.param, _WORD))
 
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.error(self)
+    def _act(self, answer: _Delivery) -> None:
+        answer.fail(APIError(500, self.message, type=self.type, code=self.code, param=self.param))
 
-    def _error(self) -> _JSON:
-        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
+@dataclass(frozen=True, slots=True)
+class _Failure(_Part):
+    """An APIError at this place: itself, status and all, for a request for JSON; inside a stream its error."""
+
+    error: APIError
+
+    def _act(self, answer: _Delivery) -> None:
+        answer.fail(self.error)
 
 
 # ---- Whole answers, and answers in time ------------------------------------------------------------------------------
 
 _Sent: TypeAlias = "str | _Part"
 _Content: TypeAlias = "str | _Part | Stream | Completion | Iterable[_Sent] | AsyncIterable[_Sent]"
-_Answer: TypeAlias = "_Content | Reply | APIError"
-_Handler: TypeAlias = "Callable[[Request], _Answer | Awaitable[_Answer]]"
+Answer: TypeAlias = "_Content | Reply | APIError"  # what a handler may return
+Handler: TypeAlias = "Callable[[Request], Answer | Awaitable[Answer]]"
 
 
 def _part(value: object) -> _Part:
@@ -1923,15 +1822,14 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
-        word = (str, type(None))
-        _check_fields(self, id=(id, word), model=(model, word), created=(created, (int, type(None))))
+        _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, (int, type(None))))
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         self.parts = parts
         self.id = id
         self.model = model
         self.created = created
-        self.headers = _header_fields(headers)
+        self.headers = _header_fields(headers) if headers else {}
         self.only = only
         self.ttft = ttft
         self.itl = itl
@@ -1945,14 +1843,14 @@ class Reply:
             elif isinstance(content, Completion):
                 known.extend(content._parts())
             elif isinstance(content, (list, tuple)):
-                known.extend(cast("list[_Part]", content) if {*map(type, content)} == {Text} else map(_part, content))
+                known.extend(map(_part, content))
             else:
                 return None
         return known
 
 
 def _reply(answer: Any) -> Reply:
-    """The Reply that an answer is short for. Raises what the handler must be told, if it is none."""
+    """The Reply that an answer is short for. Raises TypeError or ValueError for what is none; an APIError is raised."""
     if isinstance(answer, Reply):
         return answer
     if isinstance(answer, APIError):
@@ -1974,17 +1872,6 @@ def _reply(answer: Any) -> Reply:
 
 _END: Any = object()  # in a Stream's queue: close() was called
 _WAKE: Any = object()  # in a Stream's queue: look whether the client has left
-
-
-@_value
-class _Failure(_Part):
-    """An APIError at this place: itself, status and all, for a request for JSON; a StreamError in a stream."""
-
-    error: APIError
-
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.refuse(self.error)
 
 
 class Stream:
@@ -2094,7 +1981,7 @@ class Script:
     A request after the last answer is an error, and so are answers left when the server whose handler this is stops.
     """
 
-    def __init__(self, *answers: _Answer | _Handler) -> None:
+    def __init__(self, *answers: Answer | Handler) -> None:
         self._answers = answers
         self._next = 0
         self._lock = threading.Lock()  # guards _next: requests come on many threads
@@ -2126,8 +2013,8 @@ def echo(request: Request) -> str:
 # The low level: the original's data, for who wants to say exactly what a chunk holds.
 
 
-@_value
-class ChunkChoice(_Value):
+@dataclass(frozen=True, slots=True)
+class ChunkChoice:
     """One choice of a Chunk: `delta` is its content, sent where it is not empty, and so are the others."""
 
     index: int = 0
@@ -2136,7 +2023,7 @@ class ChunkChoice(_Value):
     finish_reason: _Reason | None = None
 
 
-@_value
+@dataclass(frozen=True, slots=True)
 class Chunk(_Part):
     """One chat.completion.chunk, sent as it is given; in Responses and in JSON, the parts that it says.
 
@@ -2150,15 +2037,14 @@ class Chunk(_Part):
     model: str = ""
     usage: Usage | None = None
 
-    @override
-    def _tell(self, teller: _Teller) -> None:
-        teller.chunk(self)
+    def _act(self, answer: _Delivery) -> None:
+        answer.chunk(self)
 
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = []
         for choice in self.choices:
             if choice.delta:
-                parts.append(_Run.of([choice.delta], choice.index))
+                parts.append(Text(choice.delta, choice=choice.index))
             parts += [
                 ToolCall(call.name, call.arguments, id=call.id, choice=choice.index) for call in choice.tool_calls
             ]
@@ -2167,8 +2053,8 @@ class Chunk(_Part):
         return parts + ([self.usage] if self.usage else [])
 
 
-@_value
-class CompletionChoice(_Value):
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
     """One choice of a Completion."""
 
     message: Message
@@ -2176,8 +2062,8 @@ class CompletionChoice(_Value):
     finish_reason: _Reason = "stop"
 
 
-@_value
-class Completion(_Value):
+@dataclass(frozen=True, slots=True)
+class Completion:
     """A whole chat.completion. Empty `id`, `model` and `created` stand for the answer's own, as in Chunk."""
 
     choices: Sequence[CompletionChoice]
@@ -2261,9 +2147,8 @@ def _obfuscation(number: int, length: int) -> str:
 
 
 class _Model(NamedTuple):
-    """What the API's answers show of a model's family. The facts are wire.md's: sections 1, 3 and 6."""
+    """What the API's answers show of a model's family (R)."""
 
-    snapshot: str
     logprobs: bool = False  # chat: the key is there, null, when nobody asked
     fingerprint: bool = False  # chat: fp_..., else null
     service_tier: bool = True
@@ -2331,9 +2216,12 @@ _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 @lru_cache(256)
+def _family(begin: str) -> _Model:
+    return _Model(**next(traits for name, traits in _FAMILIES if begin.startswith(name)))
+
+
 def _model(name: str) -> _Model:
-    traits = next(traits for begin, traits in _FAMILIES if name.startswith(begin))
-    return _Model(_SNAPSHOTS.get(name, name), **traits)
+    return _family(name[:24])  # what is cached must not be of any size
 
 
 _TIERS = {"flex": "flex", "fast": "priority", "priority": "priority"}
@@ -2357,15 +2245,18 @@ def _logprobs(token: str, top: int) -> _JSON:
 
 
 class _Deltas:
-    """Delta events in a row that differ in their text, obfuscation and number alone, so that they encode fast."""
+    """Delta events in a row that differ in their text, padding and number alone, so that they encode fast.
 
-    __slots__ = ("first", "item", "make", "pads", "texts")
+    The first of an item is encoded with slots in their places; that frame is the form of all others.
+    """
 
-    def __init__(self, item: _Item, texts: Sequence[str], first: int, make: Callable[[str, Any, Any], _JSON]) -> None:
+    __slots__ = ("first", "item", "make", "texts")
+
+    def __init__(self, item: _Item, texts: Sequence[str], first: int, make: Callable[[str, str, Any], _JSON]) -> None:
         self.item = item
         self.texts = texts
         self.first = first  # number of the first event
-        self.make = make  # (text, obfuscation, number) -> event
+        self.make = make  # (text, padding, number) -> event
 
     def events(self) -> list[_JSON]:
         """The events one by one."""
@@ -2374,61 +2265,81 @@ class _Deltas:
             for number, text in enumerate(self.texts, self.first)
         ]
 
+    def frames(self, frame: Callable[[_Event], str]) -> Iterator[str]:
+        """What `frame` gives for each of the events, at a fifth of the time."""
+        form = self.item.form
+        if not form:
+            form = frame(self.make(*_SLOTS)).replace("%", "%%")
+            form = form.replace(f'"{_SLOTS[0]}"', "%(text)s").replace(_SLOTS[1], "%(padding)s")
+            self.item.form = form = form.replace(f'"{_SLOTS[2]}"', "%(number)d")
+        for number, text in enumerate(self.texts, self.first):
+            at = number * 37 & 1023
+            padding = _POOL[at : at + (-len(text) & 15)]
+            yield form % {"text": _quote(text), "padding": padding, "number": number}
 
-_Event: TypeAlias = "_JSON | _Deltas"
 
-# What is encoded in the place of what differs, and cut out again; random, so that no text of a user can have it.
+_Event: TypeAlias = "_JSON | _Deltas | Literal['[DONE]']"
+
+# What is encoded in the place of what differs; random, so that no text of a user can have it.
 _SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
 
 
 class _Encoder:
     """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
 
-    done: ClassVar[str | None] = None  # the data of the event after the last
     ended = False  # all is said
     id: str
     usage: Usage | None = None
     tokens = 0
     number = 0  # Responses: of the next event; Chat Completions: of the last that was padded
+    n = 1  # choices
     parallel = False  # several calls are known to come
+    logprobs = False
+    top_logprobs = 0
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
+        self.asked = request.body
+        model = _string(self.asked.get("model"))
         self.ids = ids
         self.created = reply.created if reply.created is not None else created
-        self.asked = request._ask()
-        self.model = _model(reply.model or self.asked.model)
-        self.model_name = reply.model or self.model.snapshot
+        self.model = _model(reply.model or model)
+        self.model_name = reply.model or _SNAPSHOTS.get(model, model)
+        self.streams = self.asked.get("stream") is True  # whether events are told
         self.items: list[_Item] = []
         self.open: dict[int, _Item] = {}  # the item that each choice is saying
         self.finish: dict[int, str] = {}
+        self.sources: list[str] = []  # found by web searches, and not cited yet
 
-    def take(self, part: _Spoken) -> tuple[_Item, _Item | None, Sequence[str]]:
-        """Folds a part in. Returns its item, the item that it ended, and the texts it adds."""
-        item = self.open.get(part.choice)
-        ended = None
+    def ask_logprobs(self, asked: bool) -> None:
+        """Takes note of whether logprobs are asked for, and how many of other tokens."""
+        top = self.asked.get("top_logprobs")
+        self.logprobs = asked
+        self.top_logprobs = min(top, 20) if type(top) is int and asked else 0
+
+    def fold(self, part: _Spoken, texts: Sequence[str]) -> tuple[_Item, _Item | None, bool]:
+        """Folds in a part that adds these texts. Returns its item, the item that it ended, and whether it is new."""
+        item, ended, new = self.open.get(part.choice), None, False
         if item is None or not part._continues(item.part):
-            item, ended = self._new_item(part), item
+            item, ended, new = self._new_item(part), item, True
             if ended is not None:
                 ended.status = "completed"
-        texts = part._fragments()
         if texts:
-            item.pieces.extend(texts)
+            item.pieces += texts
             self.tokens += len(texts)
-            if self.asked.logprobs and isinstance(part, _MessagePart):
-                item.entries = [*item.entries, *(_logprobs(text, self.asked.top_logprobs) for text in texts if text)]
-        return item, ended, texts
+            if self.logprobs and isinstance(part, _MessagePart):
+                item.entries += [_logprobs(text, self.top_logprobs) for text in texts if text]
+        return item, ended, new
 
     def _new_item(self, part: _Spoken) -> _Item:
         if isinstance(part, _Call) and not part.name:
             raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
         item = _Item(part, len(self.items))
         self.name_item(item)
-        if isinstance(part, Text):
-            for before in self.items:
-                if isinstance(before.part, WebSearch) and not before.cited:
-                    before.cited = len(before.part.sources)
-                    item.sources = [*item.sources, *before.part.sources]
+        if isinstance(part, WebSearch):
+            self.sources += part.sources
+        elif isinstance(part, Text) and self.sources:
+            item.sources, self.sources = self.sources, []
         self.items.append(item)
         self.open[part.choice] = item
         return item
@@ -2438,33 +2349,30 @@ class _Encoder:
         raise NotImplementedError
 
     def begin(self) -> list[_Event]:
-        """The events before the first part."""
+        """The events before the first part, once: they are told by whatever comes first."""
         return []
 
-    def say(self, part: _Spoken) -> list[_Event]:
-        """Folds a part in, and tells the events that say it."""
+    def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+        """Folds in a part that adds these texts, and tells the events that say it."""
         raise NotImplementedError
 
     def chunk(self, chunk: Chunk) -> list[_Event]:
-        """The events of a Chunk that was given."""
+        """Folds in a Chunk that was given, and tells its events."""
         events: list[_Event] = []
         for part in chunk._parts():
             if isinstance(part, _Spoken):
-                events += self.say(part)
+                events += self.say(part, [part.text] if isinstance(part, Text) else part._fragments())
             elif isinstance(part, Finish):
                 self.finish[part.choice] = part.reason
         self.usage = chunk.usage or self.usage
         return events
 
-    def adopt(self, chunk: Chunk) -> None:
-        """Takes over what a Chunk says of the envelope."""
-
     def end(self) -> list[_Event]:
         """The events after the last part."""
         raise NotImplementedError
 
-    def fail(self, error: _JSON) -> list[_Event]:
-        """The events of an answer that fails. `error`: message, type, param, code."""
+    def fail(self, error: APIError) -> list[_Event]:
+        """The events of an answer that fails."""
         raise NotImplementedError
 
     def abandon(self) -> None:
@@ -2479,7 +2387,8 @@ class _Encoder:
         self.ended = True
         cut = any(reason in _INCOMPLETE for reason in self.finish.values())
         for item in self.items:
-            item.join()
+            if len(item.pieces) > 1:
+                item.join()
             if item.status == "in_progress":
                 item.status = "incomplete" if cut else "completed"
 
@@ -2491,26 +2400,39 @@ class _Encoder:
         for item in self.items:
             thought += 64 * (type(item.part) is Reasoning)
             said += 4 * isinstance(item.part, _Call)
-        prompt = _estimate(self.request._items) if self.request.api == "responses" else self.asked.prompt_tokens
-        return Usage(prompt, max(1, said + thought), reasoning_tokens=thought)
+        return Usage(_estimate(self.prompt()), max(1, said + thought), reasoning_tokens=thought)
+
+    def prompt(self) -> list[Any]:
+        """What the model was told: messages, or items."""
+        raise NotImplementedError
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
 
 
 class _ChatEncoder(_Encoder):
-    done = "[DONE]"
     given = False  # all that was said are Chunks: nothing is added to them
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
-        model = self.model
+        asked, model = self.asked, self.model
         self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
         self.fingerprint = _fingerprint(self.model_name) if model.fingerprint else None
-        self.tier = {"service_tier": self.asked.tier} if model.service_tier else {}
+        tier = asked.get("service_tier") or "default"
+        self.tier = {"service_tier": _TIERS.get(str(tier), "default")} if model.service_tier else {}
+        n = asked.get("n")
+        self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
+        if asked.get("logprobs") is True:
+            self.ask_logprobs(True)
+        options = _dict(asked.get("stream_options")) if self.streams else {}
+        self.with_usage = bool(options.get("include_usage"))
+        self.obfuscated = options.get("include_obfuscation") is not False
         self.started: set[int] = set()  # the choices whose role chunk is sent
         self.finished: set[int] = set()  # the choices that a Chunk has finished
         self.calls: dict[int, int] = {}  # how many calls each choice has made
+
+    def prompt(self) -> list[Any]:
+        return _list(self.asked.get("messages"))
 
     def name_item(self, item: _Item) -> None:
         part = item.part
@@ -2519,16 +2441,11 @@ class _ChatEncoder(_Encoder):
             item.index = self.calls.get(part.choice, 0)
             self.calls[part.choice] = item.index + 1
 
-    def adopt(self, chunk: Chunk) -> None:
-        before = self.id, self.created, self.model_name
-        self.id = chunk.id or self.id
-        self.created = chunk.created or self.created
-        self.model_name = chunk.model or self.model_name
-        if (self.id, self.created, self.model_name) != before:
-            for item in self.open.values():
-                item.cut = None  # its frame has the envelope as it was
+    # Events
 
-    def _chunk(self, choices: list[_JSON], obfuscation: str | None, usage: _JSON | None, swapped: bool) -> _JSON:
+    def _chunk(
+        self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
+    ) -> _JSON:
         event: _JSON = {
             "id": self.id,
             "object": "chat.completion.chunk",
@@ -2537,19 +2454,17 @@ class _ChatEncoder(_Encoder):
             **self.tier,
             "system_fingerprint": self.fingerprint,
         }
-        told = {"usage": usage} if self.asked.with_usage else {}
-        if swapped:  # of parallel calls, all chunks before the finish chunk (wire.md 2)
-            event.update(told)
+        if self.with_usage and swapped:  # of parallel calls, in all chunks before the finish chunk (R)
+            event["usage"] = usage
         event["choices"] = choices
-        if not swapped:
-            event.update(told)
-        if self.asked.obfuscated:
-            event["obfuscation"] = obfuscation
+        if self.with_usage and not swapped:
+            event["usage"] = usage
+        if self.obfuscated:
+            if padding is None:
+                self.number += 1
+                padding = _obfuscation(self.number, (self.number * 11 + 9) & 15)
+            event["obfuscation"] = padding
         return event
-
-    def _padding(self) -> str:
-        self.number += 1
-        return _obfuscation(self.number, (self.number * 11 + 9) & 15)
 
     def _choice(
         self,
@@ -2557,57 +2472,51 @@ class _ChatEncoder(_Encoder):
         delta: _JSON,
         logprobs: _JSON | None = None,
         finish: str | None = None,
-        obfuscation: str | None = None,
+        padding: str | None = None,
     ) -> _JSON:
         entry: _JSON = {"index": choice, "delta": delta}
-        if self.model.logprobs or self.asked.logprobs:
+        if self.model.logprobs or self.logprobs:
             entry["logprobs"] = logprobs
         entry["finish_reason"] = finish
-        if obfuscation is None:
-            obfuscation = self._padding()
-        return self._chunk([entry], obfuscation, None, self.parallel and finish is None)
+        return self._chunk([entry], padding, swapped=self.parallel and finish is None)
 
-    def _empty_logprobs(self, part: _Spoken) -> _JSON | None:
-        if not self.asked.logprobs or not isinstance(part, _MessagePart):
+    def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+        item, _, new = self.fold(part, texts)
+        if not (self.streams and part._in_chat):
+            return []
+        # A text that goes on with what a Chunk said still needs its role; a call has been named.
+        opens = new or (part.choice not in self.started and isinstance(part, _MessagePart))
+        events = self._opening(item) if opens else []
+        return events + self._deltas(item, texts) if texts else events
+
+    def _opening(self, item: _Item) -> list[_Event]:
+        part, choice = item.part, item.part.choice
+        head = part._chat_head(item)
+        if choice in self.started:
+            return [] if head is None else [self._choice(choice, head)]
+        self.started.add(choice)
+        if head is not None and self.parallel:
+            return [self._choice(choice, {"role": "assistant", "content": None}), self._choice(choice, head)]
+        return [self._choice(choice, part._chat_role(item), self._no_logprobs(part))]
+
+    def _no_logprobs(self, part: _Spoken) -> _JSON | None:
+        if not self.logprobs or not isinstance(part, _MessagePart):
             return None
         return {"content": None, "refusal": []} if isinstance(part, Refusal) else {"content": [], "refusal": None}
 
-    def say(self, part: _Spoken) -> list[_Event]:
-        before = len(self.items)
-        item, _, texts = self.take(part)
-        if not part._in_chat:
-            return []
-        events: list[_Event] = []
-        if len(self.items) > before:
-            events += self._opening(part, item)
-        if texts:
-            events += self._deltas(part, item, texts)
-        return events
-
-    def _opening(self, part: _Spoken, item: _Item) -> list[_Event]:
-        choice = part.choice
-        if choice not in self.started:
-            self.started.add(choice)
-            if not (self.parallel and isinstance(part, _Call)):
-                return [self._choice(choice, part._chat_role(item), self._empty_logprobs(part))]
-            bare = {"role": "assistant", "content": None}
-            return [self._choice(choice, bare), self._choice(choice, cast(_JSON, part._chat_head(item)))]
-        head = part._chat_head(item)
-        return [self._choice(choice, head)] if head is not None else []
-
-    def _deltas(self, part: _Spoken, item: _Item, texts: Sequence[str]) -> list[_Event]:
-        opened, choice = item.part, part.choice
-        if self.asked.logprobs and isinstance(part, _MessagePart):
+    def _deltas(self, item: _Item, texts: Sequence[str]) -> list[_Event]:
+        part, choice = item.part, item.part.choice
+        if self.logprobs and isinstance(part, _MessagePart):
             kind = "refusal" if isinstance(part, Refusal) else "content"
             empty = {"content": None, "refusal": None}
-            entries = [[_chat_logprobs(_logprobs(text, self.asked.top_logprobs))] if text else [] for text in texts]
+            entries = [[_chat_logprobs(_logprobs(text, self.top_logprobs))] if text else [] for text in texts]
             return [
-                self._choice(choice, opened._chat_delta(item, text), {**empty, kind: entry})
+                self._choice(choice, part._chat_delta(item, text), {**empty, kind: entry})
                 for text, entry in zip(texts, entries, strict=True)
             ]
 
-        def make(text: str, obfuscation: Any, number: Any) -> _JSON:
-            return self._choice(choice, opened._chat_delta(item, text), obfuscation=obfuscation)
+        def make(text: str, padding: str, number: Any) -> _JSON:
+            return self._choice(choice, part._chat_delta(item, text), padding=padding)
 
         first, self.number = self.number + 1, self.number + len(texts)
         return [_Deltas(item, texts, first, make)]
@@ -2615,27 +2524,9 @@ class _ChatEncoder(_Encoder):
     def chunk(self, chunk: Chunk) -> list[_Event]:
         if not self.items:
             self.given = True
-        choices: list[_JSON] = []
-        for choice in chunk.choices:
-            delta: _JSON = {}
-            if choice.delta:
-                delta["content"] = choice.delta
-                self.take(_Run.of([choice.delta], choice.index))
-            calls: list[_JSON] = []
-            for call in choice.tool_calls:
-                item, _, _ = self.take(ToolCall(call.name, call.arguments, id=call.id, choice=choice.index))
-                named = (
-                    call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
-                )
-                calls.append({"index": item.index, **named})
-            if calls:
-                delta["tool_calls"] = calls
-            if choice.finish_reason:
-                self.finish[choice.index] = choice.finish_reason
-                self.finished.add(choice.index)
-            choices.append({"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason})
+        choices = [self._given_choice(choice) for choice in chunk.choices]
         self.usage = chunk.usage or self.usage
-        self.adopt(chunk)
+        self._adopt(chunk)
         event: _JSON = {
             "id": self.id,
             "object": "chat.completion.chunk",
@@ -2647,73 +2538,94 @@ class _ChatEncoder(_Encoder):
             event["usage"] = self._usage()
         return [event]
 
+    def _given_choice(self, choice: ChunkChoice) -> _JSON:
+        delta: _JSON = {}
+        if choice.delta:
+            delta["content"] = choice.delta
+            self.fold(Text(choice.delta, choice=choice.index), [choice.delta])
+        if choice.tool_calls:
+            delta["tool_calls"] = calls = []
+        for each in choice.tool_calls:
+            call = replace(each, choice=choice.index)
+            item, _, _ = self.fold(call, call._fragments())
+            head = call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
+            calls.append({"index": item.index, **head})
+        if choice.finish_reason:
+            self.finish[choice.index] = choice.finish_reason
+            self.finished.add(choice.index)
+        return {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
+
+    def _adopt(self, chunk: Chunk) -> None:
+        """Takes over what a Chunk says of the envelope."""
+        before = self.id, self.created, self.model_name
+        self.id = chunk.id or self.id
+        self.created = chunk.created or self.created
+        self.model_name = chunk.model or self.model_name
+        if (self.id, self.created, self.model_name) != before:
+            for item in self.open.values():
+                item.form = ""  # it has the envelope as it was
+
     def end(self) -> list[_Event]:
         self.close_items()
         if self.given and not self.started:
-            return []
+            return ["[DONE]"]
         events: list[_Event] = []
-        spoken = self._spoken_choices()
-        for choice in spoken:
+        choices = self._spoken_choices()
+        for choice in choices:
             if choice not in self.started:
-                opened = Text("", choice=choice)
-                events.append(self._choice(choice, opened._chat_role(_Item(opened, 0)), self._empty_logprobs(opened)))
+                nothing = Text("", choice=choice)
+                role = nothing._chat_role(_Item(nothing, 0))
+                events.append(self._choice(choice, role, self._no_logprobs(nothing)))
         if any(item.sources for item in self.items):
             cited = {body["index"]: body["message"]["annotations"] for body in self._choices()}
             events += [self._choice(choice, {"annotations": each}) for choice, each in cited.items() if each]
-        for choice in spoken:
-            if choice not in self.finished:
-                reason = self._finish_reason(choice, choice in self.calls)
-                events.append(self._choice(choice, {}, finish=reason))
-        if self.asked.with_usage:
-            events.append(self._chunk([], self._padding(), self._usage(), False))
-        return events
+        going = [choice for choice in choices if choice not in self.finished]
+        events += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
+        if self.with_usage:
+            events.append(self._chunk([], usage=self._usage()))
+        return [*events, "[DONE]"]
 
-    def fail(self, error: _JSON) -> list[_Event]:
-        return [{"error": error}]
+    def fail(self, error: APIError) -> list[_Event]:
+        return [{"error": error._error()}]
 
-    def _finish_reason(self, choice: int, called: bool) -> str:
+    # The body
+
+    def _finish_reason(self, choice: int) -> str:
         if choice in self.finish:
             return self.finish[choice]
-        forced = self.asked.forced and self.model.forced_stop
-        return "tool_calls" if called and not forced else "stop"
+        if choice not in self.calls:
+            return "stop"
+        forced = _dict(self.asked.get("tool_choice")).get("type") in ("function", "custom")
+        return "stop" if forced and self.model.forced_stop else "tool_calls"
 
     def _spoken_choices(self) -> list[int]:
         return sorted({item.part.choice for item in self.items if item.part._in_chat} | set(self.finish)) or [0]
 
     def _choices(self) -> list[_JSON]:
-        messages: dict[int, _JSON] = {}
-        entries: dict[int, _JSON] = {}
-        spoken = [item for item in self.items if item.part._in_chat]
-        for choice in self._spoken_choices():
-            messages[choice] = {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [],
-                "refusal": None,
-                "annotations": [],
-            }
-        for item in spoken:
-            choice = item.part.choice
-            item.part._chat_message(item, messages[choice])
-            if self.asked.logprobs and isinstance(item.part, _MessagePart):
+        items: dict[int, list[_Item]] = {choice: [] for choice in self._spoken_choices()}
+        for item in self.items:
+            if item.part._in_chat:
+                items[item.part.choice].append(item)
+        return [self._whole_choice(choice, spoken) for choice, spoken in items.items()]
+
+    def _whole_choice(self, choice: int, items: list[_Item]) -> _JSON:
+        message: _JSON = {"role": "assistant", "content": None, "refusal": None, "annotations": []}
+        if choice in self.calls:
+            message = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None, "annotations": []}
+        logprobs: _JSON | None = None
+        for item in items:
+            item.part._chat_message(item, message)
+            if self.logprobs and isinstance(item.part, _MessagePart):
                 kind = "refusal" if isinstance(item.part, Refusal) else "content"
-                logprobs = entries.setdefault(choice, {"content": None, "refusal": None})
+                logprobs = logprobs or {"content": None, "refusal": None}
                 logprobs[kind] = (logprobs[kind] or []) + [_chat_logprobs(entry) for entry in item.entries]
-        choices: list[_JSON] = []
-        for choice, message in messages.items():
-            called = bool(message["tool_calls"])
-            if not called:
-                del message["tool_calls"]
-            if message["content"] is None and message["refusal"] is None and not called:
-                message["content"] = ""
-            entry: _JSON = {"index": choice, "message": message}
-            if self.asked.logprobs:
-                entry["logprobs"] = entries.get(choice)
-            elif self.model.logprobs:
-                entry["logprobs"] = None
-            entry["finish_reason"] = self._finish_reason(choice, called)
-            choices.append(entry)
-        return choices
+        if choice not in self.calls and message["content"] is None and message["refusal"] is None:
+            message["content"] = ""
+        entry: _JSON = {"index": choice, "message": message}
+        if self.logprobs or self.model.logprobs:
+            entry["logprobs"] = logprobs
+        entry["finish_reason"] = self._finish_reason(choice)
+        return entry
 
     def _usage(self) -> _JSON:
         usage = self.tally()
@@ -2747,17 +2659,6 @@ class _ChatEncoder(_Encoder):
             "system_fingerprint": self.fingerprint,
         }
 
-    def cut_body(self) -> str:
-        """The JSON of this completion, with %s for the id, the time, the text, and the three numbers of its usage."""
-        body = self.body()
-        usage = body["usage"]
-        body["id"], body["created"], body["choices"][0]["message"]["content"] = _SLOTS
-        usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"] = _SLOTS
-        text = _dumps(body).replace("%", "%%")
-        for slot in _SLOTS:
-            text = text.replace(f'"{slot}"', "%s")
-        return text
-
 
 def _chat_logprobs(entry: _JSON) -> _JSON:
     """A logprobs entry in the order that Chat Completions has."""
@@ -2765,7 +2666,6 @@ def _chat_logprobs(entry: _JSON) -> _JSON:
     return {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry["bytes"], "top_logprobs": top}
 
 
-@lru_cache(256)
 def _fingerprint(model: str) -> str:
     return "fp_" + hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()[:10]
 
@@ -2784,7 +2684,7 @@ _NO_IMAGES = {
     "output_tokens_details": {"image_tokens": 0, "text_tokens": 0},
     "total_tokens": 0,
 }
-_WEB_SEARCH = {  # what a web_search tool echoes where the request is silent (wire.md 3)
+_WEB_SEARCH = {  # what a web_search tool echoes where the request is silent (R)
     "return_token_budget": "default",
     "search_content_types": ["text"],
     "search_context_size": "medium",
@@ -2857,18 +2757,27 @@ def _text_echo(value: object) -> _JSON:
 
 
 class _ResponsesEncoder(_Encoder):
+    begun = False  # its first events are told
+
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
-        body = request.body
-        # "0" and 15 digits that a response shares with its items, then the second it was made (wire.md 6)
+        asked = self.asked
+        # "0" and 15 digits that a response shares with its items, then the second it was made (R)
         self.shared = f"0{ids.hex(15)}00"
         self.id = reply.id or self._id("resp_")
         if reply.id and re.fullmatch(_RESPONSE_ID, reply.id):
             self.shared = reply.id[5:23]
-        self.background = body.get("background") is True
-        self.obfuscated = self.asked.obfuscated and not self.background
+        self.background = asked.get("background") is True
+        self.streams = self.streams or self.background
+        unpadded = _dict(asked.get("stream_options")).get("include_obfuscation") is False
+        self.obfuscated = not (unpadded or self.background)
+        self.include: list[Any] = _list(asked.get("include"))
+        self.ask_logprobs("message.output_text.logprobs" in self.include or asked.get("logprobs") is True)
         self.status = "queued" if self.background else "in_progress"
-        self.base = self._echo(body)
+        self.base = self._echo(asked)
+
+    def prompt(self) -> list[Any]:
+        return self.request._items
 
     def _id(self, prefix: str) -> str:
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
@@ -2882,10 +2791,10 @@ class _ResponsesEncoder(_Encoder):
             item.call_id = part.id or "call_" + self.ids.alnum(24)
 
     def includes(self, what: str) -> bool:
-        return what in self.asked.includes
+        return what in self.include
 
     def secret(self, item: _Item) -> str:
-        """Made-up encrypted content: other letters each time it is sent (wire.md 4)."""
+        """Made-up encrypted content: other letters each time it is sent (R)."""
         seed = f"{item.id} {self.number}".encode()
         digest = b"".join(hashlib.sha512(seed + bytes([part])).digest() for part in range(2))
         return "gAAAAAB" + b2a_base64(digest, newline=False).decode().replace("+", "-").replace("/", "_")
@@ -2900,7 +2809,7 @@ class _ResponsesEncoder(_Encoder):
 
         def number(key: str, default: float) -> Any:
             value = told(key, default)
-            return float(value) if type(value) is int else value  # the API's are floats: 1.0 (wire.md 0)
+            return float(value) if type(value) is int else value  # the API's are floats: 1.0 (R)
 
         asked = _dict(body.get("reasoning"))
         reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
@@ -2964,11 +2873,11 @@ class _ResponsesEncoder(_Encoder):
             del response["billing"]
             return response
         tier = response["service_tier"]
-        response["service_tier"] = _TIERS.get(tier, "default") if isinstance(tier, str) else "default"
+        response["service_tier"] = _TIERS.get(_string(tier), "default")
         if status == "completed":
             response["completed_at"] = self.created
         if status != "failed":
-            response["output"] = [item.part._item(item, self) for item in self.items]
+            response["output"] = self.output()
             response["usage"] = self._usage()
             searches = sum(1 for item in self.items if isinstance(item.part, WebSearch))
             response["tool_usage"] = {"image_gen": _NO_IMAGES, "web_search": {"num_requests": searches}}
@@ -2976,6 +2885,10 @@ class _ResponsesEncoder(_Encoder):
             reason = next(reason for reason in self.finish.values() if reason in _INCOMPLETE)
             response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
         return response
+
+    def output(self) -> list[_JSON]:
+        """The items, as they stand."""
+        return [item.part._item(item, self, True) for item in self.items]
 
     def _usage(self) -> _JSON:
         usage = self.tally()
@@ -2987,24 +2900,32 @@ class _ResponsesEncoder(_Encoder):
             "total_tokens": usage.total_tokens,
         }
 
+    # Events
+
     def _lifecycle(self, status: str, kind: str | None = None) -> _JSON:
+        self.status = status
         response = self.response(status)
-        response.pop("billing", None)  # streams never have it (wire.md 3)
+        response.pop("billing", None)  # streams never have it (R)
         return self._event(f"response.{kind or status}", {"response": response})
 
     def begin(self) -> list[_Event]:
-        if self.background:  # in_progress comes with the first part
-            return [self._lifecycle("queued", "created"), self._lifecycle("queued")]
-        return [self._lifecycle("in_progress", "created"), self._lifecycle("in_progress")]
+        if not self.streams:
+            return []
+        if not self.begun:
+            self.begun = True
+            return [self._lifecycle(self.status, "created"), self._lifecycle(self.status)]
+        # Its first part ends the time in the queue.
+        return [self._lifecycle("in_progress")] if self.status == "queued" else []
 
-    def say(self, part: _Spoken) -> list[_Event]:
-        before = len(self.items)
-        item, ended, texts = self.take(part)
-        events: list[_Event] = []
+    def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+        events = self.begin()
+        item, ended, new = self.fold(part, texts)
+        if not self.streams:
+            return []
         if ended is not None:
             events += self._close(ended)
-        if len(self.items) > before:
-            added = item.part._item_added(item, self)
+        if new:
+            added = item.part._item(item, self, False)
             events.append(self._event("response.output_item.added", {"item": added, "output_index": item.position}))
         if texts:
             if not item.opened:
@@ -3019,13 +2940,13 @@ class _ResponsesEncoder(_Encoder):
     def _deltas(self, item: _Item, texts: Sequence[str]) -> list[_Event]:
         kind, fields = item.part._delta(item)
         fields.update(item_id=item.id, output_index=item.position)
-        if (self.asked.logprobs or item.sources) and isinstance(item.part, Text):
+        if (self.logprobs or item.sources) and isinstance(item.part, Text):
             return self._careful_deltas(item, texts, kind, fields)
 
-        def make(text: str, obfuscation: Any, number: Any) -> _JSON:
+        def make(text: str, padding: str, number: Any) -> _JSON:
             event = {**fields, "delta": text, "sequence_number": number}
             if self.obfuscated and item.part._padded:
-                event["obfuscation"] = obfuscation
+                event["obfuscation"] = padding
             return {"type": kind, **{key: event[key] for key in sorted(event)}}
 
         first, self.number = self.number, self.number + len(texts)
@@ -3039,8 +2960,8 @@ class _ResponsesEncoder(_Encoder):
         said = before[: len(before) - sum(map(len, texts))]
         for text in texts:
             event = {**fields, "delta": text}
-            if self.asked.logprobs:
-                event["logprobs"] = [_logprobs(text, self.asked.top_logprobs)] if text else []
+            if self.logprobs:
+                event["logprobs"] = [_logprobs(text, self.top_logprobs)] if text else []
             if self.obfuscated:
                 event["obfuscation"] = _obfuscation(self.number, -len(text) & 15)
             events.append(self._event(kind, event))
@@ -3058,47 +2979,797 @@ class _ResponsesEncoder(_Encoder):
 
     def _close(self, item: _Item) -> list[_Event]:
         events = self._cite(item, _citations(item.text, item.sources)) if item.sources else []
-        events += self._placed(item, item.part._closing(item, self))
-        done = item.part._item(item, self)
+        events += self._placed(item, item.part._closing(item))
+        done = item.part._item(item, self, True)
         events.append(self._event("response.output_item.done", {"item": done, "output_index": item.position}))
         return events
 
     def end(self) -> list[_Event]:
+        events = self.begin()
         going = [item for item in self.items if item.status == "in_progress"]
         self.close_items()
-        events: list[_Event] = []
         for item in going:
             events += self._close(item)
-        self.status = self.final_status()
-        events.append(self._lifecycle(self.status))
-        return events
+        return [*events, self._lifecycle(self._final_status())]
 
-    def proceed(self) -> list[_Event]:
-        """A queued response begins to be made."""
-        self.status = "in_progress"
-        return [self._lifecycle("in_progress")]
-
-    def final_status(self) -> str:
+    def _final_status(self) -> str:
         return "incomplete" if any(reason in _INCOMPLETE for reason in self.finish.values()) else "completed"
 
-    def fail(self, error: _JSON) -> list[_Event]:
-        self.status = "failed"
-        self.base["error"] = {"code": error["code"] or error["type"], "message": error["message"]}
-        told = {key: error[key] for key in ("type", "code", "message", "param")}
-        return [self._event("error", {"error": told}), self._lifecycle("failed")]
+    def fail(self, error: APIError) -> list[_Event]:
+        events = self.begin()
+        self.base["error"] = {"code": error.code or error.type, "message": error.message}
+        told = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
+        return [*events, self._event("error", {"error": told}), self._lifecycle("failed")]
 
     def abandon(self) -> None:
         self.status = "cancelled"  # as the API calls it when a connection is closed
 
     def body(self) -> _JSON:
         self.close_items()
-        self.status = self.final_status()
+        self.status = self._final_status()
         return self.response(self.status)
 
 
+# ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
+
+_VERSION = b"openai-version: 2020-10-01\r\n"
+_USUAL = _VERSION + b"openai-organization: org-fake\r\nopenai-project: proj_fake\r\n"  # the API's own (R)
+_GATEWAY = b"vary: Origin\r\n"  # sends no version and no time
+_RATE_LIMITS = (
+    b"x-ratelimit-limit-requests: 10000\r\n"
+    b"x-ratelimit-limit-tokens: 2000000\r\n"
+    b"x-ratelimit-remaining-requests: 9999\r\n"
+    b"x-ratelimit-remaining-tokens: 1999985\r\n"
+    b"x-ratelimit-reset-requests: 6ms\r\n"
+    b"x-ratelimit-reset-tokens: 0s\r\n"
+)
+_ON_REPLIES = _USUAL + _RATE_LIMITS
+_CORS = b"access-control-allow-origin: *\r\naccess-control-expose-headers: *\r\n"
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
+_STATUS_LINES[413] = b"HTTP/1.1 413 Content Too Large\r\n"  # RFC 9110's name; Python has it since 3.13
+_STATUS_LINES[529] = b"HTTP/1.1 529 Overloaded\r\n"
+
+
+def _with_fields(top: bytes, fields: Mapping[str, str]) -> bytes:
+    """A head with these fields; they take the place of fields of the same name."""
+    names = {name.lower().encode() for name in fields}
+    lines = [line for line in top.split(b"\r\n")[:-1] if line.partition(b":")[0] not in names]
+    lines += [f"{name}: {value}".encode("latin-1") for name, value in fields.items()]
+    return b"\r\n".join(lines) + b"\r\n"
+
+
+@lru_cache(2)
+def _date_field(second: int) -> bytes:
+    """The Date field, made once a second."""
+    return f"date: {formatdate(second, usegmt=True)}\r\n".encode()
+
+
+def _sse(event: _Event) -> str:
+    """An event as a server-sent event; Responses' name their type."""
+    if isinstance(event, str):
+        return f"data: {event}\n\n"
+    kind = cast(_JSON, event).get("type")
+    data = _dumps(event)
+    return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
+
+
+def _frames(events: Iterable[_Event]) -> Iterator[bytes]:
+    """Events as the bytes of server-sent events, one each."""
+    for event in events:
+        if isinstance(event, _Deltas):
+            yield from map(_utf8, event.frames(_sse))
+        else:
+            yield _utf8(_sse(event))
+
+
+def _http_chunk(data: bytes) -> bytes:
+    """A chunk of the chunked transfer coding (RFC 9112 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+_LAST_CHUNK = b"0\r\n\r\n"
+_EVENTS = "text/event-stream; charset=utf-8"
+
+
+# ---- Answering: from the handler to a sink ---------------------------------------------------------------------------
+
+
+_T = TypeVar("_T")
+
+
+class _Waiter:
+    """Where the thread of an answer waits: for time, for a Stream, for a coroutine. Nothing else here blocks.
+
+    Every wait ends when the server stops, and when the client leaves (`connection` is None where there is none).
+    """
+
+    wake: Callable[[], object] | None = None  # ends the wait that goes on; other threads call it
+    readable = False  # the loop saw something arrive from the client
+    watched = False
+    cancelled = False
+    given_up = math.inf  # when a client that has sent FIN is no more taken to wait for its JSON
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __init__(self, server: _Server, connection: _Connection | None, streams: bool) -> None:
+        self.server = server
+        self.connection = connection
+        self.streams = streams  # a client that half-closed has left a stream, but still waits for JSON
+
+    def enter(self, wake: Callable[[], object]) -> None:
+        """A wait begins, or may: from now on `wake` is called when something has happened."""
+        self.wake = wake  # before the flags are looked at: who sets them later finds it
+        if not self.watched:
+            self.watched = True
+            self.server.waiters.add(self)
+            self._watch()
+
+    def _watch(self) -> None:
+        if self.connection is not None:
+            self.server.watch(self.connection.sock, self)
+
+    def notice(self) -> None:
+        """Called by the server's loop: the client's socket has something to read, and is not watched any more."""
+        self.readable = True
+        wake = self.wake
+        if wake is not None:
+            wake()
+
+    def patience(self) -> float:
+        """For how many seconds the client may still be waiting. Raises _Gone where it is not, or the server stops."""
+        if self.server.stopping or self.cancelled:
+            raise _Gone
+        connection = self.connection
+        if connection is None:
+            return math.inf
+        if self.readable:
+            self.readable = False
+            if connection.read_ahead():
+                self._watch()
+        if not connection.gone:
+            return math.inf
+        if self.streams:
+            raise _Gone
+        now = time.monotonic()
+        self.given_up = min(self.given_up, now + _HALF_CLOSED)
+        if now >= self.given_up:
+            raise _Gone
+        return self.given_up - now
+
+    def get(self, source: queue.SimpleQueue[_T], timeout: float | None = None) -> _T:
+        """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
+        self.enter(lambda: source.put(_WAKE))
+        due = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            rest = min(self.patience(), due - time.monotonic(), _LONGEST)
+            try:
+                value = source.get(timeout=max(0.0, rest))
+            except queue.Empty:
+                if time.monotonic() >= due:
+                    raise
+                continue
+            if value is not _WAKE:
+                return value
+
+    def sleep(self, seconds: float) -> None:
+        """Waits. Raises _Gone where the client of a stream has left; who has half-closed gets its JSON, just sooner."""
+        alarm: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.enter(lambda: alarm.put(None))
+        due = time.monotonic() + seconds
+        while self.patience() == math.inf and (rest := due - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                alarm.get(timeout=min(rest, _LONGEST))
+
+    def steps(self, coming: AsyncIterator[_T]) -> Generator[_T]:
+        """What an asynchronous iterator gives, all of it run in one task of this answer's own event loop."""
+        import asyncio
+
+        loop = self.loop
+        if loop is None:
+            loop = self.loop = asyncio.new_event_loop()
+        given: list[_T] = []  # by the task, and not taken yet
+        resume, closing = asyncio.Event(), False
+
+        async def work() -> None:
+            try:
+                async for value in coming:
+                    given.append(value)
+                    loop.stop()  # the thread takes it
+                    await resume.wait()
+                    resume.clear()
+                    if closing:
+                        return
+            finally:
+                close = getattr(coming, "aclose", None)
+                if close is not None:
+                    await close()
+
+        task = loop.create_task(work())
+        task.add_done_callback(lambda task: loop.stop())
+        cancelled: list[bool] = []
+
+        def look() -> None:  # on the loop's thread, which may read ahead
+            try:
+                patience = self.patience()
+            except _Gone:
+                if not cancelled:  # once: what the coroutine still does in `finally` is let be
+                    cancelled.append(True)
+                    task.cancel()
+            else:
+                if patience != math.inf:
+                    loop.call_later(patience, look)
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
+                loop.call_soon_threadsafe(look)
+
+        try:
+            while True:
+                self.enter(wake)
+                wake()
+                loop.run_forever()
+                if not given:
+                    break
+                yield given.pop()
+                resume.set()
+            if task.cancelled():
+                self.patience()  # raises _Gone; else the coroutine was cancelled by its own code
+            task.result()
+        finally:
+            closing = True
+            cancelled.append(True)
+            resume.set()
+            if not task.done() and not self.server.stopping:
+                loop.call_later(_STOP_SECONDS, loop.stop)
+                loop.run_forever()
+            if task.done() and not task.cancelled():
+                task.exception()  # looked at: asyncio would log it else
+
+    def run(self, awaitable: Awaitable[_T]) -> _T:
+        """The result of a coroutine, run on this answer's own event loop."""
+
+        async def once() -> AsyncIterator[_T]:
+            yield await awaitable
+
+        steps = self.steps(once())
+        try:
+            return next(steps)
+        finally:
+            steps.close()
+
+    def end(self) -> None:
+        """The answer is over."""
+        if self.watched:
+            self.wake = None
+            self.server.waiters.discard(self)
+            if self.connection is not None:
+                self.server.unwatch(self.connection.sock)
+        if self.loop is not None:
+            import asyncio
+
+            with suppress(Exception):
+                tasks = asyncio.all_tasks(self.loop)  # that the handler started, and left
+                for task in tasks:
+                    task.cancel()
+                if tasks:
+                    self.loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_SECONDS))
+                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+
+
+class _Sink:
+    """Where the events of an answer go."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether the client was told something: an error comes too late for a status."""
+        return False
+
+    def write(self, events: Sequence[_Event]) -> None:
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """The parts come from a Stream: the client may know that the answer has begun."""
+
+    def flush(self) -> None:
+        """Sends what is gathered: what comes next may take its time."""
+
+    def raw(self, data: bytes) -> None:
+        """These bytes, as they are."""
+
+    def cut(self, reset: bool) -> None:
+        """Hangs up after what was sent."""
+
+    def end(self) -> None:
+        """All is said."""
+        raise NotImplementedError
+
+    def fail(self, error: APIError) -> None:
+        """The answer ends with an error, in the API's way."""
+        raise NotImplementedError
+
+    def break_off(self, error: APIError) -> None:
+        """The handler failed in the middle: the client is told, but the answer is cut, not ended."""
+        self.fail(error)
+
+
+class _StreamSink(_Sink):
+    """Server-sent events on a connection. What is known to follow is gathered; nothing waits to be gathered."""
+
+    def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
+        self.encoder = encoder
+        self.connection = connection
+        self.reply = reply
+        self.pending: list[bytes] = []
+        self.size = 0
+        self.limit = _FIRST_BATCH
+
+    @property
+    def begun(self) -> bool:
+        return self.connection.headed
+
+    def write(self, events: Sequence[_Event]) -> None:
+        for frame in _frames(events):
+            self._add(frame)
+            if self.size >= self.limit:
+                self.flush()
+                self.limit = _BATCH
+
+    def _add(self, data: bytes) -> None:
+        self.pending.append(_http_chunk(data) if self.connection.http11 else data)
+        self.size += len(data)
+
+    def flush(self, last: bool = False) -> None:
+        if self.pending:
+            pending, self.pending, self.size = self.pending, [], 0
+            if not self.connection.headed:
+                pending.insert(0, self.connection.head(200, _EVENTS, _ON_REPLIES, self.reply.headers))
+            self.connection.send(b"".join(pending), last)
+
+    def open(self) -> None:
+        self.write(self.encoder.begin())
+        if not self.connection.headed:
+            self.pending.append(b"")  # a Chat Completions stream has nothing to say yet but its head
+        self.flush()
+
+    def raw(self, data: bytes) -> None:
+        self.write(self.encoder.begin())
+        if data:  # an empty chunk would be the last
+            self._add(data)
+        self.flush()
+
+    def cut(self, reset: bool) -> None:
+        self.flush()
+        self.connection.hang_up(reset)
+
+    def end(self) -> None:
+        self.write(self.encoder.end())
+        self._finish()
+
+    def fail(self, error: APIError) -> None:
+        self.write(self.encoder.fail(error))
+        self._finish()
+
+    def break_off(self, error: APIError) -> None:
+        with suppress(_Gone):
+            self.write(self.encoder.fail(error))
+            self.flush()
+        self.connection.hang_up(False)
+
+    def _finish(self) -> None:
+        if self.connection.http11:
+            self.pending.append(_LAST_CHUNK)
+        self.flush(last=True)
+
+
+class _BodySink(_Sink):
+    """A JSON body, sent when all is said. Raw bytes and a cut fall between its parts, which have equal shares of it."""
+
+    def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
+        self.encoder = encoder
+        self.connection = connection
+        self.reply = reply
+        self.said = 0
+        self.insertions: list[tuple[int, bytes]] = []  # after how many parts, what
+
+    def write(self, events: Sequence[_Event]) -> None:
+        self.said += 1
+
+    def raw(self, data: bytes) -> None:
+        self.insertions.append((self.said, data))
+
+    def fail(self, error: APIError) -> None:
+        raise error
+
+    def cut(self, reset: bool) -> None:
+        if self.said or self.insertions:
+            self._send(self.said)
+        self.connection.hang_up(reset)
+
+    def end(self) -> None:
+        self._send(self.said + 1)
+
+    def _send(self, shares: int) -> None:
+        body = _utf8(_dumps(self.encoder.body())) if self.said or not self.insertions else b""
+        length, pieces, at = len(body), [b""], 0
+        for said, data in (*self.insertions, (shares, b"")):
+            share = len(body) * said // (self.said + 1)
+            pieces += [body[at:share], data]
+            length += len(data)
+            at = share
+        pieces[0] = self.connection.head(200, "application/json", _ON_REPLIES, self.reply.headers, length)
+        self.connection.send(b"".join(pieces), last=shares > self.said)
+
+
+class _Delivery:
+    """One answer on its way: calls the handler, and carries its parts through an encoder into a sink."""
+
+    encoder: _Encoder
+    sink: _Sink
+    waiter: _Waiter
+    ttft = itl = 0.0  # seconds before the first token, and between tokens
+    over = False  # a Disconnect or a StreamError has ended the answer, with parts perhaps left
+
+    def __init__(
+        self,
+        fake: FakeOpenAI,
+        request: Request,
+        make: type[_ChatEncoder | _ResponsesEncoder],
+        store: Callable[[Any, _Log | None], None] | None = None,
+    ) -> None:
+        self.fake = fake
+        self.request = request
+        self.streamed = request.stream
+        self.make = make
+        self.store = store  # keeps what will be said
+        self.streams: list[Stream] = []  # that the answer is made of
+
+    def send(self, connection: _Connection) -> None:
+        """Answers on a connection. What goes wrong before anything is sent is raised."""
+        streamed = self.streamed
+        self.waiter = _Waiter(connection.server, connection, streamed)
+        try:
+            reply = self._ask()
+            self._begin(reply, None)
+            self.sink = (_StreamSink if streamed else _BodySink)(self.encoder, connection, reply)
+            self._carry(reply)
+        finally:
+            self.waiter.end()
+
+    def in_background(self) -> _JSON | _Replay:
+        """Answers at once that the response is queued, and makes it on a thread of its own."""
+        server = self.fake._running()
+        self.waiter = _Waiter(server, None, True)
+        log = _Log(self.waiter)
+        self._begin(Reply(), log)
+        self.sink = _LogSink(self.encoder, log)
+        self.sink.write(self.encoder.begin())
+        queued = cast(_ResponsesEncoder, self.encoder).response("queued")
+        server.run(lambda: self._work(log))
+        return _Replay(log, 0) if self.streamed else queued
+
+    def _work(self, log: _Log) -> None:
+        try:
+            self._carry(None)
+        except _Gone:
+            pass
+        finally:
+            log.end()
+            self.waiter.end()
+
+    def _ask(self) -> Reply:
+        """What the handler answers. Raises what it raises, and ValueError or TypeError for no fitting answer."""
+        answer: Any = self.fake.handler(self.request)
+        if type(answer) is not str and hasattr(answer, "__await__"):
+            answer = self.waiter.run(answer)
+        reply = _reply(answer)
+        if reply.only == "json" and self.streamed:
+            raise ValueError("handler returned non-streaming response for streaming request")
+        if reply.only == "stream" and not self.streamed:
+            raise ValueError("handler returned streaming response for non-streaming request")
+        self.ttft = self.fake.ttft if reply.ttft is None else reply.ttft
+        self.itl = self.fake.itl if reply.itl is None else reply.itl
+        return reply
+
+    def _begin(self, reply: Reply, log: _Log | None) -> None:
+        self.encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
+        if log is None:
+            self.request._encoder = self.encoder
+        if self.store is not None:
+            self.store(self.encoder, log)
+
+    def _carry(self, reply: Reply | None) -> None:
+        """Says all parts. An error that comes too late for a status is told in the stream."""
+        try:
+            self._say_all(self._ask() if reply is None else reply)
+        except BaseException as error:
+            self.encoder.abandon()
+            if isinstance(error, _Gone) or not self.sink.begun:
+                raise
+            if isinstance(error, APIError):
+                self._fail(error)
+            else:  # the handler's own, or what can't be encoded
+                message = self.request._outcome = self.fake._keep_error(error, self.request)
+                self.sink.break_off(APIError(500, message))
+        finally:
+            for stream in self.streams:
+                self._conclude(stream)
+
+    def _say_all(self, reply: Reply) -> None:
+        for content in reply.parts:  # all of them now: the client may leave before their turn comes
+            if isinstance(content, Stream):
+                content._serve(self.request)
+                self.streams.append(content)
+        known = reply._known()
+        if known is not None and (len(known) > 1 or self.encoder.n > 1):
+            known = _arranged(known, self.encoder)
+        parts = self._coming(reply.parts) if known is None else _runs(known)
+        told = False
+        try:
+            for part, texts in parts:
+                told = True
+                if not isinstance(part, _Spoken):
+                    part._act(self)
+                elif self.ttft or self.itl:
+                    self._say_slowly(part, texts)
+                else:
+                    self.sink.write(self.encoder.say(part, texts))
+                if self.over:
+                    return
+        finally:
+            parts.close()
+        if not told and not self.streams:
+            raise ValueError("handler returned empty response")
+        self.sink.end()
+
+    def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
+        pieces = [(part, texts[:1]), *((part._more(text), (text,)) for text in texts[1:])]
+        for piece, text in pieces:
+            self._pace()
+            self.sink.write(self.encoder.say(piece, text))
+
+    def _pace(self) -> None:
+        """Waits for the time of the next token."""
+        seconds, self.ttft = self.ttft or self.itl, 0.0
+        if seconds:
+            self.pause(seconds)
+
+    # What parts do that are not said.
+
+    def chunk(self, chunk: Chunk) -> None:
+        self._pace()
+        self.sink.write(self.encoder.chunk(chunk))
+
+    def pause(self, seconds: float) -> None:
+        self.sink.flush()
+        self.waiter.sleep(seconds)
+
+    def cut(self, reset: bool) -> None:
+        if self.waiter.connection is None:  # in the background nobody is connected
+            return
+        self.over = True
+        self.request._outcome = "cut"
+        self.sink.cut(reset)
+        self.encoder.abandon()
+
+    def fail(self, error: APIError) -> None:
+        self.over = True
+        self._fail(error)
+
+    def _fail(self, error: APIError) -> None:
+        self.request._outcome = error.message
+        self.sink.fail(error)
+
+    # Where parts come from.
+
+    def _coming(self, contents: Iterable[_Content]) -> Generator[tuple[_Part, Sequence[str]]]:
+        for content in contents:
+            for part in self._source(content):
+                yield part, part._fragments() if isinstance(part, _Spoken) else ()
+
+    def _source(self, content: Any) -> Iterator[_Part]:
+        if isinstance(content, Stream):
+            return self._live(content)
+        if isinstance(content, (str, _Part)):
+            return iter([_part(content)])
+        if isinstance(content, Completion):
+            return iter(content._parts())
+        if isinstance(content, AsyncIterable):
+            return self._generated(self.waiter.steps(aiter(content)))
+        return self._generated(iter(content))
+
+    def _generated(self, parts: Iterator[Any]) -> Iterator[_Part]:
+        """The parts of a generator: each is on the wire before the next is asked for."""
+        waiter = self.waiter
+        if waiter.streams:
+            waiter.enter(bool)  # from now on it is seen between two parts that the client has left
+        try:
+            for part in parts:
+                yield _part(part)
+                self.sink.flush()
+                waiter.patience()
+        finally:
+            close = getattr(parts, "close", None)
+            if close is not None:
+                with suppress(BaseException):  # it may ignore GeneratorExit, or raise: the answer is over
+                    close()
+
+    def _live(self, stream: Stream) -> Iterator[_Part]:
+        """The parts of a Stream, as the test sends them."""
+        taken = 0
+        self.sink.open()
+        while True:
+            try:
+                part = stream._queue.get_nowait()
+            except queue.Empty:
+                self.sink.flush()
+                stream._on_wire(taken)
+                try:
+                    part = self.waiter.get(stream._queue, stream._timeout)
+                except queue.Empty:
+                    raise TimeoutError(
+                        f"a Stream was sent nothing for {stream._timeout} s: close() ends it, "
+                        "Stream(timeout=None) waits"
+                    ) from None
+            if part is _END:
+                return
+            if part is not _WAKE:
+                taken += 1
+                yield part
+
+    def _conclude(self, stream: Stream) -> None:
+        """Tells a Stream that its answer is over."""
+        waiter = self.waiter
+        gone = waiter.connection is not None and waiter.connection.gone
+        if not gone and not waiter.server.stopping:
+            stream._on_wire(stream._sent)
+        elif not gone and not stream._ended:
+            error = RuntimeError("a Stream was never closed: the server stopped while its client was waiting for more")
+            self.fake._keep_error(error, self.request)
+        stream._left()
+
+
+def _arranged(parts: list[_Part], encoder: _Encoder) -> list[_Part]:
+    """The parts of an answer that is known: as they are, but repeated for n, and parallel calls as the API has them."""
+    calls: dict[int, int] = {}
+    for part in parts:
+        if isinstance(part, _Call) and part.name:
+            calls[part.choice] = calls.get(part.choice, 0) + 1
+    if max(calls.values(), default=0) > 1:
+        encoder.parallel = True
+        if isinstance(encoder, _ChatEncoder):
+            parts = [part._spaced() if isinstance(part, ToolCall) else part for part in parts]
+    if encoder.n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
+        parts = list(_repeated(parts, encoder.n))
+    return parts
+
+
+def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
+    """What was said once, said by n choices at a time: their tokens interleave (R)."""
+    for part in parts:
+        if isinstance(part, Finish) or (isinstance(part, _Spoken) and part._in_chat):
+            for fragment in part.split() if isinstance(part, _Spoken) else [part]:
+                yield from (replace(cast(Any, fragment), choice=choice) for choice in range(n))
+        else:
+            yield part
+
+
+def _runs(parts: Iterable[_Part]) -> Generator[tuple[_Part, Sequence[str]]]:
+    """Each part with its texts; Texts of one choice in a row go together, as many as are encoded together."""
+    run: list[Text] = []
+    for part in (*parts, None):
+        if run and (type(part) is not Text or part.choice != run[0].choice or len(run) == _RUN):
+            yield run[0], [text for each in run for text in each._fragments()]
+            run = []
+        if type(part) is Text:
+            run.append(part)
+        elif part is not None:
+            yield part, part._fragments() if isinstance(part, _Spoken) else ()
+
+
+class _Log:
+    """The events of a response that is made in the background, for who follows it."""
+
+    def __init__(self, waiter: _Waiter) -> None:
+        self.waiter = waiter
+        self.lock = threading.Lock()  # guards the fields below
+        self.events: list[_Event] = []
+        self.over = False
+        self.followers: list[queue.SimpleQueue[Any]] = []
+        self.cancelled = False
+
+    def add(self, events: Sequence[_Event]) -> None:
+        """Appends events, unless the response was cancelled."""
+        with self.lock:
+            if self.over:
+                return
+            for event in events:
+                self.events += event.events() if isinstance(event, _Deltas) else [event]
+            self._wake_followers()
+
+    def end(self) -> None:
+        with self.lock:
+            self.over = True
+            self._wake_followers()
+
+    def _wake_followers(self) -> None:
+        for follower in self.followers:
+            follower.put(None)
+
+    def cancel(self) -> None:
+        """Stops the answer, if it is not over."""
+        with self.lock:
+            if self.over:
+                return
+            self.over = self.cancelled = True
+            self._wake_followers()
+        self.waiter.cancelled = True
+        wake = self.waiter.wake
+        if wake is not None:
+            wake()
+
+
+class _LogSink(_Sink):
+    """The log of a response in the background: there is no wire, and nobody to hang up on."""
+
+    @property
+    def begun(self) -> bool:
+        return True
+
+    def __init__(self, encoder: _Encoder, log: _Log) -> None:
+        self.encoder = encoder
+        self.log = log
+
+    def write(self, events: Sequence[_Event]) -> None:
+        if self.log.cancelled:
+            raise _Gone
+        self.log.add(events)
+
+    def end(self) -> None:
+        self.write(self.encoder.end())
+
+    def fail(self, error: APIError) -> None:
+        self.write(self.encoder.fail(error))
+
+
+class _Replay:
+    """Streams a log's events, from a sequence number on, as they come."""
+
+    def __init__(self, log: _Log, begin: int) -> None:
+        self.log = log
+        self.begin = begin
+
+    def send(self, connection: _Connection) -> None:
+        """Answers on a connection."""
+        waiter = _Waiter(connection.server, connection, True)
+        coming: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        with self.log.lock:
+            self.log.followers.append(coming)
+        try:
+            connection.send(connection.head(200, _EVENTS, _ON_REPLIES))
+            self._follow(connection, waiter, coming)
+        finally:
+            with self.log.lock:
+                self.log.followers.remove(coming)
+            waiter.end()
+
+    def _follow(self, connection: _Connection, waiter: _Waiter, coming: queue.SimpleQueue[Any]) -> None:
+        log, at, over = self.log, self.begin, False
+        while not over:
+            with log.lock:
+                events, over = log.events[at:], log.over
+            at += len(events)
+            frames = list(_frames(events))
+            if connection.http11:
+                frames = [*map(_http_chunk, frames), *([_LAST_CHUNK] if over else [])]
+            if frames:
+                connection.send(b"".join(frames), last=over)
+            if not over:
+                waiter.get(coming)
+
+
 # ---- Endpoints -------------------------------------------------------------------------------------------------------
-# An endpoint takes the server, the request and the values of its path. It returns JSON, or an _HTTPResponse, which is a
-# whole HTTP response, or what tells its answer as it comes: a _Telling, a _Replay.
+# An endpoint takes the server, the request and the values of its path. It returns JSON, or what sends itself on the
+# connection: an _HTTPResponse, a _Delivery, a _Replay.
 
 _Endpoint: TypeAlias = "Callable[..., Any]"
 _ENDPOINTS: dict[str, _Endpoint] = {}
@@ -3117,38 +3788,71 @@ class _Route(NamedTuple):
 
     endpoint: _Endpoint
     values: tuple[str, ...]  # of the {names} in the path
-    api: str
-    deployment: str | None  # Azure's
+    api: str = ""
+    deployment: str | None = None  # Azure's
 
 
 _APIS = {"POST /chat/completions": "chat.completions", "POST /responses": "responses"}
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
-def _pattern(path: str) -> re.Pattern[str]:
-    """`{name}` is one segment of a path; `{name*}` is the rest of it: a model's name may have slashes."""
-    pieces = re.split(r"\{\w+(\*?)\}", path)
-    pieces[::2] = map(re.escape, pieces[::2])
-    pieces[1::2] = ("(.+)" if star else "([^/]+)" for star in pieces[1::2])
-    return re.compile("".join(pieces))
+def _values(template: list[str], segments: list[str]) -> tuple[str, ...] | None:
+    """The values of the {names} in a route's path; None where a path is not of this route.
+
+    `{name}` is one segment of a path; `{name*}` is the rest of it: a model's name may have slashes.
+    """
+    if template[-1].endswith("*}") and len(segments) > len(template):
+        last = len(template) - 1
+        segments = [*segments[:last], "/".join(segments[last:])]
+    if len(segments) != len(template):
+        return None
+    values: list[str] = []
+    for name, segment in zip(template, segments, strict=True):
+        if name.startswith("{") and segment:
+            values.append(segment)
+        elif name != segment:
+            return None
+    return tuple(values)
 
 
-def _find_route(routes: Mapping[str, _Endpoint], method: str, path: str) -> _Route:
-    """The route of a request. HEAD is served as GET."""
-    match = re.fullmatch(_PREFIX, path)
-    deployment, rest = match.groups() if match else (None, path)
-    method = "GET" if method == "HEAD" else method
-    allowed: set[str] = set()
-    for name, endpoint in routes.items():
-        served, _, pattern = name.partition(" ")
-        found = _pattern(pattern).fullmatch(rest)
-        if found and served == method:
-            return _Route(endpoint, found.groups(), _APIS.get(name, ""), deployment)
-        if found:
+class _Router:
+    """Finds the route of a request among "METHOD /path" names: the first that fits."""
+
+    def __init__(self, endpoints: Mapping[str, _Endpoint]) -> None:
+        self.names = tuple(endpoints)
+        self.table = [
+            (name, method, path.split("/"), endpoint)
+            for name, endpoint in endpoints.items()
+            for method, _, path in (name.partition(" "),)
+        ]
+        self.fixed = {name: self._search(*name.split(" ", 1)) for name in endpoints if "{" not in name}
+
+    def find(self, method: str, path: str) -> _Route:
+        """HEAD is served as GET; every path also under /v1 and in Azure's form."""
+        match = re.fullmatch(_PREFIX, path)
+        deployment, rest = match.groups() if match else (None, path)
+        method = "GET" if method == "HEAD" else method
+        route = self.fixed.get(f"{method} {rest}") or self._search(method, rest)
+        return route if deployment is None else route._replace(deployment=deployment)
+
+    def _search(self, method: str, path: str) -> _Route:
+        allowed: set[str] = set()
+        segments = path.split("/")
+        for name, served, template, endpoint in self.table:
+            values = _values(template, segments)
+            if values is None:
+                continue
+            if served == method:
+                return _Route(endpoint, values, _APIS.get(name, ""))
             allowed |= {served, "HEAD"} if served == "GET" else {served}
-    if allowed:
-        return _Route(_wrong_method, (", ".join(sorted(allowed)),), "", None)
-    return _Route(_unknown_route, (), "", None)
+        if allowed:
+            return _Route(_wrong_method, (", ".join(sorted(allowed)),))
+        return _Route(_unknown_route, ())
+
+
+@lru_cache(1)
+def _usual_router() -> _Router:
+    return _Router(_ENDPOINTS)
 
 
 def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
@@ -3160,48 +3864,8 @@ def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
 
 
 def _unknown_route(fake: FakeOpenAI, request: Request) -> NoReturn:
-    served = ", ".join(sorted(fake._routes, key=lambda route: route.split(" ")[::-1]))
+    served = ", ".join(sorted(fake._router.names, key=lambda route: route.split(" ")[::-1]))
     raise APIError(404, f"Unknown route: {request.method} {request.path}. Served, also under /v1: {served}.")
-
-
-_NOT_JSON = {
-    True: "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP "
-    "library correctly. The OpenAI API expects a JSON payload, but what was sent was not valid JSON. If you have "
-    "trouble figuring out how to fix this, please contact us through our help center at help.openai.com.)",
-    False: "Invalid body: failed to parse JSON value. Please check the value to ensure it is valid JSON. (Common "
-    "errors include trailing commas, missing closing brackets, missing quotation marks, etc.)",
-}
-
-
-def _too_deep(value: Any) -> bool:
-    """Whether JSON is nested deeper than what follows it recursively can bear."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
-def _parse_body(request: Request) -> _JSON:
-    """The JSON object in the body. Raises APIError where there is none."""
-    try:
-        body: Any = _loads(request.raw_body.decode("utf-8-sig").strip(" \t\r\n"))
-        if request.raw_body.count(b"{") + request.raw_body.count(b"[") > _MAX_DEPTH and _too_deep(body):
-            raise RecursionError
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise APIError(400, _NOT_JSON[request.api == "chat.completions"])
-    request._body = found = _dict(body)
-    if request._deployment is not None and not found.get("model"):
-        found["model"] = request._deployment
-    return found
 
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
@@ -3214,45 +3878,34 @@ def _check_model(fake: FakeOpenAI, request: Request) -> None:
     raise APIError(404, text, code="model_not_found")
 
 
-def _check_body(fake: FakeOpenAI, request: Request) -> _Asked:
-    """What the body asks. Raises APIError where it is refused."""
-    key = (request.api, request._deployment, request.raw_body)
-    asked = fake._asked.get(key)
-    if asked is None:
-        body = _parse_body(request)
-        fault = _fault(request.api, body, fake.strict) if fake.validate else None
-        if fault is not None:
-            raise fault
-        asked = _Asked(request.api, body)
-        if len(request.raw_body) <= _KNOWN_BODY:
-            if len(fake._asked) >= 256:
-                fake._asked.clear()
-            fake._asked[key] = asked
-            asked.known = True
-    request._asked = asked
-    return asked
-
-
-_KNOWN_BODY = 4096  # bytes of a body that is recognized when it comes again; load tests send small ones, the same
+def _checked_body(fake: FakeOpenAI, request: Request) -> _JSON:
+    """The body of a request for an answer. Raises APIError where it is refused."""
+    body = request._parse()
+    if fake.validate:
+        _check_request(request.api, body, fake.strict)
+    return body
 
 
 @_endpoint("POST /chat/completions")
-def _chat_completions(fake: FakeOpenAI, request: Request) -> _Telling:
-    asked = _check_body(fake, request)
+def _create_chat_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
+    body = _checked_body(fake, request)
     if fake.strict:
         _check_model(fake, request)
-    telling = _Telling(fake, request, _ChatEncoder)
-    if asked.store is True:
-        telling.on_begin = lambda encoder: fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
-    return telling
+    if body.get("store") is not True:
+        return _Delivery(fake, request, _ChatEncoder)
+
+    def store(encoder: _ChatEncoder, log: _Log | None) -> None:
+        fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
+
+    return _Delivery(fake, request, _ChatEncoder, store)
 
 
 class _StoredChat:
     """A chat completion that is kept because the request said `store: true`."""
 
-    def __init__(self, request: Request, encoder: Any) -> None:
+    def __init__(self, request: Request, encoder: _ChatEncoder) -> None:
         self.request = request
-        self.encoder: _ChatEncoder = encoder
+        self.encoder = encoder
         self.metadata: Any = request.body.get("metadata") or {}
 
     def body(self) -> _JSON:
@@ -3309,7 +3962,7 @@ def _get_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("POST /chat/completions/{id}")
 def _update_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     chat = _stored_chat(fake, id)
-    chat.metadata = _parse_body(request).get("metadata") or {}
+    chat.metadata = request._parse().get("metadata") or {}
     return chat.body()
 
 
@@ -3329,21 +3982,18 @@ def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    def __init__(self, encoder: Any, history: list[Any], items: list[Any], log: _Log | None) -> None:
-        self.encoder: _ResponsesEncoder = encoder
+    def __init__(self, encoder: _ResponsesEncoder, history: list[Any], items: list[Any], log: _Log | None) -> None:
+        self.encoder = encoder
         self.history = history
         self.input = [_stored_item(item, self.encoder._id) for item in items]
         self.log = log  # in the background
-
-    def output(self) -> list[_JSON]:
-        return [item.part._item(item, self.encoder) for item in self.encoder.items]
 
     def over(self) -> bool:
         return self.encoder.status in ("completed", "incomplete")
 
     def conversation(self) -> list[Any]:
         """All items, up to the end of this response."""
-        return [*self.history, *self.input, *self.output()]
+        return [*self.history, *self.input, *self.encoder.output()]
 
     def body(self) -> _JSON:
         cancelled = self.log is not None and self.log.cancelled
@@ -3396,7 +4046,7 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
     stored: dict[str, Any] = {
         str(_dict(item).get("id")): item
         for response in tuple(fake._responses.values())
-        for item in (*response.input, *response.output())
+        for item in (*response.input, *response.encoder.output())
     }
     pairs = zip(items, references, strict=True)
     return [stored.get(str(item.get("id")), item) if refers else item for item, refers in pairs]
@@ -3404,8 +4054,7 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
 
 @_endpoint("POST /responses")
 def _create_response(fake: FakeOpenAI, request: Request) -> Any:
-    _check_body(fake, request)
-    body = request.body
+    body = _checked_body(fake, request)
     history = _history(fake, request, body)
     items = _input_items(body.get("input"))
     resolved = _resolved(fake, items)
@@ -3413,26 +4062,22 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
         request._conversation = [*history, *resolved]
     if fake.validate:
         reasons = _model(request.model).effort is not None
-        fault = _conversation_fault([*history, *resolved], len(history), reasons)
-        if fault is not None:
-            raise fault
+        _check_conversation([*history, *resolved], len(history), reasons)
     if fake.strict:
         _check_model(fake, request)
-    telling = _Telling(fake, request, _ResponsesEncoder)
     background = body.get("background") is True
-    if body.get("store") is False and not background:
-        return telling
 
-    def store(encoder: _Encoder) -> None:
-        stored = _StoredResponse(encoder, history, resolved, telling.log)
-        fake._remember(fake._responses, stored.encoder.id, stored)
-        conversation = stored.encoder.base.get("conversation")
+    def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
+        stored = _StoredResponse(encoder, history, resolved, log)
+        fake._remember(fake._responses, encoder.id, stored)
+        conversation = encoder.base.get("conversation")
         kept = fake._conversations.get(str(conversation.get("id"))) if conversation else None
         if kept is not None:
             kept.responses.append(stored)
 
-    telling.on_begin = store
-    return _in_background(fake, request, telling) if background else telling
+    stores = background or body.get("store") is not False
+    delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
+    return delivery.in_background() if background else delivery
 
 
 def _stored_response(fake: FakeOpenAI, id: str) -> _StoredResponse:
@@ -3477,7 +4122,7 @@ def _cancel_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 @_endpoint("POST /responses/input_tokens")
 def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
-    body = _parse_body(request)
+    body = request._parse()
     history = _history(fake, request, body)
     items = [{"content": body.get("instructions")}] if body.get("instructions") else []
     tokens = _estimate([*items, *history, *_input_items(body.get("input"))])
@@ -3496,7 +4141,7 @@ class _Conversation:
     def items(self) -> list[Any]:
         return [
             *self.added,
-            *(item for each in self.responses if each.over() for item in (*each.input, *each.output())),
+            *(item for each in self.responses if each.over() for item in (*each.input, *each.encoder.output())),
         ]
 
     def body(self, id: str) -> _JSON:
@@ -3512,7 +4157,7 @@ def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
 
 @_endpoint("POST /conversations")
 def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
-    body = _parse_body(request) if request.raw_body else {}
+    body = request._parse() if request.raw_body else {}
     ids = fake._ids()
     items = [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _input_items(body.get("items"))]
     id = "conv_" + ids.hex(48)
@@ -3529,7 +4174,7 @@ def _get_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("POST /conversations/{id}")
 def _update_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     conversation = _conversation_of(fake, id)
-    conversation.metadata = _parse_body(request).get("metadata") or {}
+    conversation.metadata = request._parse().get("metadata") or {}
     return conversation.body(id)
 
 
@@ -3571,7 +4216,7 @@ def _embedding(text: str, dimensions: int) -> list[float]:
 
 @_endpoint("POST /embeddings")
 def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
-    body = _parse_body(request)
+    body = request._parse()
     model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
     if not isinstance(model, str) or not model:
         raise APIError(400, "you must provide a model parameter")
@@ -3618,7 +4263,7 @@ _MODERATION = [
 @_endpoint("POST /moderations")
 def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     """Nothing is ever flagged; a test that wants it flagged gives its own route."""
-    body = _parse_body(request)
+    body = request._parse()
     given = _list(body.get("input"))
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     result = {
@@ -3634,7 +4279,8 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
 
 # ---- HTTP: what arrives ----------------------------------------------------------------------------------------------
 # BaseHTTPRequestHandler's own parsing lets smuggled requests through (gh-114782, gh-150499, gh-142533) and is slow, so
-# heads and bodies are parsed here, by RFC 9112, strictly.
+# heads and bodies are read here, by RFC 9112, strictly. None of this sees a socket: `_read_request` is a generator that
+# reads from a buffer, and yields where it needs more bytes. Every pattern is linear in what it looks at.
 
 
 class _Refused(Exception):
@@ -3666,13 +4312,13 @@ class _Head(NamedTuple):
 
 
 _REQUEST_LINE = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
-_FIELD = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*"
+_FIELD = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)"
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?"
 _LENGTH = r"[0-9]{1,18}"
 _CHUNK_SIZE = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
 _BAD_PERCENT = r"%(?![0-9A-Fa-f]{2})"
 _BEGINNING = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?"
-_BARE = rb"(?<!\r)\n|\r(?!\n)"
+_BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)")
 
 
 def _request_line(line: bytes) -> tuple[str, str, bool]:
@@ -3720,7 +4366,7 @@ def _fields(lines: list[bytes]) -> list[tuple[str, str]]:
         match = re.fullmatch(_FIELD, line)
         if match is None:
             raise _Refused(400, "A header line is not 'Name: value', or has a control character.")
-        fields.append((match[1].decode().lower(), match[2].decode("latin-1")))
+        fields.append((match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")))
     return fields
 
 
@@ -3771,21 +4417,137 @@ def _too_large() -> _Refused:
     return _Refused(413, f"The request body is larger than {_MAX_BODY} bytes.")
 
 
-def _check_beginning(data: bytes) -> None:
-    """Refuses the beginning of a head as early as it is known to be wrong: the rest may never come."""
-    line, crlf, _ = data.partition(b"\r\n")
-    if crlf or len(line) > _MAX_LINE:
-        _request_line(line)
-    elif line.endswith(b"\r"):
-        line = line[:-1]
-    if not re.fullmatch(_BEGINNING, line):
-        raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
-    if re.search(_BARE, data[:-1] if data.endswith(b"\r") else data):
+class _State(IntEnum):
+    """Where a connection stands. The order is that of an answer's way, and of what cannot be taken back."""
+
+    IDLE = 0  # between requests
+    HEAD = 1  # in the head of a request
+    BODY = 2
+    ANSWERING = 3  # the request is whole; nothing of the answer is sent
+    SENDING = 4  # the head of the answer is
+    CLOSING = 5  # we hang up after what is sent
+    RESETTING = 6  # we hang up with a RST
+    GONE = 7  # the client has closed or reset
+
+
+class _Inbox:
+    """What has come from a client and is not read yet, and the head of the request that is being read."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.ended = False  # nothing will follow
+        self.head: _Head | None = None
+
+    def take(self, count: int) -> bytes:
+        taken = bytes(self.data[:count])
+        del self.data[:count]  # at the front of a bytearray this copies nothing
+        return taken
+
+
+_Reading: TypeAlias = "Generator[_State | None, None, _T]"  # yields where it waits; None: for 100 Continue first
+
+
+def _read_request(inbox: _Inbox) -> _Reading[bytes]:
+    """Reads a request: its head, kept in the inbox, and its body, which is returned.
+
+    Raises _Refused for what is no request, EOFError where the client closes in the middle.
+    """
+    head = yield from _read_head(inbox)
+    if head.length == 0:
+        return b""
+    if head.expects and not inbox.data:
+        yield None
+    return (yield from _read_chunks(inbox) if head.length < 0 else _exactly(inbox, head.length))
+
+
+def _more(inbox: _Inbox, state: _State) -> _Reading[None]:
+    if inbox.ended:
+        raise EOFError
+    yield state
+
+
+def _read_head(inbox: _Inbox) -> _Reading[_Head]:
+    inbox.head = None
+    data = inbox.data
+    skipped, seen = 0, 0  # empty lines; bytes of the head that are known to be right so far
+    while True:
+        while seen == 0 and data.startswith(b"\r\n"):  # RFC 9112 2.2
+            del data[:2]
+            skipped += 1
+            if skipped > 4:
+                raise _Refused(400, "Too many empty lines before a request.")
+        end = data.find(b"\r\n\r\n", max(0, seen - 3))
+        if 0 <= end <= _MAX_HEAD - 2:
+            head = inbox.take(end + 2)
+            del data[:2]
+            inbox.head = parsed = _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
+            return parsed
+        if data and data != b"\r":
+            seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
+        yield from _more(inbox, _State.HEAD if data else _State.IDLE)
+
+
+def _check_beginning(data: bytearray, seen: int) -> int:
+    """Refuses the beginning of a head as early as it is known to be wrong: the rest may never come.
+
+    data[:seen] was looked at before; returns how much is looked at now.
+    """
+    end = len(data) - data.endswith(b"\r")  # the LF may be on its way
+    if data.find(b"\r\n", 0, seen) < 0:
+        line, crlf, _ = bytes(data[:end]).partition(b"\r\n")
+        if crlf or len(line) > _MAX_LINE:
+            _request_line(line)
+        if not re.fullmatch(_BEGINNING, line):
+            raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
+    if _BARE.search(data, seen, end):
         raise _Refused(400, "A line of the head does not end with CR LF.")
     if data.count(b"\r\n") > _MAX_FIELDS + 1:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
     if len(data) > _MAX_HEAD:
         raise _Refused(431, f"The head of the request is larger than {_MAX_HEAD} bytes.")
+    return end
+
+
+def _exactly(inbox: _Inbox, count: int) -> _Reading[bytes]:
+    while len(inbox.data) < count:
+        yield from _more(inbox, _State.BODY)
+    return inbox.take(count)
+
+
+def _read_line(inbox: _Inbox) -> _Reading[bytes]:
+    """A line of the chunked coding, without its CR LF."""
+    while (end := inbox.data.find(b"\n", 0, _MAX_CHUNK_LINE)) < 0:
+        if len(inbox.data) > _MAX_CHUNK_LINE:
+            raise _Refused(400, f"A line of the chunked body is longer than {_MAX_CHUNK_LINE} bytes.")
+        yield from _more(inbox, _State.BODY)
+    line = inbox.take(end + 1)
+    if not line.endswith(b"\r\n"):
+        raise _Refused(400, "A line of the chunked body does not end with CR LF.")
+    return line[:-2]
+
+
+def _read_chunks(inbox: _Inbox) -> _Reading[bytes]:
+    """A body in the chunked coding (RFC 9112 7.1), without its trailers."""
+    body = bytearray()
+    while True:
+        match = re.fullmatch(_CHUNK_SIZE, (yield from _read_line(inbox)))
+        if match is None:
+            raise _Refused(400, "The size of a chunk is not a hexadecimal number.")
+        size = int(match[1], 16)
+        if len(body) + size > _MAX_BODY:
+            raise _too_large()
+        if size == 0:
+            break
+        body += yield from _exactly(inbox, size)
+        if (yield from _exactly(inbox, 2)) != b"\r\n":
+            raise _Refused(400, "A chunk is not as long as it says.")
+    trailers: list[bytes] = []
+    while line := (yield from _read_line(inbox)):
+        trailers.append(line)
+        if len(trailers) > _MAX_FIELDS:
+            break
+    _fields(trailers)
+    return bytes(body)
 
 
 def _decoded(body: bytes, coding: str) -> bytes:
@@ -3819,747 +4581,6 @@ def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Call
     return data
 
 
-# ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
-
-_VERSION = b"openai-version: 2020-10-01\r\n"
-_USUAL = _VERSION + b"openai-organization: org-fake\r\nopenai-project: proj_fake\r\n"  # the API's own (wire.md 5)
-_GATEWAY = b"vary: Origin\r\n"  # sends no version and no time
-_LIMITS = (
-    b"x-ratelimit-limit-requests: 10000\r\n"
-    b"x-ratelimit-limit-tokens: 2000000\r\n"
-    b"x-ratelimit-remaining-requests: 9999\r\n"
-    b"x-ratelimit-remaining-tokens: 1999985\r\n"
-    b"x-ratelimit-reset-requests: 6ms\r\n"
-    b"x-ratelimit-reset-tokens: 0s\r\n"
-)
-_ON_REPLIES = _USUAL + _LIMITS
-_CORS = b"access-control-allow-origin: *\r\naccess-control-expose-headers: *\r\n"
-_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
-_STATUS_LINES[413] = b"HTTP/1.1 413 Content Too Large\r\n"  # RFC 9110's name; Python has it since 3.13
-_STATUS_LINES[529] = b"HTTP/1.1 529 Overloaded\r\n"
-
-
-@lru_cache(64)
-def _fixed_top(status: int, content_type: str, usual: bytes, cors: bool, close: bool) -> bytes:
-    """The status line, and the fields that are the same on every answer of a kind."""
-    line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
-    fields = [line, b"content-type: %b\r\n" % content_type.encode(), usual]
-    return b"".join([*fields, _CORS if cors else b"", b"connection: close\r\n" if close else b""])
-
-
-def _with_fields(top: bytes, fields: Mapping[str, str]) -> bytes:
-    """A head with these fields; they take the place of fields of the same name."""
-    names = {name.lower().encode() for name in fields}
-    lines = [line for line in top.split(b"\r\n")[:-1] if line.partition(b":")[0] not in names]
-    lines += [f"{name}: {value}".encode("latin-1") for name, value in fields.items()]
-    return b"\r\n".join(lines) + b"\r\n"
-
-
-@lru_cache(2)
-def _date_of(second: int) -> bytes:
-    return f"date: {formatdate(second, usegmt=True)}\r\n".encode()
-
-
-def _date_field() -> bytes:
-    """The Date field, made once a second."""
-    return _date_of(int(time.time()))
-
-
-def _sse(event: _JSON) -> str:
-    """An event as a server-sent event; Responses' name their type."""
-    kind = event.get("type")
-    data = _dumps(event)
-    return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
-
-
-def _chunk_of(frame: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(frame), frame)
-
-
-_LAST_CHUNK = b"0\r\n\r\n"
-
-
-def _cut(deltas: _Deltas) -> tuple[str, str, str, str]:
-    """The frame of these delta events, cut where the text, the obfuscation and the number go; "" where none does."""
-    text, padding, number = _SLOTS
-    before, _, rest = _sse(deltas.make(text, padding, number)).partition(f'"{text}"')
-    between, found, rest = rest.partition(padding)
-    if not found:
-        return before, "", "", ""
-    middle, found, after = rest.partition(f'"{number}"')
-    return before, between, middle, after if found else ""
-
-
-def _delta_chunks(deltas: _Deltas, chunked: bool) -> bytes:
-    """The bytes of delta events: what _sse gives for each of them, at a fifth of the time."""
-    item = deltas.item
-    cut = item.cut
-    if cut is None:
-        cut = item.cut = _cut(deltas)
-    before, between, middle, after = cut
-    if not between:
-        frames = [_utf8(_sse(event)) for event in deltas.events()]
-        return b"".join(map(_chunk_of, frames) if chunked else frames)
-    quote, pool, number = _quote, _POOL, deltas.first
-    ascii_only = chunked and "".join((before, between, middle, after, *deltas.texts)).isascii()
-    fixed = len(before) + len(between) + len(middle) + len(after)  # bytes, where all is ASCII
-    framed: list[str] = []
-    for text in deltas.texts:
-        begin, quoted = number * 37 & 1023, quote(text)
-        padding = pool[begin : begin + (-len(text) & 15)]
-        count = str(number) if after else ""
-        if ascii_only:
-            size = fixed + len(quoted) + len(padding) + len(count)
-            framed.append(f"{size:x}\r\n{before}{quoted}{between}{padding}{middle}{count}{after}\r\n")
-        else:
-            framed.append(f"{before}{quoted}{between}{padding}{middle}{count}{after}")
-        number += 1
-    if ascii_only:
-        return "".join(framed).encode()
-    return b"".join([_chunk_of(_utf8(frame)) if chunked else _utf8(frame) for frame in framed])
-
-
-# ---- Answering: who carries parts to the client ----------------------------------------------------------------------
-
-
-class _Pacer:
-    """Wakes who sleeps, a few at a time: threads that all wake at once spend the CPU on queueing for the GIL.
-
-    Who was woken holds a baton, and passes it on when it sleeps again. Who keeps it too long (the handler does
-    something slow) loses it, so that nobody waits for a handler.
-    """
-
-    _BATONS = 2
-    _PATIENCE = 0.005  # seconds; the interpreter's own switch interval
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()  # guards the fields below
-        self.sleepers: list[tuple[float, int, _Waiter]] = []  # a heap, by the time they are due
-        self.holders: dict[_Waiter, float] = {}  # until when they may hold a baton
-        self.left = 0  # who has left since they were last dropped from the heap
-        self.batons = self._BATONS  # more of them while who holds one is slow
-        self.count = 0
-        self.until = -math.inf  # when the server's loop looks here again; -inf: it is about to
-
-    def add(self, waiter: _Waiter, due: float) -> bool:
-        """Has a waiter woken at that time. Returns whether the loop must be told."""
-        with self.lock:
-            self.count += 1
-            waiter.turn = self.count
-            heappush(self.sleepers, (due, self.count, waiter))
-            self._pass(waiter)
-            return due < self.until
-
-    def leave(self, waiter: _Waiter) -> None:
-        """Takes back what a waiter holds."""
-        with self.lock:
-            if waiter.turn:
-                waiter.turn = 0
-                self.left += 1
-                if self.left > max(64, len(self.sleepers) // 2):  # long sleepers would keep their connections until due
-                    self.left = 0
-                    self.sleepers = [each for each in self.sleepers if each[2].turn == each[1]]
-                    heapify(self.sleepers)
-            self._pass(waiter)
-
-    def _pass(self, waiter: _Waiter) -> None:
-        if self.holders.pop(waiter, None) is not None:
-            self.batons = max(self._BATONS, self.batons - 1)
-            self._wake(time.monotonic())
-
-    def _wake(self, now: float) -> None:
-        while len(self.holders) < self.batons and self.sleepers and self.sleepers[0][0] <= now:
-            _, turn, waiter = heappop(self.sleepers)
-            wake = waiter.wake
-            if waiter.turn == turn and wake is not None:  # else it was woken by something else
-                self.holders[waiter] = now + self._PATIENCE
-                wake()
-
-    def run(self) -> float:
-        """Wakes who is due. Returns when the loop should come again."""
-        with self.lock:
-            now = time.monotonic()
-            for waiter in [waiter for waiter, end in self.holders.items() if end <= now]:
-                del self.holders[waiter]
-                self.batons = min(self.batons * 2, 128)
-            self._wake(now)
-            due = self.sleepers[0][0] if self.sleepers else math.inf
-            self.until = min(self.holders.values()) if due <= now and self.holders else due
-            return self.until
-
-
-class _Waiter:
-    """Where the thread of an answer waits: for time, for a Stream, for a coroutine.
-
-    Every wait ends when the server stops, and when the client leaves (`connection` is None where there is none).
-    """
-
-    wake: Callable[[], object] | None = None  # ends the wait that goes on; other threads call it
-    readable = False  # the loop saw something arrive from the client
-    watched = False
-    cancelled = False
-    turn = 0  # of the sleep that goes on, with the pacer
-    lock: threading.Lock | None = None  # guards nothing: held while the thread sleeps, and released to wake it
-    loop: asyncio.AbstractEventLoop | None = None
-
-    def __init__(self, server: _Server, connection: _Connection | None, streams: bool) -> None:
-        self.server = server
-        self.connection = connection
-        self.streams = streams  # a client that half-closed has left a stream, but still waits for JSON
-
-    def _enter(self, wake: Callable[[], object]) -> None:
-        self.wake = wake  # before the flags are looked at: who sets them later finds it
-        if not self.watched:
-            self.watched = True
-            self.server.waiters.add(self)
-            self._watch()
-
-    def _watch(self) -> None:
-        if self.connection is not None:
-            self.server.watch(self.connection.request, self)
-
-    def notice(self) -> None:
-        """Called by the server's loop: the client's socket has something to read, and is not watched any more."""
-        self.readable = True
-        wake = self.wake
-        if wake is not None:
-            wake()
-
-    def left(self) -> bool:
-        """Whether the client has left. Raises _Gone where the server stops."""
-        if self.server.stopping or self.cancelled:
-            raise _Gone
-        connection = self.connection
-        if connection is None:
-            return False
-        if self.readable:
-            self.readable = False
-            if connection.read_ahead():
-                self._watch()
-            else:  # it has left, or it sends without end what nobody will read
-                connection.gone = True
-        return connection.gone
-
-    def sleep(self, seconds: float) -> None:
-        """Waits. Raises _Gone where the client of a stream has left."""
-        lock = self.lock
-        if lock is None:
-            lock = self.lock = threading.Lock()
-            lock.acquire()
-        due = time.monotonic() + seconds
-        self._enter(lambda: _release(lock))
-        if self.server.pacer.add(self, due):
-            self.server.wake()
-        while not self.left():
-            if time.monotonic() >= due:
-                self.turn = 0
-                return
-            lock.acquire()
-        self.server.pacer.leave(self)
-        if self.streams:
-            raise _Gone
-        # who has half-closed gets its JSON, just sooner
-
-    def get(self, parts: queue.SimpleQueue[_Part], timeout: float | None = None) -> _Part:
-        """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
-        self._enter(lambda: parts.put(_WAKE))
-        while True:
-            left = self.left()
-            if left and self.streams:
-                raise _Gone
-            try:
-                part = parts.get(timeout=_HALF_CLOSED if left else timeout)
-            except queue.Empty:
-                if left:
-                    raise _Gone from None
-                raise
-            if part is not _WAKE:
-                return part
-
-    def run(self, awaitable: Awaitable[Any]) -> Any:
-        """The result of a coroutine, run on this answer's own event loop."""
-        import asyncio
-
-        async def wait() -> Any:
-            return await awaitable
-
-        loop = self.loop
-        if loop is None:
-            loop = self.loop = asyncio.new_event_loop()
-        task = loop.create_task(wait())
-        cancelled: list[bool] = []
-
-        def look() -> None:  # on the loop's thread, which may read ahead
-            try:
-                over = self.left() and self.streams
-            except _Gone:
-                over = True
-            if over and not cancelled:  # once: what the coroutine still does in `finally` is let be
-                cancelled.append(True)
-                task.cancel()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
-                loop.call_soon_threadsafe(look)
-
-        self._enter(wake)
-        wake()
-        try:
-            return loop.run_until_complete(task)
-        except asyncio.CancelledError:
-            if self.left():
-                raise _Gone from None
-            raise
-
-    def close(self, closing: Awaitable[Any]) -> None:
-        """Runs the end of an async generator, for a while, whether its client has left or not."""
-        import asyncio
-
-        if self.loop is not None:
-            self.loop.run_until_complete(asyncio.wait_for(closing, _STOP_SECONDS))
-
-    def end(self) -> None:
-        """The answer is over."""
-        if self.watched:
-            self.wake = None
-            self.server.pacer.leave(self)
-            self.server.waiters.discard(self)
-            if self.connection is not None:
-                self.server.unwatch(self.connection.request)
-        if self.loop is not None:
-            import asyncio
-
-            with suppress(Exception):
-                tasks = asyncio.all_tasks(self.loop)  # that the handler started, and left
-                for task in tasks:
-                    task.cancel()
-                if tasks:
-                    self.loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_SECONDS))
-                self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-            self.loop.close()
-
-
-def _release(lock: threading.Lock) -> None:
-    with suppress(RuntimeError):  # it was released already
-        lock.release()
-
-
-class _Teller:
-    """Carries one answer: parts tell themselves to it. `end` is told once, after the last part."""
-
-    def __init__(self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float) -> None:
-        self.encoder = encoder
-        self.waiter = waiter
-        self.ttft = ttft
-        self.itl = itl
-        self.outcome = ""  # why the answer is not whole
-        self.streams: list[Stream] = []  # that it is made of
-
-    def say(self, part: _Spoken) -> None:
-        raise NotImplementedError
-
-    def chunk(self, chunk: Chunk) -> None:
-        raise NotImplementedError
-
-    def pause(self, seconds: float) -> None:
-        raise NotImplementedError
-
-    def disconnect(self, reset: bool) -> None:
-        raise NotImplementedError
-
-    def raw(self, data: bytes) -> None:
-        raise NotImplementedError
-
-    def error(self, error: StreamError) -> None:
-        raise NotImplementedError
-
-    def refuse(self, error: APIError) -> None:
-        self.error(StreamError(error.message, type=error.type, code=error.code, param=error.param))
-
-    def flush(self) -> None:
-        """Sends what is gathered: what comes next may take its time."""
-
-    def hurry(self) -> None:
-        """The answer is long: its beginning is to go out at once."""
-
-    def live(self) -> None:
-        """The parts come from a Stream: the client may know that the answer has begun."""
-
-    def end(self) -> None:
-        raise NotImplementedError
-
-    def pace(self) -> None:
-        """Waits for the time of the next token."""
-        seconds, self.ttft = self.ttft or self.itl, 0.0
-        if seconds:
-            self.pause(seconds)
-
-
-class _Over(Exception):
-    """The answer ends here, with parts perhaps left: a Disconnect or a StreamError was told."""
-
-
-class _StreamTeller(_Teller):
-    """Sends an answer as server-sent events. What is known to follow is gathered; nothing waits to be gathered."""
-
-    def __init__(
-        self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float, connection: _Connection, reply: Reply
-    ):
-        super().__init__(encoder, waiter, ttft, itl)
-        self.connection = connection
-        self.reply = reply
-        self.chunked = connection.http11
-        self.pending: list[bytes] = []
-        self.size = 0
-        self.limit = _BATCH
-        self.begun = False
-
-    def _add(self, data: bytes) -> None:
-        self.pending.append(data)
-        self.size += len(data)
-
-    def _begin(self) -> None:
-        """Writes what comes before the first part, whose events are numbered after it."""
-        self.begun = True
-        self._write(self.encoder.begin(), hold=True)
-
-    def _write(self, events: list[_Event], hold: bool = False) -> None:
-        chunked = self.chunked
-        for event in events:
-            if type(event) is _Deltas:
-                self._add(_delta_chunks(event, chunked))
-            else:
-                frame = _utf8(_sse(cast(_JSON, event)))
-                self._add(_chunk_of(frame) if chunked else frame)
-        if self.size >= self.limit and not hold:
-            self.flush()
-            self.limit = _BATCH
-
-    def flush(self) -> None:
-        if self.pending:
-            pending, self.pending, self.size = self.pending, [], 0
-            if not self.connection.headed:
-                pending.insert(0, self.connection.stream_head(self.reply))
-            self.connection.send(b"".join(pending))
-
-    def hurry(self) -> None:
-        self.limit = 1
-
-    def live(self) -> None:
-        if not self.begun:
-            self._begin()
-        if not self.connection.headed:
-            self.pending.append(b"")  # a Chat Completions stream has nothing to say yet but its head
-        self.flush()
-
-    def say(self, part: _Spoken) -> None:
-        if self.ttft or self.itl:
-            self._say_slowly(part)
-            return
-        if not self.begun:
-            self._begin()
-        self._write(self.encoder.say(part))
-
-    def _say_slowly(self, part: _Spoken) -> None:
-        for fragment in part.split():
-            self.pace()
-            if not self.begun:
-                self._begin()
-            self._write(self.encoder.say(fragment))
-
-    def chunk(self, chunk: Chunk) -> None:
-        self.pace()
-        if not self.begun:
-            self._begin()
-        self._write(self.encoder.chunk(chunk))
-
-    def pause(self, seconds: float) -> None:
-        self.flush()
-        self.waiter.sleep(seconds)
-
-    def disconnect(self, reset: bool) -> None:
-        self.flush()
-        self.outcome = "cut"
-        self.connection.hang_up(reset)
-        raise _Over
-
-    def raw(self, data: bytes) -> None:
-        if not self.begun:
-            self._begin()
-        self._add(_chunk_of(data) if self.chunked and data else data)
-        self.flush()
-
-    def error(self, error: StreamError) -> None:
-        self.outcome = error.message
-        if not self.begun:
-            self._begin()
-        self._write(self.encoder.fail(error._error()))
-        self._finish()
-        raise _Over
-
-    def fault(self, message: str) -> None:
-        """The handler failed in the middle: the client is told, and the stream cut without its terminator."""
-        self.outcome = message
-        with suppress(_Gone):
-            self._write(self.encoder.fail({"message": message, "type": "server_error", "param": None, "code": None}))
-            self.flush()
-        self.connection.hang_up(False)
-
-    def end(self) -> None:
-        if not self.begun:
-            self._begin()
-        self._write(self.encoder.end())
-        if self.encoder.done is not None:
-            frame = f"data: {self.encoder.done}\n\n".encode()
-            self._add(_chunk_of(frame) if self.chunked else frame)
-        self._finish()
-
-    def _finish(self) -> None:
-        if self.chunked:
-            self._add(_LAST_CHUNK)
-        self.connection.answered()
-        self.flush()
-
-
-class _BodyTeller(_Teller):
-    """Sends an answer as JSON, in one piece; or in equal shares where pauses, bytes or a cut fall between its parts."""
-
-    def __init__(
-        self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float, connection: _Connection, reply: Reply
-    ):
-        super().__init__(encoder, waiter, ttft, itl)
-        self.connection = connection
-        self.reply = reply
-        self.said = 0
-        self.acts: list[tuple[int, Pause | Raw | Disconnect]] = []
-
-    def say(self, part: _Spoken) -> None:
-        _, _, texts = self.encoder.take(part)
-        self.said += 1
-        if self.ttft or self.itl:
-            seconds = self.itl * len(texts)
-            if self.ttft:
-                seconds, self.ttft = seconds - self.itl + self.ttft, 0.0
-            self.waiter.sleep(max(0.0, seconds))
-
-    def chunk(self, chunk: Chunk) -> None:
-        self.encoder.adopt(chunk)
-        for part in chunk._parts():
-            part._tell(self)
-
-    def pause(self, seconds: float) -> None:
-        if self.said or self.acts:
-            self.acts.append((self.said, Pause(seconds)))
-        else:
-            self.waiter.sleep(seconds)
-
-    def disconnect(self, reset: bool) -> None:
-        self.outcome = "cut"
-        if not self.said and not self.acts:
-            self.connection.hang_up(reset)
-        else:
-            self.acts.append((self.said, Disconnect(reset=reset)))
-            self.end()
-        raise _Over
-
-    def raw(self, data: bytes) -> None:
-        self.acts.append((self.said, Raw(data)))
-
-    def refuse(self, error: APIError) -> None:
-        raise error
-
-    def error(self, error: StreamError) -> None:
-        raise APIError(500, error.message, type=error.type, code=error.code, param=error.param)
-
-    def end(self) -> None:
-        send, head = self.connection.send, self.connection.json_head
-        body = _utf8(_dumps(self.encoder.body())) if self.said or not self.acts else b""
-        if not self.acts:
-            self.connection.answered()
-            send(head(self.reply, len(body)) + body)
-            return
-        length = len(body) + sum(len(act.data) for _, act in self.acts if isinstance(act, Raw))
-        piece, sent = head(self.reply, length), 0
-        for said, act in self.acts:
-            share = len(body) * said // (self.said + 1)
-            piece, sent = piece + body[sent:share], share
-            if isinstance(act, Raw):
-                piece += act.data
-                continue
-            if piece:
-                send(piece)
-                piece = b""
-            if isinstance(act, Disconnect):
-                self.connection.hang_up(act.reset)
-                return
-            self.waiter.sleep(act.seconds)
-        self.connection.answered()
-        send(piece + body[sent:])
-
-
-def _in_order(parts: list[_Part], request: Request, encoder: _Encoder) -> list[_Part]:
-    """The parts of an answer that is known: as they are, but repeated for n, and parallel calls as the API has them."""
-    n = encoder.asked.n
-    calls: dict[int, int] = {}
-    for part in parts:
-        if isinstance(part, _Call) and part.name:
-            calls[part.choice] = calls.get(part.choice, 0) + 1
-    if max(calls.values(), default=0) > 1:
-        encoder.parallel = True
-        if request.api == "chat.completions":
-            parts = [_spaced(part) if isinstance(part, ToolCall) else part for part in parts]
-    if n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
-        parts = list(_repeated(parts, n))
-    return parts
-
-
-def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
-    """What was said once, said by n choices at a time: their tokens interleave (wire.md 2)."""
-    for part in parts:
-        if isinstance(part, _Spoken) and part._in_chat:
-            for fragment in part.split():
-                yield from (_of_choice(fragment, choice) for choice in range(n))
-        elif isinstance(part, Finish):
-            yield from (Finish(part.reason, choice=choice) for choice in range(n))
-        else:
-            yield part
-
-
-def _of_choice(part: Any, choice: int) -> _Part:
-    if isinstance(part, (ToolCall, CustomToolCall)):
-        text = part._string
-        return type(part)(part.name, text, id=part.id, choice=choice)
-    return cast(_Part, type(part)(part._string, choice=choice))
-
-
-def _spaced(call: ToolCall) -> ToolCall:
-    """A call among several, whose arguments the API writes with spaces (wire.md 1), unless the text was given."""
-    if not call._ours:
-        return call
-    return ToolCall(
-        call.name, json.dumps(json.loads(call.arguments), ensure_ascii=False), id=call.id, choice=call.choice
-    )
-
-
-def _runs(parts: list[_Part], size: int) -> Iterator[_Part]:
-    """Texts of one choice in a row as one: `size` fragments first, then as many at a time as fill a send."""
-    for kind, group in groupby(parts, type):
-        if kind is not Text:
-            yield from group
-            continue
-        for choice, texts in groupby(cast("Iterator[Text]", group), _CHOICE):
-            fragments = [fragment for text in texts for fragment in _tokens(text.text) or ("",)]
-            at = 0
-            while at < len(fragments):
-                yield _Run.of(fragments[at : at + size], choice)
-                at, size = at + size, _RUN
-
-
-_CHOICE = attrgetter("choice")
-
-
-def _next(parts: Iterator[Any]) -> Any:
-    """The handler's next part; what goes wrong in there is the handler's fault."""
-    try:
-        return _part(next(parts))
-    except StopIteration:
-        return _END
-    except _Gone:
-        raise
-    except BaseException as error:
-        raise _HandlerError(error) from None
-
-
-def _coming(parts: Iterator[Any], teller: _Teller) -> Iterator[_Part]:
-    """The parts of a generator: each is on the wire before the next is asked for."""
-    waiter = teller.waiter
-    if waiter.streams:
-        waiter._enter(bool)  # from now on it is seen between two parts that the client has left
-    try:
-        while (part := _next(parts)) is not _END:
-            yield part
-            teller.flush()
-            if waiter.left() and waiter.streams:
-                raise _Gone
-    finally:
-        close = getattr(parts, "close", None)
-        if close is not None:
-            with suppress(BaseException):  # it may ignore GeneratorExit, or raise: the answer is over
-                close()
-
-
-def _async_coming(parts: Any, waiter: _Waiter) -> Iterator[Any]:
-    """The parts of an async generator, run on the answer's own event loop."""
-    iterator: AsyncIterator[Any] = aiter(parts)
-    try:
-        while True:
-            try:
-                yield waiter.run(anext(iterator))
-            except StopAsyncIteration:
-                return
-    finally:
-        close = getattr(iterator, "aclose", None)
-        if close is not None:
-            with suppress(BaseException):
-                if not waiter.server.stopping:
-                    waiter.close(close())
-
-
-def _live(stream: Stream, teller: _Teller) -> Iterator[_Part]:
-    """The parts of a Stream, as the test sends them."""
-    taken = 0
-    teller.live()
-    while True:
-        try:
-            part = stream._queue.get_nowait()
-        except queue.Empty:
-            teller.flush()
-            stream._on_wire(taken)
-            try:
-                part = teller.waiter.get(stream._queue, stream._timeout)
-            except queue.Empty:
-                told = f"a Stream was sent nothing for {stream._timeout} s: close() ends it, Stream(timeout=None) waits"
-                raise _HandlerError(TimeoutError(told)) from None
-        if part is _END:
-            return
-        if part is not _WAKE:
-            taken += 1
-            yield part
-
-
-def _source(reply: Reply, request: Request, teller: _Teller) -> Iterator[_Part]:
-    """The parts of a reply, wherever they come from."""
-    known = reply._known()
-    if known is not None:
-        if len(known) > 1 or teller.encoder.asked.n > 1:
-            known = _in_order(known, request, teller.encoder)
-        if len(known) <= _RUN // 4 and not any(type(part) is Text and len(part.text) > _RUN for part in known):
-            return _runs(known, _RUN)  # soon encoded: it goes out in one piece
-        teller.hurry()
-        return _runs(known, 1)
-    return _mixed(reply.parts, teller)
-
-
-def _mixed(contents: Iterable[_Content], teller: _Teller) -> Iterator[_Part]:
-    for content in contents:
-        yield from _content(content, teller)
-
-
-def _content(content: Any, teller: _Teller) -> Iterator[_Part]:
-    if isinstance(content, Stream):
-        return _live(content, teller)
-    if isinstance(content, (str, _Part)):
-        return iter([_part(content)])
-    if isinstance(content, Completion):
-        return iter(content._parts())
-    if isinstance(content, AsyncIterable):
-        return _coming(_async_coming(content, teller.waiter), teller)
-    try:
-        return _coming(iter(content), teller)
-    except BaseException as error:
-        raise _HandlerError(error) from None
-
-
 # ---- HTTP: connections and the server --------------------------------------------------------------------------------
 
 
@@ -4571,64 +4592,35 @@ class _HTTPResponse(NamedTuple):
     status: int = 200
     headers: Mapping[str, str] = {}
 
-
-class _Exchange:
-    """A request and what became of it, for the transcript and the command line."""
-
-    method = ""
-    path = ""
-    request: Request | None = None  # None where what came was no request
-    status = 0  # 0: cut before any reply
-    seconds = 0.0
-    encoder: _Encoder | None = None
-    plain: str | None = None  # the text that was said, where no encoder was needed
-    plain_usage: tuple[int, int] = (0, 0)
-    outcome = ""  # "" where the answer is whole
-
-    @property
-    def answer(self) -> list[_Spoken]:
-        """What was said, each part whole."""
-        if self.plain is not None:
-            return [Text(self.plain)]
-        return [] if self.encoder is None else [item.whole for item in self.encoder.items]
-
-    @property
-    def usage(self) -> Usage | None:
-        if self.plain is not None:
-            return Usage(*self.plain_usage)
-        return None if self.encoder is None or self.status != 200 else self.encoder.tally()
+    def send(self, connection: _Connection) -> None:
+        """Answers on a connection."""
+        connection.send_whole(self.body, self.status, self.content_type, fields=self.headers)
 
 
 class _Connection(BaseRequestHandler):
     """One client's connection: reads requests, one after another, and answers them in order."""
 
-    request: socket.socket
     server: _Server  # pyright: ignore[reportIncompatibleVariableOverride]  # typeshed's is the base class's
 
     def setup(self) -> None:
-        self.buffer = b""
-        self.at = 0  # of the first byte of buffer that is not read yet
-        self.gone = False  # the client has closed or reset
-        self.hung_up = False  # we have
-        self.resetting = False
-        self.headed = False  # the head of the answer is on the wire
+        self.sock: socket.socket = self.request  # socketserver calls it so
+        self.inbox = _Inbox()
+        self.state = _State.IDLE
         self.deadline = math.inf  # when the server's loop ends what this connection waits for
-        self.expired = False
-        self.head: _Head | None = None  # of the request that is being answered
         self.http11 = True
-        self.exchange = _Exchange()
-        self.started = 0.0
+        self.asked: Request  # what is being answered
+        self.started = 0.0  # since when
         self.server.connections.add(self)
 
     def handle(self) -> None:
         """Answers requests until the connection ends."""
         try:
-            if not _INHERITS or self.request.gettimeout() is not None:
-                self.request.settimeout(None)
-                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while not self.server.stopping and not self.hung_up and self._serve_one():
-                pass
-        except (_Closed, _Gone, OSError):
+            if not _INHERITS or self.sock.gettimeout() is not None:
+                self.sock.settimeout(None)
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while not self.server.stopping and self.state < _State.CLOSING:
+                self._serve_one()
+        except (_Gone, OSError):
             pass
         except Exception:
             _LOG.exception("a connection failed in the server itself")
@@ -4636,230 +4628,149 @@ class _Connection(BaseRequestHandler):
     def finish(self) -> None:
         self.server.connections.discard(self)
         with suppress(OSError):
-            if self.resetting:
-                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.request.close()
+            if self.state is _State.RESETTING:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.sock.close()
             elif not self.gone:  # not only close(): a forked child may hold a copy
-                self.request.shutdown(socket.SHUT_WR)
+                self.sock.shutdown(socket.SHUT_WR)
 
     # Reading.
 
-    def _receive(self) -> None:
-        """Reads more into the buffer."""
-        data = self.request.recv(_READ)
-        if not data:
-            if self.expired:
-                raise _Refused(408, "The request did not arrive in time.")
-            raise EOFError
-        self.buffer = self.buffer[self.at :] + data if self.at < len(self.buffer) else data
-        self.at = 0
+    @property
+    def gone(self) -> bool:
+        """Whether the client has closed or reset."""
+        return self.state is _State.GONE
+
+    def _read(self) -> bytes:
+        """Reads a request, and returns its body; the head is in the inbox."""
+        if not self.inbox.data:
+            self._receive(_State.IDLE)
+        reading = _read_request(self.inbox)
+        while True:
+            try:
+                waits = next(reading)
+            except StopIteration as end:
+                return cast(bytes, end.value)
+            if waits is None:
+                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            else:
+                self._receive(waits)
+
+    def _receive(self, state: _State) -> None:
+        """Reads more into the inbox. The time for it runs from the beginning of the state."""
+        if state is not self.state or self.deadline == math.inf:
+            self.state = state
+            self.deadline = time.monotonic() + self.server.limits[state]
+        data = self.sock.recv(_BATCH if state is _State.BODY else _READ)
+        self.inbox.data += data
+        self.inbox.ended = not data
 
     def read_ahead(self) -> bool:
-        """Reads what has arrived behind the request that is being answered; False if the client has left."""
+        """Reads what has arrived behind the request that is being answered. Returns whether the client is still there.
+
+        One that sends without end what nobody will read is as good as gone.
+        """
         try:
-            if not _DONT_WAIT and not select.select([self.request], [], [], 0)[0]:
+            if not _DONT_WAIT and not select.select([self.sock], [], [], 0)[0]:
                 return True
-            data = self.request.recv(_READ, _DONT_WAIT)
+            data = self.sock.recv(_BATCH, _DONT_WAIT)
         except BlockingIOError:
             return True
         except (OSError, ValueError):
             data = b""
-        if not data:
-            self.gone = True
-            return False
-        self.buffer = self.buffer[self.at :] + data
-        self.at = 0
-        return len(self.buffer) < _MAX_HEAD  # more is left with the kernel
+        self.inbox.data += data
+        if not data or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:
+            self.state = _State.GONE
+        return not self.gone
 
     def peer_gone(self) -> bool:
         """Whether the client has closed, seen without reading."""
         if not self.gone:
             try:
-                if _DONT_WAIT or select.select([self.request], [], [], 0)[0]:
-                    self.gone = not self.request.recv(1, socket.MSG_PEEK | _DONT_WAIT)
+                readable = _DONT_WAIT or select.select([self.sock], [], [], 0)[0]
+                if readable and not self.sock.recv(1, socket.MSG_PEEK | _DONT_WAIT):
+                    self.state = _State.GONE
             except BlockingIOError:
                 pass
             except (OSError, ValueError):
-                self.gone = True
+                self.state = _State.GONE
         return self.gone
-
-    def _read_head(self) -> _Head:
-        limits = self.server.limits
-        self.deadline = time.monotonic() + limits.idle
-        skipped, begun = 0, False
-        while True:
-            buffer, at = self.buffer, self.at
-            while buffer.startswith(b"\r\n", at):
-                at, skipped = at + 2, skipped + 1
-                if skipped > 4:
-                    raise _Refused(400, "Too many empty lines before a request.")
-            self.at = at
-            end = buffer.find(b"\r\n\r\n", at)
-            if end >= 0:
-                head = buffer[at : end + 2]
-                self.at = end + 4
-                if len(head) > _MAX_HEAD:
-                    _check_beginning(head)
-                return _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
-            if len(buffer) > at:
-                if not begun:
-                    begun = True
-                    self.deadline = time.monotonic() + limits.head
-                if buffer[at:] != b"\r":
-                    _check_beginning(buffer[at:])
-            try:
-                self._receive()
-            except EOFError:
-                self.gone = True
-                raise _Closed from None
-            except _Refused:
-                if len(self.buffer) > self.at:
-                    raise
-                raise _Closed from None
-
-    def _exactly(self, count: int) -> bytes:
-        have = len(self.buffer) - self.at
-        if have >= count:
-            data = self.buffer[self.at : self.at + count]
-            self.at += count
-            return data
-        body = bytearray(self.buffer[self.at :])
-        self.buffer, self.at = b"", 0
-        while have < count:  # grows with what comes: what is only announced takes no memory
-            body += bytes(min(count - have, max(have, _BATCH)))
-            with memoryview(body) as view:
-                while have < len(body):
-                    got = self.request.recv_into(view[have:])
-                    if not got:
-                        if self.expired:
-                            raise _Refused(408, "The request did not arrive in time.")
-                        raise EOFError
-                    have += got
-        return bytes(body)
-
-    def _line(self) -> bytes:
-        """A line of the chunked coding, without its CR LF."""
-        while (end := self.buffer.find(b"\n", self.at)) < 0:
-            if len(self.buffer) - self.at > _MAX_CHUNK_LINE:
-                raise _Refused(400, f"A line of the chunked body is longer than {_MAX_CHUNK_LINE} bytes.")
-            self._receive()
-        line = self.buffer[self.at : end + 1]
-        self.at = end + 1
-        if not line.endswith(b"\r\n") or len(line) > _MAX_CHUNK_LINE:
-            raise _Refused(400, "A line of the chunked body does not end with CR LF, or is too long.")
-        return line[:-2]
-
-    def _chunked_body(self) -> bytes:
-        body = bytearray()
-        while True:
-            match = re.fullmatch(_CHUNK_SIZE, self._line())
-            if match is None:
-                raise _Refused(400, "The size of a chunk is not a hexadecimal number.")
-            size = int(match[1], 16)
-            if len(body) + size > _MAX_BODY:
-                raise _too_large()
-            if size == 0:
-                break
-            body += self._exactly(size)
-            if self._exactly(2) != b"\r\n":
-                raise _Refused(400, "A chunk is not as long as it says.")
-        trailers: list[bytes] = []
-        while line := self._line():
-            trailers.append(line)
-            if len(trailers) > _MAX_FIELDS:
-                break
-        _fields(trailers)
-        return bytes(body)
-
-    def _read_body(self, head: _Head) -> bytes:
-        length = head.length
-        if length == 0:
-            return b""
-        if len(self.buffer) - self.at >= length > 0:  # it came with the head
-            return self._exactly(length)
-        if head.expects and self.at >= len(self.buffer):
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.headed = False
-        self.deadline = time.monotonic() + self.server.limits.body
-        try:
-            return self._chunked_body() if length < 0 else self._exactly(length)
-        except EOFError:
-            raise _Refused(400, "The connection was closed before the request body was whole.") from None
 
     # Sending.
 
-    def send(self, data: bytes) -> None:
-        """Sends all of it. Raises _Gone where the client is gone, or reads nothing for too long."""
-        self.headed = True
+    @property
+    def headed(self) -> bool:
+        """Whether the head of the answer is sent, or none will be."""
+        return self.state >= _State.SENDING
+
+    def send(self, data: bytes, last: bool = False) -> None:
+        """Sends all of it. Raises _Gone where the client is gone, or reads nothing for too long.
+
+        `last`: the answer ends with it; who has read that finds its request no more in flight.
+        """
+        if self.state < _State.SENDING:
+            self.state = _State.SENDING
+        if last:
+            self.server.fake._depart(self.asked)
         try:
-            sent = self.request.send(data, _DONT_WAIT)
+            sent = self.sock.send(data, _DONT_WAIT)
             if sent == len(data):
                 return
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.gone = True
+            self.state = _State.GONE
             raise _Gone from None
-        self.deadline = time.monotonic() + self.server.limits.write
+        rest = memoryview(data)[sent:]
         try:
-            self.request.sendall(memoryview(data)[sent:])
+            while rest:  # in pieces: who reads steadily may take its time
+                self.deadline = time.monotonic() + self.server.limits[_State.SENDING]
+                rest = rest[self.sock.send(rest[:_BATCH]) :]
         except OSError:
-            self.gone = True
+            self.state = _State.GONE
             raise _Gone from None
         finally:
             self.deadline = math.inf
 
     def hang_up(self, reset: bool) -> None:
         """Ends the connection after what is sent."""
-        self.hung_up = True
-        self.resetting = reset
+        if not self.gone:
+            self.state = _State.RESETTING if reset else _State.CLOSING
 
-    def _top(self, status: int, content_type: str, usual: bytes) -> bytes:
-        self.exchange.status = status
-        fake = self.server.fake
-        top = _fixed_top(
-            status, content_type, usual, fake.cors, self.head is None or not self.head.keep_alive or self.hung_up
-        )
-        request_id = fake._ids().hex(32)
-        if usual == _GATEWAY:
-            return b"%b%bx-request-id: req_%b\r\n" % (top, _date_field(), request_id.encode())
-        milliseconds = int((time.perf_counter() - self.started) * 1000)
-        fields = f"x-request-id: req_{request_id}\r\nopenai-processing-ms: {milliseconds}\r\n"
-        return top + _date_field() + fields.encode()
+    def head(
+        self, status: int, content_type: str, usual: bytes, fields: Mapping[str, str] = {}, length: int | None = None
+    ) -> bytes:
+        """The head of an answer, with that length, or of a stream, whose end tells its length."""
+        fake, asked = self.server.fake, self.inbox.head
+        self.asked._status = status
+        if length is None and not self.http11:
+            self.hang_up(False)  # the end of the connection ends the stream
+        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
+        head = b"%bcontent-type: %b\r\n%b" % (line, content_type.encode(), usual)
+        if fake.cors:
+            head += _CORS
+        if asked is None or not asked.keep_alive or self.state >= _State.CLOSING:
+            head += b"connection: close\r\n"
+        head += _date_field(int(time.time())) + b"x-request-id: req_%b\r\n" % fake._ids().hex(32).encode()
+        if usual != _GATEWAY:
+            head += b"openai-processing-ms: %d\r\n" % ((time.perf_counter() - self.started) * 1000)
+        if fields:
+            head = _with_fields(head, fields)
+        if length is not None:
+            return head + (b"\r\n" if status == 204 else b"content-length: %d\r\n\r\n" % length)
+        return head + (b"transfer-encoding: chunked\r\n\r\n" if self.http11 else b"\r\n")
 
-    def _reply_top(self, reply: Reply | None, content_type: str) -> bytes:
-        top = self._top(200, content_type, _ON_REPLIES)
-        return _with_fields(top, reply.headers) if reply is not None and reply.headers else top
+    def send_whole(
+        self, body: bytes, status: int, content_type: str, usual: bytes = _USUAL, fields: Mapping[str, str] = {}
+    ) -> None:
+        """Sends an answer that is known."""
+        head = self.head(status, content_type, usual, fields, len(body))
+        self.send(head if self.asked.method == "HEAD" or status == 204 else head + body, last=True)
 
-    def stream_head(self, reply: Reply | None) -> bytes:
-        """The head of an event stream."""
-        if not self.http11:  # the end of the connection ends the stream
-            self.hung_up = True
-        top = self._reply_top(reply, "text/event-stream; charset=utf-8")
-        return top + (b"transfer-encoding: chunked\r\n\r\n" if self.http11 else b"\r\n")
-
-    def json_head(self, reply: Reply | None, length: int) -> bytes:
-        """The head of a JSON answer."""
-        return self._reply_top(reply, "application/json") + b"content-length: %d\r\n\r\n" % length
-
-    def answered(self) -> None:
-        """Before the last bytes of an answer: who has read them finds its request no more in flight."""
-        if self.exchange.request is not None:
-            self.server.fake._depart(self.exchange.request)
-
-    def _send_whole(self, top: bytes, body: bytes, status: int = 200) -> None:
-        self.answered()
-        if status == 204:
-            self.send(top + b"\r\n")
-            return
-        head = top + b"content-length: %d\r\n\r\n" % len(body)
-        self.send(head if self.head is not None and self.head.method == "HEAD" else head + body)
-
-    def send_error(self, error: APIError) -> None:
+    def _send_error(self, error: APIError) -> None:
         """Answers with an error of the API, in the form of who sends it there: the gateway or the application."""
-        status = error.status
-        request = self.exchange.request
-        responses = request is not None and request.api == "responses"
+        status, request = error.status, self.asked
+        responses = request.api == "responses"
         unknown_model = error.code == "model_not_found" and error.param is None
         gateway = not responses and (status == 401 or (status == 404 and unknown_model))
         if gateway:
@@ -4867,140 +4778,105 @@ class _Connection(BaseRequestHandler):
         elif status == 401:
             usual = _VERSION
         else:
-            usual = _USUAL + (_LIMITS if request is not None and request.api == "chat.completions" else b"")
-        content_type = "application/json; charset=utf-8" if gateway else "application/json"
-        top = self._top(status, content_type, usual)
+            usual = _USUAL + (_RATE_LIMITS if request.api == "chat.completions" else b"")
         fields = dict(error.headers)
         if status == 401 and responses:
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
-        self._send_whole(_with_fields(top, fields) if fields else top, _utf8(_dumps({"error": error._error()})), status)
-        self.exchange.outcome = self.exchange.outcome or error.message
+        content_type = "application/json; charset=utf-8" if gateway else "application/json"
+        self.send_whole(_utf8(_dumps({"error": error._error()})), status, content_type, usual, fields)
+        request._outcome = request._outcome or error.message
 
     # One request and its answer.
 
-    def _serve_one(self) -> bool:
-        """Serves a request; False when the connection is to end."""
-        self.headed = False
-        self.head = None
-        self.exchange = exchange = _Exchange()
+    def _serve_one(self) -> None:
+        self.state, self.deadline = _State.IDLE, math.inf
         try:
-            head = self._read_head()
-            self.started = time.perf_counter()
-            self.head, self.http11 = head, head.http11
-            exchange.method, exchange.path = head.method, head.path
-            body = self._read_body(head)
-        except _Refused as refused:
-            if self.head is None:  # `started` is still the last request's
-                self.started = time.perf_counter()
+            raw_body = self._read()
+        except EOFError:
+            refused = self._end_of_input()
+            if refused is None:
+                self.state = _State.GONE
+                return
             self._refuse(refused)
-            return False
-        self.deadline = math.inf
-        self._answer(head, body)
-        return head.keep_alive and not self.hung_up
+        except _Refused as refused:
+            self._refuse(refused)
+        else:
+            self.state, self.deadline = _State.ANSWERING, math.inf
+            self._answer(cast(_Head, self.inbox.head), raw_body)
+
+    def _end_of_input(self) -> _Refused | None:
+        """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
+        expired = time.monotonic() >= self.deadline
+        if self.inbox.head is None:
+            return _Refused(408, "The request did not arrive in time.") if expired and self.inbox.data else None
+        if expired:
+            return _Refused(408, "The request did not arrive in time.")
+        return _Refused(400, "The connection was closed before the request body was whole.")
 
     def _refuse(self, refused: _Refused) -> None:
-        self.hung_up = True
-        error = APIError(refused.status, refused.message)
-        self.deadline = math.inf
+        self.state, self.deadline = _State.CLOSING, math.inf
+        self.started = time.perf_counter()
+        head = self.inbox.head
+        method, path = (head.method, head.path) if head is not None else ("", "")
+        self.asked = Request("", method, path, "", {})
         with suppress(_Gone):
-            self.send_error(error)
-        self.server.fake._ended(self)
+            self._send_error(APIError(refused.status, refused.message))
+        self.server.fake._ended(self.asked, self.started)
         self._linger()
 
     def _linger(self) -> None:
         """Reads what the client still sends, for a while: closing at once would reset, and destroy the reply."""
-        sock = self.request
         with suppress(OSError):
-            sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(socket.SHUT_WR)
             end = time.monotonic() + 1.0
             while (rest := end - time.monotonic()) > 0:
-                sock.settimeout(rest)
-                if not sock.recv(_BATCH):
+                self.sock.settimeout(rest)
+                if not self.sock.recv(_BATCH):
                     break
 
     def _answer(self, head: _Head, raw_body: bytes) -> None:
         fake = self.server.fake
-        route = fake._route(head.method, head.route)
-        request = Request(route.api, head.method, head.path, head.query, head.headers, raw_body)
+        self.started = time.perf_counter()
+        self.http11 = head.http11
+        route = fake._router.find(head.method, head.route)
+        self.asked = request = Request(route.api, head.method, head.path, head.query, head.headers, raw_body)
         request._connection = self
         request._deployment = route.deployment
-        exchange = self.exchange
-        exchange.request = request
         fake._arrive(request)
         try:
             if head.coding:
                 request.raw_body = _decoded(raw_body, head.coding)
-            fake._check_key(request)
-            self._carry_out(route, request)
+            if fake.api_key is not None:
+                fake._check_key(request)
+            answer = route.endpoint(fake, request, *route.values)
+            if isinstance(answer, dict):
+                answer = _HTTPResponse(_utf8(_dumps(answer)))
+            answer.send(self)
         except APIError as error:
-            self.send_error(error)
-        except _HandlerError as fault:
-            self._own_fault(fault.error, request)
+            self._send_error(error)
         except _Gone:
-            exchange.outcome = exchange.outcome or "client left"
-            self.hung_up = True
+            request._outcome = request._outcome or "client left"
+            self.hang_up(False)
             _LOG.info("%s %s: the client left, the answer stopped", head.method, head.path)
-        except Exception as error:  # the fake's own bug
-            self._own_fault(error, request)
+        except BaseException as error:  # the handler's fault: or else this server's own
+            message = fake._keep_error(error, request)
+            self._send_error(APIError(500, message, headers={"x-should-retry": "false"}))
         finally:
-            fake._depart(request)
-            fake._ended(self)
+            fake._ended(request, self.started)
             request._forget()
-
-    def _own_fault(self, error: BaseException, request: Request) -> None:
-        message = self.server.fake._keep_error(error, request)
-        if self.headed:  # half of a JSON answer is sent
-            self.hung_up = True
-            return
-        self.send_error(APIError(500, message, headers={"x-should-retry": "false"}))
-
-    def _carry_out(self, route: _Route, request: Request) -> None:
-        result = route.endpoint(self.server.fake, request, *route.values)
-        if isinstance(result, (_Telling, _Replay)):
-            waiter = _Waiter(self.server, self, result.streamed)
-            try:
-                result.tell(self, waiter)
-            finally:
-                waiter.end()
-            return
-        answer = result if isinstance(result, _HTTPResponse) else _HTTPResponse(_utf8(_dumps(result)))
-        top = self._top(answer.status, answer.content_type, _USUAL)
-        self._send_whole(_with_fields(top, answer.headers) if answer.headers else top, answer.body, answer.status)
+        if not head.keep_alive and self.state < _State.CLOSING:
+            self.state = _State.CLOSING
 
 
+_LIMITS = {  # seconds that a connection may take: for reading in each state, and for a write that makes no progress
+    _State.IDLE: 60.0,
+    _State.HEAD: 10.0,
+    _State.BODY: 20.0,
+    _State.SENDING: 20.0,
+}
+_SWEEP = 0.5  # seconds between looks at the deadlines
 _INHERITS = sys.platform == "linux"  # accepted sockets: TCP_NODELAY from the listener, and no O_NONBLOCK
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
-
-
-class _Limits:
-    """How long, in seconds, a connection may take for what it does."""
-
-    head = 10.0
-    body = 20.0
-    idle = 60.0
-    write = 20.0
-    sweep = 0.5  # how often the deadlines are looked at
-
-
-class _Thread(threading.Thread):
-    """A thread whose start() does not wait until it runs: beside a thousand busy ones that takes milliseconds."""
-
-    @override
-    def start(self) -> None:
-        started = getattr(self, "_started", None)  # threading's own, in 3.10 to 3.14
-        if isinstance(started, threading.Event):
-            started.wait = lambda timeout=None: True  # type: ignore[method-assign]
-        super().start()
-
-    def finish(self, end: float) -> None:
-        """Waits for its end, until that time of time.monotonic()."""
-        while True:
-            try:
-                return self.join(max(0.0, end - time.monotonic()))
-            except RuntimeError:  # it does not run yet
-                if time.monotonic() >= end:
-                    return None
-                time.sleep(0.001)
 
 
 class _Server(ThreadingHTTPServer):
@@ -5012,12 +4888,11 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, fake: FakeOpenAI, host: str, port: int) -> None:
         self.fake = fake
-        self.limits = _Limits()
+        self.limits = dict(_LIMITS)
         self.stopping = False
         self.connections: set[_Connection] = set()
         self.waiters: set[_Waiter] = set()
-        self.pacer = _Pacer()
-        self.threads: set[_Thread] = set()
+        self.threads: set[threading.Thread] = set()
         self.jobs: queue.SimpleQueue[tuple[socket.socket, Any] | None] = queue.SimpleQueue()
         self.sockets: set[socket.socket] = set()  # of all connections, also of those that wait for a thread
         self.idle = 0  # threads that wait for a job that nobody was promised
@@ -5054,8 +4929,8 @@ class _Server(ThreadingHTTPServer):
         sweep, resume = math.inf, math.inf
         while True:
             now = time.monotonic()
-            sweep = min(sweep, now + self.limits.sweep) if self.sockets else math.inf
-            until = min(sweep, resume, self.pacer.run())
+            sweep = min(sweep, now + _SWEEP) if self.sockets else math.inf
+            until = min(sweep, resume)
             events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
             if self.stopping:
                 return
@@ -5092,10 +4967,9 @@ class _Server(ThreadingHTTPServer):
     def _sweep(self, now: float) -> None:
         for connection in tuple(self.connections):
             if now >= connection.deadline:
-                connection.expired = True
-                connection.deadline = math.inf
-                with suppress(OSError):  # a read sees the end; a blocked write must see more
-                    connection.request.shutdown(socket.SHUT_RDWR if connection.headed else socket.SHUT_RD)
+                reads = connection.state < _State.ANSWERING  # a read sees the end; a blocked write must see more
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RD if reads else socket.SHUT_RDWR)
 
     def watch(self, sock: socket.socket, waiter: _Waiter) -> None:
         """Calls waiter.notice() once, when the socket has something to read."""
@@ -5122,16 +4996,27 @@ class _Server(ThreadingHTTPServer):
                 self.idle -= 1
                 self.jobs.put((request, client_address))
                 return
-            thread = _Thread(target=self._work, name="openai_fake connection", daemon=True)
-            self.threads.add(thread)
         try:
-            thread.start()
+            self._start(self._work, "openai_fake connection")
         except RuntimeError:  # no more threads: this connection is lost, the server is not
-            with self.lock:
-                self.threads.discard(thread)
             self.shutdown_request(request)
-            return
-        self.jobs.put((request, client_address))
+        else:
+            self.jobs.put((request, client_address))
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        """Starts a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
+
+        def run() -> None:
+            try:
+                work()
+            finally:
+                with self.lock:
+                    self.threads.discard(threading.current_thread())
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        with self.lock:  # whoever finds it in `threads` can join it
+            thread.start()
+            self.threads.add(thread)
 
     def _work(self) -> None:
         """A connection thread: takes jobs until none has come for a second."""
@@ -5142,15 +5027,17 @@ class _Server(ThreadingHTTPServer):
                 with self.lock:
                     if self.idle:  # else a job is on its way
                         self.idle -= 1
-                        break
+                        return
                 continue
             if job is None:
-                break
+                return
             self.process_request_thread(*job)
             with self.lock:
                 self.idle += 1
-        with self.lock:
-            self.threads.discard(cast(_Thread, threading.current_thread()))
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Runs a function on a thread of its own, that stop() waits for."""
+        self._start(function, "openai_fake background")
 
     @override
     def shutdown_request(self, request: Any) -> None:
@@ -5161,27 +5048,7 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         _LOG.exception("a connection failed in the server itself")
 
-    def run(self, function: Callable[[], None]) -> None:
-        """Runs a function on a thread that stop() waits for."""
-
-        def work() -> None:
-            try:
-                function()
-            finally:
-                with self.lock:
-                    self.threads.discard(cast(_Thread, threading.current_thread()))
-
-        thread = _Thread(target=work, name="openai_fake background", daemon=True)
-        with self.lock:
-            self.threads.add(thread)
-        try:
-            thread.start()
-        except RuntimeError:  # no more threads
-            with self.lock:
-                self.threads.discard(thread)
-            raise
-
-    def stop(self) -> list[_Thread]:
+    def stop(self) -> list[threading.Thread]:
         """Stops, within a second or so. Returns the threads that did not end."""
         for waiter in tuple(self.waiters):
             if waiter.connection is not None:
@@ -5208,7 +5075,7 @@ class _Server(ThreadingHTTPServer):
         end = time.monotonic() + _STOP_SECONDS
         for thread in threads:
             if thread is not current:
-                thread.finish(end)
+                thread.join(max(0.0, end - time.monotonic()))
         self.selector.close()
         self.waker.close()
         self.alarm.close()
@@ -5228,361 +5095,6 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
     return family, address
-
-
-class _Recorder:
-    """In the place of a connection: keeps what a teller sends, without the head."""
-
-    http11 = True
-    headed = True
-    sent = b""
-
-    def send(self, data: bytes) -> None:
-        self.sent += data
-
-    def answered(self) -> None:
-        """There is no request."""
-
-
-# What stands for the id and the time in a stream that is kept; as long as they are, so that chunk sizes hold.
-_ANY_ID = "chatcmpl-" + _Ids(random.SystemRandom().getrandbits).alnum(29)
-_ANY_TIME = "1000000000"
-
-
-def _few_texts(answer: object) -> tuple[str, ...] | None:
-    """The deltas of an answer that is a short text, or a list of a few; None for any other."""
-    if type(answer) is str:
-        return (_tokens(answer) or ("",)) if len(answer) <= _RUN else None
-    texts = _list(answer)
-    if len(texts) > _RUN // 4 or {*map(type, texts)} != {Text}:
-        return None
-    if any(text.choice or len(text.text) > _RUN for text in texts):
-        return None
-    return tuple([fragment for text in texts for fragment in _tokens(text.text) or ("",)])
-
-
-class _Telling:
-    """The answer of a model: calls the handler, and carries what it says to the client."""
-
-    def __init__(self, fake: FakeOpenAI, request: Request, make: type[_ChatEncoder | _ResponsesEncoder]) -> None:
-        self.fake = fake
-        self.request = request
-        self.make = make
-        self.asked = request._ask()
-        self.streamed = self.asked.stream
-        self.on_begin: Callable[[_Encoder], None] | None = None  # stores what will be said
-        self.log: _Log | None = None  # in the background
-
-    def answer(self, waiter: _Waiter) -> Any:
-        """What the handler answers. Raises _HandlerError for what it raises, but for an APIError."""
-        try:
-            answer: Any = self.fake.handler(self.request)
-            if type(answer) is not str and hasattr(answer, "__await__"):
-                answer = waiter.run(answer)
-        except (_Gone, APIError):
-            raise
-        except BaseException as error:
-            raise _HandlerError(error) from None
-        return answer
-
-    def reply(self, answer: object) -> Reply:
-        """The Reply that an answer stands for. Raises _HandlerError if it is none, or not one for this request."""
-        try:
-            reply = _reply(answer)
-        except (TypeError, ValueError) as error:
-            raise _HandlerError(error) from None
-        if reply.only == "json" and self.streamed:
-            raise _HandlerError(ValueError("handler returned non-streaming response for streaming request"))
-        if reply.only == "stream" and not self.streamed:
-            raise _HandlerError(ValueError("handler returned streaming response for non-streaming request"))
-        return reply
-
-    def plain(self, text: str, connection: _Connection) -> None:
-        """Answers with the JSON of one text, which is what most tests want: from a cut that the encoder made once."""
-        fake, asked = self.fake, self.asked
-        if not asked.cut:
-            encoder = _ChatEncoder(self.request, Reply(), _Ids(random.getrandbits), 0)
-            encoder.take(Text(""))
-            asked.cut = encoder.cut_body()
-        completion = max(1, len(_tokens(text)))
-        prompt = asked.prompt_tokens
-        id, created = "chatcmpl-" + fake._ids().alnum(29), int(fake.clock())
-        body = _utf8(asked.cut % (f'"{id}"', created, _quote(text), prompt, completion, prompt + completion))
-        connection.exchange.plain = text
-        connection.exchange.plain_usage = (prompt, completion)
-        connection.answered()
-        connection.send(connection.json_head(None, len(body)) + body)
-
-    def said_plainly(self, answer: object, connection: _Connection) -> bool:
-        """Answers with texts in a shorter way, if there is one; False if not."""
-        if not self.streamed:
-            if type(answer) is str:
-                self.plain(answer, connection)
-            return type(answer) is str
-        texts = _few_texts(answer)
-        if texts is None or not self.asked.known or not connection.http11:
-            return False
-        created = str(int(self.fake.clock()))
-        if len(created) != len(_ANY_TIME):
-            return False
-        self.recall(texts, created, connection)
-        return True
-
-    def recall(self, texts: tuple[str, ...], created: str, connection: _Connection) -> None:
-        """Streams texts as they were streamed before to the same request, but for the id and the time."""
-        fake, key = self.fake, (self.asked, texts)
-        body = fake._recalled.get(key)
-        if body is None:
-            recorder = cast(_Connection, _Recorder())
-            reply = Reply(id=_ANY_ID, created=int(_ANY_TIME))
-            encoder = _ChatEncoder(self.request, reply, _Ids(random.getrandbits), 0)
-            teller = _StreamTeller(encoder, _Waiter(connection.server, None, True), 0.0, 0.0, recorder, reply)
-            teller.say(_Run.of(list(texts), 0))
-            teller.end()
-            body = cast(_Recorder, recorder).sent
-            if len(body) <= _BATCH:
-                if len(fake._recalled) >= 64:
-                    fake._recalled.clear()
-                fake._recalled[key] = body
-        id = "chatcmpl-" + fake._ids().alnum(29)
-        body = body.replace(_ANY_ID.encode(), id.encode())
-        body = body.replace(b'"created":' + _ANY_TIME.encode(), b'"created":' + created.encode())
-        connection.exchange.plain = "".join(texts)
-        connection.exchange.plain_usage = (self.asked.prompt_tokens, len(texts))
-        connection.answered()
-        connection.send(connection.stream_head(None) + body)
-
-    def encoder(self, reply: Reply) -> _Encoder:
-        """A new encoder for this answer."""
-        encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
-        if self.on_begin is not None:
-            self.on_begin(encoder)
-        return encoder
-
-    def tell(self, connection: _Connection, waiter: _Waiter) -> None:
-        """Answers on a connection."""
-        answer = self.answer(waiter)
-        if self.asked.plain and not self.fake._paced and self.said_plainly(answer, connection):
-            return
-        reply = self.reply(answer)
-        try:
-            encoder = connection.exchange.encoder = self.encoder(reply)
-        except Exception as error:  # a Reply with what no answer can have
-            raise _HandlerError(error) from None
-        make = _StreamTeller if self.streamed else _BodyTeller
-        ttft = self.fake.ttft if reply.ttft is None else reply.ttft
-        itl = self.fake.itl if reply.itl is None else reply.itl
-        teller = make(encoder, waiter, ttft, itl, connection, reply)
-        try:
-            self.carry(reply, teller)
-        except _HandlerError as fault:
-            if not connection.headed or not isinstance(teller, _StreamTeller):
-                raise
-            teller.fault(self.fake._keep_error(fault.error, self.request))
-        except APIError as error:
-            if not connection.headed or not isinstance(teller, _StreamTeller):
-                raise
-            with suppress(_Over):
-                teller.refuse(error)
-        finally:
-            connection.exchange.outcome = teller.outcome
-
-    def carry(self, reply: Reply, teller: _Teller) -> None:
-        """Tells all parts, and what becomes of them to the Streams they come from."""
-        parts: Iterator[_Part] = iter(())
-        try:
-            for content in reply.parts:  # all of them now: the client may leave before their turn comes
-                if isinstance(content, Stream):
-                    content._serve(self.request)
-                    teller.streams.append(content)
-            parts = _source(reply, self.request, teller)
-            told = False
-            for part in parts:
-                told = True
-                part._tell(teller)
-            if not told and not teller.streams:
-                raise ValueError("handler returned empty response")
-            teller.end()
-        except _Over:
-            if teller.outcome == "cut":
-                teller.encoder.abandon()
-        except (_Gone, _HandlerError, APIError) as error:
-            teller.encoder.abandon()
-            if isinstance(error, _HandlerError) and isinstance(error.error, APIError):
-                raise error.error from None
-            raise
-        except BaseException as error:  # an answer that can't be encoded
-            teller.encoder.abandon()
-            raise _HandlerError(error) from None
-        finally:
-            close = getattr(parts, "close", None)
-            if close is not None:
-                close()
-            for stream in teller.streams:
-                self.conclude(stream, teller)
-
-    def conclude(self, stream: Stream, teller: _Teller) -> None:
-        """Tells a Stream that its answer is over."""
-        waiter = teller.waiter
-        gone = waiter.connection is not None and waiter.connection.gone
-        if not gone and not waiter.server.stopping:
-            stream._on_wire(stream._sent)
-        elif not gone and not stream._ended:
-            error = RuntimeError("a Stream was never closed: the server stopped while its client was waiting for more")
-            self.fake._keep_error(error, self.request)
-        stream._left()
-
-
-# ---- Responses in the background -------------------------------------------------------------------------------------
-
-
-class _Log:
-    """The events of a response that is made in the background, for who follows it."""
-
-    def __init__(self, waiter: _Waiter) -> None:
-        self.waiter = waiter
-        self.lock = threading.Lock()  # guards the fields below
-        self.events: list[_JSON] = []
-        self.over = False
-        self.followers: list[queue.SimpleQueue[Any]] = []
-        self.cancelled = False
-
-    def add(self, events: list[_Event]) -> None:
-        """Appends events, unless the response was cancelled."""
-        with self.lock:
-            if self.over:
-                return
-            for event in events:
-                self.events += event.events() if isinstance(event, _Deltas) else [event]
-            self._tell()
-
-    def end(self) -> None:
-        with self.lock:
-            self.over = True
-            self._tell()
-
-    def _tell(self) -> None:
-        for follower in self.followers:
-            follower.put(None)
-
-    def cancel(self) -> None:
-        """Stops the answer, if it is not over."""
-        with self.lock:
-            if self.over:
-                return
-            self.over = self.cancelled = True
-            self._tell()
-        self.waiter.cancelled = True
-        wake = self.waiter.wake
-        if wake is not None:
-            wake()
-
-
-class _LogTeller(_Teller):
-    """Carries an answer into a log."""
-
-    def __init__(self, encoder: _Encoder, waiter: _Waiter, ttft: float, itl: float, log: _Log) -> None:
-        super().__init__(encoder, waiter, ttft, itl)
-        self.log = log
-        self.responses = cast(_ResponsesEncoder, encoder)
-
-    def _proceed(self) -> None:
-        if self.log.cancelled:
-            raise _Gone
-        if self.responses.status == "queued":
-            self.log.add(self.responses.proceed())
-
-    def say(self, part: _Spoken) -> None:
-        for fragment in part.split() if self.ttft or self.itl else [part]:
-            self.pace()
-            self._proceed()
-            self.log.add(self.encoder.say(fragment))
-
-    def chunk(self, chunk: Chunk) -> None:
-        self.pace()
-        self._proceed()
-        self.log.add(self.encoder.chunk(chunk))
-
-    def pause(self, seconds: float) -> None:
-        self.waiter.sleep(seconds)
-
-    def disconnect(self, reset: bool) -> None:
-        """Nobody is connected."""
-
-    def raw(self, data: bytes) -> None:
-        """There is no wire."""
-
-    def error(self, error: StreamError) -> None:
-        self._proceed()
-        self.log.add(self.encoder.fail(error._error()))
-        raise _Over
-
-    def end(self) -> None:
-        self._proceed()
-        self.log.add(self.encoder.end())
-
-
-def _in_background(fake: FakeOpenAI, request: Request, telling: _Telling) -> Any:
-    """Answers at once that the response is queued, and makes it on a thread of its own."""
-    waiter = _Waiter(fake._running(), None, True)
-    log = telling.log = _Log(waiter)
-    encoder = cast(_ResponsesEncoder, telling.encoder(Reply()))
-    log.add(encoder.begin())
-    queued = encoder.response("queued")
-
-    def run() -> None:
-        try:
-            reply = telling.reply(telling.answer(waiter))
-            ttft = fake.ttft if reply.ttft is None else reply.ttft
-            telling.carry(reply, _LogTeller(encoder, waiter, ttft, fake.itl if reply.itl is None else reply.itl, log))
-        except _Gone:
-            pass
-        except (_HandlerError, APIError) as error:
-            failed = error if isinstance(error, APIError) else APIError(500, fake._keep_error(error.error, request))
-            log.add(encoder.fail(failed._error()))
-        finally:
-            log.end()
-            waiter.end()
-
-    fake._running().run(run)
-    return _Replay(log, 0) if request.stream else queued
-
-
-class _Replay:
-    """Streams a log's events, from a sequence number on, as they come."""
-
-    streamed = True
-
-    def __init__(self, log: _Log, begin: int) -> None:
-        self.log = log
-        self.begin = begin
-
-    def tell(self, connection: _Connection, waiter: _Waiter) -> None:
-        """Answers on a connection."""
-        coming: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        log, at = self.log, self.begin
-        with log.lock:
-            log.followers.append(coming)
-        try:
-            connection.send(connection.stream_head(Reply()))
-            chunked = connection.http11
-            while True:
-                with log.lock:
-                    events, over = log.events[at:], log.over
-                at += len(events)
-                frames = [_utf8(_sse(event)) for event in events]
-                if over:
-                    connection.answered()
-                if frames:
-                    connection.send(b"".join(map(_chunk_of, frames) if chunked else frames))
-                if over:
-                    break
-                waiter.get(coming)
-            if chunked:
-                connection.send(_LAST_CHUNK)
-        finally:
-            with log.lock:
-                log.followers.remove(coming)
 
 
 # ---- The server that tests use ---------------------------------------------------------------------------------------
@@ -5629,7 +5141,7 @@ class FakeOpenAI:
 
     def __init__(
         self,
-        handler: _Handler = echo,
+        handler: Handler = echo,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -5657,27 +5169,24 @@ class FakeOpenAI:
         self.strict = strict
         self.ttft = ttft
         self.itl = itl
-        self._paced = bool(ttft or itl)
         self.models = models
         self.cors = cors
         self.seed = seed
         self.clock = clock
         self.errors: list[BaseException] = []
-        self._routes: dict[str, _Endpoint] = {
-            _route_name(name): _own_route(each) for name, each in (routes or {}).items()
-        }
-        self._routes.update((name, each) for name, each in _ENDPOINTS.items() if name not in self._routes)
-        self._found: dict[tuple[str, str], _Route] = {}
-        self._recalled: dict[tuple[_Asked, tuple[str, ...]], bytes] = {}
-        self._asked: dict[tuple[str, str | None, bytes], _Asked] = {}
+        own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
+        if cors:
+            own["OPTIONS /{path*}"] = _preflight
+        others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
+        self._router = _Router({**own, **others}) if own else _usual_router()
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
         self._arrived = threading.Condition()  # guards _waiting and _count, and tells that a request came
         self._waiting = 0
         self._flying: dict[int, Request] = {}
-        self._recent: deque[_Exchange] = deque(maxlen=12)
-        self._observe: Callable[[_Exchange], None] | None = None
-        self._bits = random.Random().getrandbits
+        self._recent: deque[Request] = deque()  # the last whose answers are kept, for the transcript
+        self._observe: Callable[[Request], None] | None = None
+        self._unseeded = _Ids(random.Random().getrandbits)
         self._numbers = iter(range(sys.maxsize))
         # Three stores without a lock: each access is one operation of a dict, or goes over a copy.
         self._responses: dict[str, _StoredResponse] = {}
@@ -5789,7 +5298,7 @@ class FakeOpenAI:
 
     def _ids(self) -> _Ids:
         if self.seed is None:
-            return _Ids(self._bits)
+            return self._unseeded
         return _Ids(random.Random(f"{self.seed} {next(self._numbers)}").getrandbits)
 
     def _model_names(self) -> Sequence[str]:
@@ -5803,17 +5312,6 @@ class FakeOpenAI:
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
                 store.pop(old, None)
 
-    def _route(self, method: str, path: str) -> _Route:
-        key = (method, path)
-        route = self._found.get(key)
-        if route is None:
-            if self.cors and method == "OPTIONS":
-                return _Route(_preflight, (), "", None)
-            route = _find_route(self._routes, method, path)
-            if len(self._found) < 1024 and not route.values:
-                self._found[key] = route
-        return route
-
     def _arrive(self, request: Request) -> None:
         self._journal.append(request)
         self._flying[id(request)] = request
@@ -5826,7 +5324,7 @@ class FakeOpenAI:
         self._flying.pop(id(request), None)
 
     def _check_key(self, request: Request) -> None:
-        if self.api_key is None or request.method == "OPTIONS":
+        if request.method == "OPTIONS":
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = request.headers.get("api-key", "") if not key or scheme.lower() != "bearer" else key.strip()
@@ -5855,23 +5353,24 @@ class FakeOpenAI:
         _LOG.info("%s %s: %s", request.method, request.path, message)
         return message
 
-    def _ended(self, connection: _Connection) -> None:
-        exchange = connection.exchange
-        exchange.seconds = time.perf_counter() - connection.started
-        self._recent.append(exchange)
+    def _ended(self, request: Request, started: float) -> None:
+        request._seconds = time.perf_counter() - started
+        self._flying.pop(id(request), None)
+        self._recent.append(request)
+        while len(self._recent) > 12:
+            with suppress(IndexError):
+                self._recent.popleft()._encoder = None
         if self._observe is not None:
             with suppress(Exception):
-                self._observe(exchange)
+                self._observe(request)
 
     def _transcript(self) -> str:
         if not self._recent:
             return "No request came to the fake."
         lines = ["The last requests to the fake, and its answers:"]
-        for exchange in tuple(self._recent):  # a handler that outlived stop() may end just now
-            request = exchange.request
-            asked = repr(request) if request is not None else f"{exchange.method} {exchange.path}"
-            said = ", ".join(_short(repr(part)) for part in exchange.answer[:4])
-            lines.append(f"  {asked} -> {exchange.status or 'cut'} {_short(exchange.outcome) or said}")
+        for request in tuple(self._recent):  # a handler that outlived stop() may end just now
+            said = ", ".join(_short(repr(part)) for part in request._said[:4])
+            lines.append(f"  {request!r} -> {request._status or 'cut'} {_short(request._outcome) or said}")
         return "\n".join(lines)
 
 
@@ -5935,17 +5434,13 @@ def _own_route(function: Callable[[Request], object]) -> _Endpoint:
             if isinstance(result, bytes):
                 return _HTTPResponse(result, "application/octet-stream")
             return _HTTPResponse(_utf8(_dumps(result)))
-        except (APIError, _Gone):
-            raise
-        except BaseException as error:
-            raise _HandlerError(error) from None
         finally:
             waiter.end()
 
     return endpoint
 
 
-def _preflight(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
+def _preflight(fake: FakeOpenAI, request: Request, path: str) -> _HTTPResponse:
     headers = {
         "access-control-allow-methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
         "access-control-allow-headers": request.headers.get("access-control-request-headers", "*"),
@@ -5955,7 +5450,7 @@ def _preflight(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
 
 
 def start(
-    test: unittest.TestCase | type[unittest.TestCase], handler: _Handler = echo, **options: Unpack[_Options]
+    test: unittest.TestCase | type[unittest.TestCase], handler: Handler = echo, **options: Unpack[_Options]
 ) -> FakeOpenAI:
     """Starts a server for a test, or, given a TestCase class, for its tests; it is stopped at cleanup.
 
@@ -6013,17 +5508,17 @@ def _request_words(request: Request) -> str:
     return f"{request.api} {_safe_line(request.model, 60)} {'stream' if request.stream else 'json'}"
 
 
-def _log_line(exchange: _Exchange, clock: str, colour: bool = False) -> str:
+def _log_line(request: Request, clock: str, colour: bool = False) -> str:
     """One request in one line: time, API, model, stream, status, duration, tokens, and what went wrong."""
-    asked = exchange.request
-    what = _request_words(asked) if asked and asked.api else _safe_line(f"{exchange.method} {exchange.path}", 100)
-    hue = _HUES.get(exchange.status // 100, "31")
-    status = _painted(str(exchange.status or "---"), hue, colour)
-    columns = [f"{clock} {what:<40}", status, f"{exchange.seconds:6.3f} s"]
-    if exchange.usage:
-        columns.append(f"{exchange.usage.prompt_tokens}+{exchange.usage.completion_tokens} tokens")
-    if exchange.outcome:
-        columns.append(_painted(_safe_line(exchange.outcome, 120), "31", colour))
+    what = _request_words(request) if request.api else _safe_line(f"{request.method} {request.path}", 100)
+    hue = _HUES.get(request._status // 100, "31")
+    status = _painted(str(request._status or "---"), hue, colour)
+    columns = [f"{clock} {what:<40}", status, f"{request._seconds:6.3f} s"]
+    if request._encoder is not None and request._status == 200:
+        usage = request._encoder.tally()
+        columns.append(f"{usage.prompt_tokens}+{usage.completion_tokens} tokens")
+    if request._outcome:
+        columns.append(_painted(_safe_line(request._outcome, 120), "31", colour))
     return "  ".join(columns) + "\n"
 
 
@@ -6113,11 +5608,11 @@ class _ShownServer(FakeOpenAI):
         self._console, self._verbose = console, verbose
         self._observe = self._show
 
-    def _show(self, exchange: _Exchange) -> None:
-        text = _log_line(exchange, time.strftime("%H:%M:%S"), self._console.colour)
+    def _show(self, request: Request) -> None:
+        text = _log_line(request, time.strftime("%H:%M:%S"), self._console.colour)
         if self._verbose:
-            text += _shown_conversation(exchange.request.messages) if exchange.request and exchange.request.api else ""
-            text += _answer_text(exchange.answer)
+            text += _shown_conversation(request.messages) if request.api else ""
+            text += _answer_text(request._said)
             text += self._new_failures()
         self._console.write(text)
 
