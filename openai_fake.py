@@ -2543,13 +2543,14 @@ class _ChatEncoder(_Encoder):
         if choice.delta:
             delta["content"] = choice.delta
             self.fold(Text(choice.delta, choice=choice.index), [choice.delta])
-        if choice.tool_calls:
-            delta["tool_calls"] = calls = []
+        calls: list[_JSON] = []
         for each in choice.tool_calls:
             call = replace(each, choice=choice.index)
             item, _, _ = self.fold(call, call._fragments())
             head = call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
             calls.append({"index": item.index, **head})
+        if calls:
+            delta["tool_calls"] = calls
         if choice.finish_reason:
             self.finish[choice.index] = choice.finish_reason
             self.finished.add(choice.index)
@@ -3574,7 +3575,7 @@ class _Delivery:
         if isinstance(content, Completion):
             return iter(content._parts())
         if isinstance(content, AsyncIterable):
-            return self._generated(self.waiter.steps(aiter(content)))
+            return self._generated(self.waiter.steps(aiter(cast(Any, content))))
         return self._generated(iter(content))
 
     def _generated(self, parts: Iterator[Any]) -> Iterator[_Part]:
@@ -3683,7 +3684,7 @@ class _Log:
             if self.over:
                 return
             for event in events:
-                self.events += event.events() if isinstance(event, _Deltas) else [event]
+                self.events.extend(event.events() if isinstance(event, _Deltas) else [event])
             self._wake_followers()
 
     def end(self) -> None:
@@ -4292,10 +4293,6 @@ class _Refused(Exception):
         self.message = message
 
 
-class _Closed(Exception):
-    """The client closed, or timed out, where nothing needs an answer."""
-
-
 class _Head(NamedTuple):
     """The head of a request, checked."""
 
@@ -4482,7 +4479,7 @@ def _read_head(inbox: _Inbox) -> _Reading[_Head]:
             del data[:2]
             inbox.head = parsed = _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
             return parsed
-        if data and data != b"\r":
+        if data and bytes(data) != b"\r":
             seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
         yield from _more(inbox, _State.HEAD if data else _State.IDLE)
 
@@ -4850,7 +4847,7 @@ class _Connection(BaseRequestHandler):
                 fake._check_key(request)
             answer = route.endpoint(fake, request, *route.values)
             if isinstance(answer, dict):
-                answer = _HTTPResponse(_utf8(_dumps(answer)))
+                answer = _HTTPResponse(_utf8(_dumps(cast(_JSON, answer))))
             answer.send(self)
         except APIError as error:
             self._send_error(error)
@@ -4874,7 +4871,6 @@ _LIMITS = {  # seconds that a connection may take: for reading in each state, an
     _State.BODY: 20.0,
     _State.SENDING: 20.0,
 }
-_SWEEP = 0.5  # seconds between looks at the deadlines
 _INHERITS = sys.platform == "linux"  # accepted sockets: TCP_NODELAY from the listener, and no O_NONBLOCK
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
 
@@ -4885,6 +4881,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 1024  # a backlog of 5, the default, stalls connects for a second
     allow_reuse_address = os.name == "posix"  # elsewhere it lets two servers share a port
     allow_reuse_port = False
+    sweep = 0.5  # seconds between looks at the deadlines
 
     def __init__(self, fake: FakeOpenAI, host: str, port: int) -> None:
         self.fake = fake
@@ -4929,7 +4926,7 @@ class _Server(ThreadingHTTPServer):
         sweep, resume = math.inf, math.inf
         while True:
             now = time.monotonic()
-            sweep = min(sweep, now + _SWEEP) if self.sockets else math.inf
+            sweep = min(sweep, now + self.sweep) if self.sockets else math.inf
             until = min(sweep, resume)
             events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
             if self.stopping:

@@ -85,6 +85,22 @@ needs_openai = unittest.skipUnless(HAS_OPENAI, "the openai package is not instal
 needs_hypothesis = unittest.skipUnless(HAS_HYPOTHESIS, "the hypothesis package is not installed")
 
 
+def _refusal(check: Callable[..., None], *arguments: Any) -> APIError | None:
+    try:
+        check(*arguments)
+    except APIError as error:
+        return error
+    return None
+
+
+def _fault(api: str, body: dict[str, Any], strict: bool) -> APIError | None:
+    return _refusal(openai_fake._check_request, api, body, strict)
+
+
+def _conversation_fault(*arguments: Any) -> APIError | None:
+    return _refusal(openai_fake._check_conversation, *arguments)
+
+
 def chat(text: str = "Hi", **options: Any) -> dict[str, Any]:
     """A Chat Completions body."""
     return {"model": "gpt-4o", "messages": [{"role": "user", "content": text}], **options}
@@ -1152,7 +1168,7 @@ class BytesTest(unittest.TestCase):
                         self.assertEqual(told[2], told[1])
 
     def test_prebuilt_delta_frames_equal_plain_ones(self) -> None:
-        """_delta_chunks gives, byte for byte, what _sse gives for each event of the deltas."""
+        """Deltas are encoded fast, and give byte for byte what each of their events gives."""
         makers: dict[str, Any] = {
             "chat.completions": openai_fake._ChatEncoder,
             "responses": openai_fake._ResponsesEncoder,
@@ -1168,16 +1184,14 @@ class BytesTest(unittest.TestCase):
                 deltas = [
                     (name, each)
                     for name, part in [*SPOKEN.items(), ("long", Text("word " * 300)), ("more", Text(SPEECH * 2))]
-                    for each in encoder.say(part)
+                    for each in encoder.say(part, part._fragments())
                     if isinstance(each, openai_fake._Deltas)
                 ]
                 self.assertGreater(len(deltas), 8)
                 for name, each in deltas:
                     with self.subTest(api=api, name=name, obfuscated=obfuscated):
-                        frames = [openai_fake._utf8(openai_fake._sse(event)) for event in each.events()]
-                        self.assertEqual(openai_fake._delta_chunks(each, False), b"".join(frames))
-                        chunked = b"".join(b"%x\r\n%b\r\n" % (len(frame), frame) for frame in frames)
-                        self.assertEqual(openai_fake._delta_chunks(each, True), chunked)
+                        frames = [openai_fake._sse(event) for event in each.events()]
+                        self.assertEqual(list(each.frames(openai_fake._sse)), frames)
 
 
 def folded_chat(chunks: list[Any]) -> dict[int, Any]:
@@ -2066,50 +2080,44 @@ class ValidationTest(unittest.TestCase):
         for api, cases in (("chat.completions", CHAT_RULES), ("responses", RESPONSES_RULES)):
             for name, bad, expected, good in cases:
                 with self.subTest(api=api, name=name, bad=bad):
-                    self.assertEqual(
-                        fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], name: bad}, False)), expected
-                    )
-                    self.assertEqual(
-                        fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], name: bad}, True)), expected
-                    )
-                    self.assertIsNone(fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], name: good}, True)))
+                    self.assertEqual(fault_facts(_fault(api, {**VALID_BODIES[api], name: bad}, False)), expected)
+                    self.assertEqual(fault_facts(_fault(api, {**VALID_BODIES[api], name: bad}, True)), expected)
+                    self.assertIsNone(fault_facts(_fault(api, {**VALID_BODIES[api], name: good}, True)))
 
     def test_missing(self) -> None:
         """A required parameter that is absent is named; what can stand for the Responses' input may replace it."""
         no_model = ("you must provide a model parameter", None, None)
-        self.assertEqual(fault_facts(openai_fake._fault("chat.completions", {"messages": HELLO}, False)), no_model)
-        self.assertEqual(
-            fault_facts(openai_fake._fault("chat.completions", {"model": "m"}, False)), missing("messages")
-        )
-        self.assertEqual(fault_facts(openai_fake._fault("responses", {"input": "hi"}, False)), missing("model"))
-        self.assertEqual(fault_facts(openai_fake._fault("responses", {"model": "m"}, False)), missing("input"))
+        self.assertEqual(fault_facts(_fault("chat.completions", {"messages": HELLO}, False)), no_model)
+        self.assertEqual(fault_facts(_fault("chat.completions", {"model": "m"}, False)), missing("messages"))
+        self.assertEqual(fault_facts(_fault("responses", {"input": "hi"}, False)), missing("model"))
+        self.assertEqual(fault_facts(_fault("responses", {"model": "m"}, False)), missing("input"))
         stand_ins: list[dict[str, Any]] = [
             {"previous_response_id": "resp_a"},
             {"prompt": {"id": "p"}},
             {"conversation": "c"},
         ]
         for instead in stand_ins:
-            self.assertIsNone(openai_fake._fault("responses", {"model": "m", **instead}, True))
+            self.assertIsNone(_fault("responses", {"model": "m", **instead}, True))
 
     def test_stream_options(self) -> None:
         """Stream options need `stream: true`, and their flags are booleans."""
         for api, body in VALID_BODIES.items():
             with self.subTest(name=api):
                 options = {"stream_options": {"include_obfuscation": False}}
-                self.assertIsNone(openai_fake._fault(api, {**body, **options, "stream": True}, True))
-                fault = openai_fake._fault(api, {**body, **options, "stream": False}, True)
+                self.assertIsNone(_fault(api, {**body, **options, "stream": True}, True))
+                fault = _fault(api, {**body, **options, "stream": False}, True)
                 self.assertEqual(fault_facts(fault), (NO_STREAM, "stream_options", None))
                 odd = {"stream": True, "stream_options": {"include_usage": 1}}
                 expected = typed("stream_options.include_usage", "a boolean", "an integer")
-                self.assertEqual(fault_facts(openai_fake._fault(api, {**body, **odd}, True)), expected)
+                self.assertEqual(fault_facts(_fault(api, {**body, **odd}, True)), expected)
 
     def test_conversation_or_previous_response(self) -> None:
         """A conversation and a previous response exclude one another."""
         body = {**VALID_BODIES["responses"], "conversation": "conv_a", "previous_response_id": "resp_a"}
         words = "Ensure you are only providing one of: 'pre..._id' or 'conversation'."
         expected = (f"Mutually exclusive parameters: ''. {words}", None, "mutually_exclusive_parameters")
-        self.assertEqual(fault_facts(openai_fake._fault("responses", body, False)), expected)
-        self.assertIsNone(openai_fake._fault("responses", {**body, "previous_response_id": None}, False))
+        self.assertEqual(fault_facts(_fault("responses", body, False)), expected)
+        self.assertIsNone(_fault("responses", {**body, "previous_response_id": None}, False))
 
     def test_unknown_parameters(self) -> None:
         """Unknown parameters pass unless strict; then the nearest free name within two edits is offered."""
@@ -2125,9 +2133,9 @@ class ValidationTest(unittest.TestCase):
         ):
             with self.subTest(api=api, name=name[:20]):
                 body = {**VALID_BODIES[api], name: 7}
-                self.assertIsNone(openai_fake._fault(api, body, False))
+                self.assertIsNone(_fault(api, body, False))
                 expected = (f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
-                self.assertEqual(fault_facts(openai_fake._fault(api, body, True)), expected)
+                self.assertEqual(fault_facts(_fault(api, body, True)), expected)
 
     def test_order_of_checks(self) -> None:
         """Of all faults the first in the API's order is told, however the body orders its keys."""
@@ -2144,12 +2152,12 @@ class ValidationTest(unittest.TestCase):
                 rest = ordered[first:]
                 for shuffled in (rest, rest[::-1], random.Random(first).sample(rest, len(rest))):
                     with self.subTest(api=api, name=name):
-                        fault = openai_fake._fault(api, {**VALID_BODIES[api], **dict.fromkeys(shuffled, 7)}, False)
+                        fault = _fault(api, {**VALID_BODIES[api], **dict.fromkeys(shuffled, 7)}, False)
                         self.assertEqual(fault and fault.param, name)
         numbers = "max_completion_tokens n temperature top_p presence_penalty frequency_penalty top_logprobs max_tokens"
         for first, name in enumerate(ordered := numbers.split()):
             bad = dict.fromkeys(reversed(ordered[first:]), -9)
-            fault = openai_fake._fault("chat.completions", {**VALID_BODIES["chat.completions"], **bad}, False)
+            fault = _fault("chat.completions", {**VALID_BODIES["chat.completions"], **bad}, False)
             self.assertEqual(fault and fault.param, name)
         bad = {"foo": 1, "n": 0}
         few: dict[str | None, dict[str, Any]] = {
@@ -2158,9 +2166,9 @@ class ValidationTest(unittest.TestCase):
             "foo": {"model": "m", "messages": []},
         }
         for param, body in few.items():
-            fault = openai_fake._fault("chat.completions", {**bad, **body}, True)
+            fault = _fault("chat.completions", {**bad, **body}, True)
             self.assertEqual(fault and fault.param, param)
-        fault = openai_fake._fault("responses", {"foo": 1, "model": "m"}, True)
+        fault = _fault("responses", {"foo": 1, "model": "m"}, True)
         self.assertEqual(fault and fault.param, "foo", "an unknown parameter comes before a missing input")
 
     def test_never_raises(self) -> None:
@@ -2177,13 +2185,13 @@ class ValidationTest(unittest.TestCase):
             for name in openai_fake._ORDERS[api][0]:
                 for strange in (*ODD_VALUES, *([item] for item in ODD_VALUES), *(odd(4) for _ in range(50))):
                     with self.subTest(api=api, name=name, value=strange):
-                        fault = openai_fake._fault(api, {**valid, name: strange}, chance.random() < 0.5)
+                        fault = _fault(api, {**valid, name: strange}, chance.random() < 0.5)
                         if fault is not None:
                             self.assertEqual(fault.status, 400)
                             self.assertIsInstance(fault.message, str)
         for _ in range(2000):
             items = [odd(2) for _ in range(4)]
-            openai_fake._conversation_fault(items, chance.randrange(5))
+            _conversation_fault(items, chance.randrange(5))
 
     def test_clients_bodies(self) -> None:
         """What real clients send is accepted, odd as it looks, with a null for any optional parameter."""
@@ -2210,7 +2218,7 @@ class ValidationTest(unittest.TestCase):
         ]  # fmt: skip
         for name, api, body in bodies:
             with self.subTest(name=name, api=api):
-                self.assertIsNone(fault_facts(openai_fake._fault(api, {**VALID_BODIES[api], **body}, False)))
+                self.assertIsNone(fault_facts(_fault(api, {**VALID_BODIES[api], **body}, False)))
 
     def test_conversation(self) -> None:
         """Input items belong together: outputs with calls, reasoning with what follows, each id once."""
@@ -2244,8 +2252,8 @@ class ValidationTest(unittest.TestCase):
         ]  # fmt: skip
         for name, bad, begin, words, good in cases:
             with self.subTest(name=name):
-                self.assertEqual(fault_facts(openai_fake._conversation_fault(bad, begin)), (words, "input", None))
-                self.assertIsNone(fault_facts(openai_fake._conversation_fault(good, min(begin, 1))))
+                self.assertEqual(fault_facts(_conversation_fault(bad, begin)), (words, "input", None))
+                self.assertIsNone(fault_facts(_conversation_fault(good, min(begin, 1))))
         stored: list[tuple[str, list[Any]]] = [
             ("a reference may be the call", [{"type": "item_reference", "id": "fc_a"}, output_item()]),
             ("an untyped reference too", [{"id": "fc_a"}, output_item()]),
@@ -2254,15 +2262,15 @@ class ValidationTest(unittest.TestCase):
         ]
         for name, items in stored:
             with self.subTest(name=name):
-                self.assertIsNone(fault_facts(openai_fake._conversation_fault(items, 0)))
-        self.assertIsNone(openai_fake._conversation_fault([told, told, thought], 3), "stored turns were accepted once")
-        self.assertIsNone(openai_fake._conversation_fault([one, search, told], 0, reasons=False))
+                self.assertIsNone(fault_facts(_conversation_fault(items, 0)))
+        self.assertIsNone(_conversation_fault([told, told, thought], 3), "stored turns were accepted once")
+        self.assertIsNone(_conversation_fault([one, search, told], 0, False))
 
     def test_every_parameter(self) -> None:
         """The tables above have a case for every parameter that the module checks."""
         for api, cases in (("chat.completions", CHAT_RULES), ("responses", RESPONSES_RULES)):
             checks = openai_fake._ORDERS[api][0]
-            checked = {name for name, check in checks.items() if check is not openai_fake._passes}
+            checked = {name for name, check in checks.items() if check is not openai_fake._anything}
             self.assertEqual(checked, {name for name, *_ in cases})
 
 
@@ -3348,6 +3356,53 @@ CUT: dict[str, tuple[bytes, int]] = {
 }
 
 
+class ReaderTest(unittest.TestCase):
+    """The reader of requests, which sees no socket: fed with bytes, it says where it waits, and what it has read."""
+
+    @staticmethod
+    def read(*pieces: bytes) -> tuple[list[str], Any]:
+        """The states in which it waited, and the body, or the exception."""
+        inbox, states = openai_fake._Inbox(), list[str]()
+        reading, rest = openai_fake._read_request(inbox), list(pieces)
+        try:
+            while True:
+                state = next(reading)
+                states.append("100" if state is None else state.name)
+                if state is not None:
+                    inbox.ended = not rest
+                    inbox.data += rest.pop(0) if rest else b""
+        except StopIteration as end:
+            return states, end.value
+        except (EOFError, openai_fake._Refused) as error:
+            return states, error
+
+    def test_states(self) -> None:
+        """It waits between requests, in the head, and in the body, and asks for 100 Continue where that is wanted."""
+        expecting = posted(b"{}", "Content-Length: 2", "Expect: 100-continue").removesuffix(b"{}")
+        head, body = b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n", b"{}"
+        for name, pieces, states in (
+            ("whole", (head + body,), ["IDLE"]),
+            ("apart", (head, body), ["IDLE", "BODY"]),
+            ("empty lines", (b"\r\n\r\n", head[:9], head[9:] + body), ["IDLE", "IDLE", "HEAD"]),
+            (
+                "bytes",
+                tuple(bytes([byte]) for byte in head + body),
+                ["IDLE", *["HEAD"] * (len(head) - 1), *["BODY"] * 2],
+            ),
+            ("expecting", (expecting, body), ["IDLE", "100", "BODY"]),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual(self.read(*pieces), (states, b"{}"))
+
+    def test_end_of_input(self) -> None:
+        """The end of the input before a request is whole is an EOFError, wherever it comes."""
+        data = in_chunks(b"hello")
+        for length in range(len(data)):
+            with self.subTest(length=length):
+                self.assertIsInstance(self.read(data[:length])[1] if length else self.read()[1], EOFError)
+        self.assertEqual(self.read(data)[1], b"hello")
+
+
 class WireTableTest(LeakTest):
     """Raw bytes, and what each must get."""
 
@@ -3573,9 +3628,8 @@ class ConnectionTest(LeakTest):
         }
         for name, (limit, data, statuses) in rows.items():
             with self.subTest(name=name), FakeOpenAI() as server:
-                limits = server._running().limits
-                limits.sweep = 0.02
-                setattr(limits, limit, 0.1)
+                server._running().sweep = 0.02
+                server._running().limits[openai_fake._State[limit.upper()]] = 0.1
                 with Wire(server) as wire:
                     wire.send(data)
                     self.assertEqual([wire.answer().status for _ in statuses], statuses)
@@ -3585,7 +3639,8 @@ class ConnectionTest(LeakTest):
         """A write that is blocked for too long ends the stream."""
         ended = threading.Event()
         with FakeOpenAI(lambda request: endless(ended)) as server:
-            server._running().limits.write, server._running().limits.sweep = 0.1, 0.02
+            server._running().limits[openai_fake._State.SENDING] = 0.1
+            server._running().sweep = 0.02
             with Wire(server) as wire:
                 wire.send(FLOW)
                 self.assertTrue(ended.wait(WAIT))
@@ -4874,15 +4929,39 @@ class WireActTest(unittest.TestCase):
         self.assertEqual(slept, [7, 7])
 
     def test_a_pause_comes_after_what_was_said(self) -> None:
-        """What was said before a Pause is on the wire while it lasts: of a stream, and half of a JSON body."""
-        for api, stream in itertools.product(PATHS, (True, False)):
+        """What was said before a Pause is on the wire of a stream while it lasts."""
+        for api in PATHS:
             parts = ["one", Pause(600), "two"]
             with (
-                self.subTest(name=api, stream=stream),
+                self.subTest(name=api),
                 FakeOpenAI(always(parts)) as server,
-                asking(server, api, stream=stream) as wire,
+                asking(server, api, stream=True) as wire,
             ):
-                wire.until(b"one" if stream else b'"id"')
+                wire.until(b"one")
+
+    def test_a_json_answer_arrives_whole(self) -> None:
+        """Nothing of it is on the wire while a Pause lasts, so that a client's own time limit works."""
+        released, asked = threading.Event(), threading.Event()
+
+        def sleep(waiter: Any, seconds: float) -> None:
+            asked.set()
+            released.wait(WAIT)
+
+        with mock.patch.object(openai_fake._Waiter, "sleep", sleep):
+            for api in PATHS:
+                asked.clear()
+                released.clear()
+                with (
+                    self.subTest(name=api),
+                    FakeOpenAI(always(["one", Pause(600), "two"])) as server,
+                    asking(server, api) as wire,
+                ):
+                    self.assertTrue(asked.wait(WAIT))
+                    wire.sock.settimeout(0)
+                    self.assertRaises(BlockingIOError, wire.sock.recv, 1)
+                    wire.sock.settimeout(WAIT)
+                    released.set()
+                    self.assertIn("two", text_in(api, wire.answer().json))
 
     def test_stop_interrupts_every_wait(self) -> None:
         """stop() does not wait for a Pause, a slow token, a Stream or a coroutine, and cuts their answers."""
@@ -5806,41 +5885,33 @@ class InteractiveTest(unittest.TestCase):
 
 class ShownTextTest(unittest.TestCase):
     @staticmethod
-    def exchange(**changes: Any) -> Any:
-        request = SimpleNamespace(api="responses", model="gpt-4o", stream=True)
-        usage = openai_fake.Usage(9, 2)
-        return SimpleNamespace(
-            **{
-                "method": "POST",
-                "path": "/v1/responses",
-                "status": 200,
-                "request": request,
-                "seconds": 0.0123,
-                "answer": (),
-                "usage": usage,
-                "outcome": "",
-            }
-            | changes
-        )
+    def asked(**changes: Any) -> Any:
+        """A request that was answered."""
+        encoder = SimpleNamespace(tally=lambda: openai_fake.Usage(9, 2))
+        told = {"method": "POST", "path": "/v1/responses", "api": "responses", "model": "gpt-4o", "stream": True}
+        became = {"_status": 200, "_seconds": 0.0123, "_encoder": encoder, "_outcome": ""}
+        return SimpleNamespace(**{**told, **became, **changes})
 
     def test_log_line(self) -> None:
         """A line has time, API, model, stream, status, duration, tokens, and what went wrong."""
-        json_request = SimpleNamespace(api="chat.completions", model="m", stream=False)
         cases: dict[str, tuple[dict[str, Any], str]] = {
             "whole": ({}, "12:00:00 responses gpt-4o stream 200 0.012 s 9+2 tokens"),
-            "json": ({"request": json_request}, "12:00:00 chat.completions m json 200 0.012 s 9+2 tokens"),
+            "json": (
+                {"api": "chat.completions", "model": "m", "stream": False},
+                "12:00:00 chat.completions m json 200 0.012 s 9+2 tokens",
+            ),
             "other": (
-                {"request": None, "usage": None, "method": "GET", "path": "/v1/models"},
+                {"api": "", "_encoder": None, "method": "GET", "path": "/v1/models"},
                 "12:00:00 GET /v1/models 200 0.012 s",
             ),
             "cut": (
-                {"status": 0, "usage": None, "outcome": "client left"},
+                {"_status": 0, "_outcome": "client left"},
                 "12:00:00 responses gpt-4o stream --- 0.012 s client left",
             ),
         }
         for name, (changes, expected) in cases.items():
             with self.subTest(name=name):
-                line = openai_fake._log_line(self.exchange(**changes), "12:00:00")
+                line = openai_fake._log_line(self.asked(**changes), "12:00:00")
                 self.assertTrue(line.endswith("\n"))
                 self.assertEqual(" ".join(line.split()), expected)
 
@@ -5848,16 +5919,15 @@ class ShownTextTest(unittest.TestCase):
         """A status is green, yellow or red by its hundreds, and red where none was sent."""
         for status, colour in ((200, "32"), (404, "33"), (500, "31"), (0, "31")):
             with self.subTest(status=status):
-                line = openai_fake._log_line(self.exchange(status=status), "12:00:00", True)
+                line = openai_fake._log_line(self.asked(_status=status), "12:00:00", True)
                 self.assertIn(f"\x1b[{colour}m{status or '---'}\x1b[0m", line)
 
     def test_untrusted(self) -> None:
         """What a client sent cannot move the cursor, colour, ring, reverse or break the output."""
         hostile = "a\x1b[2J\x07\r\x9b\u202e\u2028\x00\x7f\ud800\nb"
-        request = SimpleNamespace(api="responses", model=hostile, stream=True)
         shown = [
-            openai_fake._log_line(self.exchange(request=request, outcome=hostile), "12:00:00"),
-            openai_fake._log_line(self.exchange(request=None, path=hostile, method=hostile), "12:00:00"),
+            openai_fake._log_line(self.asked(model=hostile, _outcome=hostile), "12:00:00"),
+            openai_fake._log_line(self.asked(api="", path=hostile, method=hostile), "12:00:00"),
             openai_fake._shown_conversation([self.message(hostile, hostile, hostile)]),
             openai_fake._answer_text([openai_fake.Text(hostile), openai_fake.ToolCall(hostile, hostile, id="1")]),
         ]
