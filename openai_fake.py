@@ -106,6 +106,7 @@ __all__ = [
     "Disconnect",
     "FakeOpenAI",
     "Finish",
+    "Item",
     "Message",
     "Pause",
     "Raw",
@@ -125,6 +126,7 @@ __all__ = [
     "main",
     "non_streaming_response",
     "rate_limit",
+    "recorded",
     "start",
     "streaming_response",
     "text_chunks",
@@ -1281,7 +1283,6 @@ class _Item:
     section = 0  # that is being said
     sent = 0  # characters of a text, in the stream so far
     opened = False  # Responses: the events before the first delta are sent
-    form = ""  # of its delta events: see _Deltas
     status = "in_progress"
 
     def __init__(self, part: _Spoken, position: int) -> None:
@@ -1291,6 +1292,7 @@ class _Item:
         self.annotations: list[_JSON] = []
         self.cited = 0  # of them, in the stream so far
         self.sources: list[str] = []  # found by a web search, and not named in the text yet
+        self.forms: dict[int, str] = {}  # of its delta events, by section: see _Deltas
         self.position = position  # output_index in Responses
 
     @property
@@ -2028,6 +2030,10 @@ class Item(_Spoken):
         object.__setattr__(self, "type", type)
         object.__setattr__(self, "fields", fields)
 
+    @override
+    def __hash__(self) -> int:
+        return hash(self.type)  # the values of fields may be lists
+
     @property
     def _row(self) -> _ItemType:
         return _ITEM_TYPES.get(self.type, _ANY_ITEM)
@@ -2106,8 +2112,8 @@ class WebSearch(Item):
     """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
 
     `query` is one or several; `sources` are URLs. The text after it cites them: where it names them, best as
-    `([label](url))`, or as a whole. Other actions are an Item: `Item("web_search_call", action={"type": "open_page", ...})`.
-    A model that reasons says a Reasoning first; who sends the items back without it gets the API's 400.
+    `([label](url))`, or as a whole. Other actions are an Item: `Item("web_search_call", action={...})`. A model that
+    reasons says a Reasoning first; who sends the items back without it gets the API's 400.
     """
 
     __slots__ = ()
@@ -2318,6 +2324,7 @@ class Reply:
         self.only = only
         self.ttft = ttft
         self.itl = itl
+        self._fragments = False  # whether all parts are fragments, sent as given
 
     def _known(self) -> list[_Part] | None:
         """The parts, where they are all known before anything is sent; None where they come in time."""
@@ -2343,6 +2350,8 @@ def _reply(answer: Any) -> Reply:
     if answer is None:
         raise ValueError("handler returned empty response")
     kind: str = type(answer).__name__
+    if isinstance(answer, Mapping) or hasattr(answer, "model_dump"):
+        return recorded(answer)
     if isinstance(answer, Completion):
         return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
     if isinstance(answer, (str, _Part, Stream, AsyncIterable)) or (
@@ -2600,6 +2609,366 @@ def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     )
 
 
+# ---- Answers in the API's own JSON -----------------------------------------------------------------------------------
+
+
+def recorded(data: object) -> Reply:
+    """An answer from the API's own JSON of either API: what was recorded is said again, in the form that is asked for.
+
+    `data` is a chat.completion or a response, as a dict, as JSON text or bytes, or as the official SDK's object; or an
+    event stream: the bytes that `curl -N` printed, or a list of its chunks or events, whose deltas are kept. Ids, model
+    and time are the recorded ones; what echoes the request (tools, temperature, ...) is the new request's. Raises
+    ValueError, which says where, for what cannot be said again.
+    """
+    value = _plain_json(data)
+    try:
+        if isinstance(value, list):
+            events = [_dict(event) for event in _list(value)]
+            chat = any("choices" in event for event in events)
+            return _recorded_chunks(events) if chat else _recorded_events(events)
+        read = _RECORDED.get(_string(_dict(value).get("object")))
+        if read is None:
+            raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
+        return read(_dict(value))
+    except ValueError as error:
+        raise ValueError(f"recorded(...) cannot say this again: {error}") from None
+
+
+def _plain_json(data: Any) -> Any:
+    """Dicts and lists, from text, bytes, or objects that have `model_dump`, as pydantic's have."""
+    if isinstance(data, (bytes, bytearray)):
+        data = data.decode()
+    if isinstance(data, str):
+        text = data.strip().removeprefix("\ufeff")
+        if text[:1] in ("{", "["):
+            return json.loads(text)
+        lines = [line[5:].strip() for line in re.split(r"\r\n|\r|\n", text) if line.startswith("data:")]
+        return [json.loads(line) for line in lines if line != "[DONE]"]
+    if isinstance(data, (list, tuple)):
+        return [_plain_json(each) for each in cast("Sequence[Any]", data)]
+    dump = getattr(data, "model_dump", None)
+    return dump(mode="json", exclude_unset=True) if callable(dump) else data
+
+
+def _only(value: Any, known: str, path: str) -> _JSON:
+    """A JSON object with no other keys than these that say something. Raises ValueError for others."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no object: {_short(repr(value))}")
+    found = cast(_JSON, value)
+    for key, each in found.items():
+        if key not in known.split() and each not in (None, [], {}):
+            raise ValueError(f"{path}.{key} is nothing that an answer is known to say: {_short(repr(each))}")
+    return found
+
+
+def _recorded_usage(usage: Any, names: Sequence[str]) -> list[_Part]:
+    """The Usage of a usage object, whose keys have these names: the prompt's tokens, and the completion's."""
+    if usage is None:
+        return []
+    told = _only(
+        usage,
+        f"{names[0]}_tokens {names[1]}_tokens total_tokens {names[0]}_tokens_details {names[1]}_tokens_details",
+        "usage",
+    )
+    prompt, completion = (dict(_dict(told.get(f"{name}_tokens_details"))) for name in names)
+    cached, reasoning = prompt.pop("cached_tokens", 0), completion.pop("reasoning_tokens", 0)
+    return [
+        Usage(
+            told[f"{names[0]}_tokens"],
+            told.get(f"{names[1]}_tokens", 0),
+            cached_tokens=cached or 0,
+            reasoning_tokens=reasoning or 0,
+            details={side: each for side, each in (("prompt", prompt), ("completion", completion)) if each},
+        )
+    ]
+
+
+_CHAT_ENVELOPE = "id object created model choices usage service_tier system_fingerprint moderation obfuscation"
+
+
+def _chat_reply(body: _JSON, parts: Sequence[_Part]) -> Reply:
+    kept = ("service_tier", "system_fingerprint", "moderation")
+    extra = {key: value for key, value in body.items() if key in kept}
+    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=body.get("created"), extra=extra)
+
+
+def _logprobs_of(choice: _JSON, kind: str) -> Sequence[_JSON] | None:
+    return _dict(choice.get("logprobs")).get(kind) or None
+
+
+def _recorded_chat(body: _JSON) -> Reply:
+    _only(body, _CHAT_ENVELOPE, "the completion")
+    parts: list[_Part] = []
+    for at, each in enumerate(_list(body.get("choices"))):
+        path = f"choices[{at}]"
+        choice = _only(each, "index message logprobs finish_reason", path)
+        message = _only(
+            choice.get("message"),
+            "role content refusal annotations audio tool_calls function_call",
+            f"{path}.message",
+        )
+        index = choice.get("index", at)
+        calls = _list(message.get("tool_calls")) + [
+            {"function": call} for call in [message.get("function_call")] if call
+        ]
+        content, refusal = message.get("content"), message.get("refusal")
+        if content or (content is not None and not (calls or refusal)):
+            notes, logprobs = message.get("annotations") or (), _logprobs_of(choice, "content")
+            parts.append(Text(content, choice=index, annotations=notes, logprobs=logprobs))
+        if refusal is not None:
+            parts.append(Refusal(refusal, choice=index, logprobs=_logprobs_of(choice, "refusal")))
+        if message.get("audio"):
+            parts.append(Item("audio", **message["audio"]))
+        for number, call in enumerate(calls):
+            made = _chat_call(call)
+            if made is None:
+                raise ValueError(f"{path}.message.tool_calls[{number}] is no call: {_short(repr(call))}")
+            parts.append(replace(made, id=made.id or None, choice=index))
+        if choice.get("finish_reason"):
+            parts.append(Finish(choice["finish_reason"], choice=index))
+    return _chat_reply(body, [*parts, *_recorded_usage(body.get("usage"), ("prompt", "completion"))])
+
+
+def _recorded_chunks(chunks: list[_JSON]) -> Reply:
+    envelope: _JSON = {}
+    parts: list[_Part] = []
+    audio: _JSON = {}
+    for at, chunk in enumerate(chunks):
+        path = f"chunk {at}"
+        if "error" in chunk:
+            parts.append(_recorded_error(chunk["error"], True))
+            continue
+        envelope = {
+            **_only(chunk, _CHAT_ENVELOPE, path),
+            **{key: envelope[key] for key in envelope if key != "moderation"},
+        }
+        for each in _list(chunk.get("choices")):
+            choice = _only(each, "index delta logprobs finish_reason", f"{path}.choices")
+            parts += _recorded_delta(choice, parts, audio, f"{path}.choices")
+        parts += _recorded_usage(chunk.get("usage"), ("prompt", "completion"))
+    if audio:
+        parts.insert(0, Item("audio", **audio))
+    reply = _chat_reply(envelope, parts)
+    reply._fragments = True
+    return reply
+
+
+def _recorded_delta(choice: _JSON, before: list[_Part], audio: _JSON, path: str) -> list[_Part]:
+    known = "role content refusal annotations audio tool_calls function_call"
+    delta = _only(choice.get("delta", {}), known, f"{path}.delta")
+    index = choice.get("index", 0)
+    parts: list[_Part] = []
+    for key, say in (("content", Text), ("refusal", Refusal)):
+        text = delta.get(key)
+        if text or (text is not None and "role" not in delta):  # else it opens the choice, and says nothing yet
+            parts.append(say(text, choice=index, logprobs=_logprobs_of(choice, key)))
+    for key, value in _dict(delta.get("audio")).items():
+        audio[key] = audio[key] + value if key in ("data", "transcript") and key in audio else value
+    for call in [
+        *_list(delta.get("tool_calls")),
+        *([{"function": delta["function_call"]}] if delta.get("function_call") else []),
+    ]:
+        kind, key = ("custom", "input") if "custom" in call else ("function", "arguments")
+        about = _dict(call.get(kind))
+        make = CustomToolCall if kind == "custom" else ToolCall
+        parts.append(make(about.get("name") or "", about.get(key) or "", id=call.get("id"), choice=index))
+    if delta.get("annotations"):
+        last = max((at for at, part in enumerate(before) if isinstance(part, Text)), default=-1)
+        if last < 0:
+            raise ValueError(f"{path}.delta.annotations come before any text")
+        before[last] = replace(cast(Text, before[last]), annotations=delta["annotations"])
+    if choice.get("finish_reason"):
+        parts.append(Finish(choice["finish_reason"], choice=index))
+    return parts
+
+
+def _recorded_error(error: Any, event: bool) -> StreamError:
+    told = _dict(error)
+    code = told.get("code")
+    kind = told.get("type") or "server_error"
+    return StreamError(_string(told.get("message")), type=kind, code=code, param=told.get("param"), event=event)
+
+
+def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
+    """What surrounds the output of a response: why it ended, its usage, and what is not the request's echo."""
+    reason = _dict(body.get("incomplete_details")).get("reason")
+    if body.get("status") == "incomplete":
+        finish = next((finish for finish, each in _INCOMPLETE.items() if each == reason), None)
+        if finish is None:
+            raise ValueError(f"incomplete_details.reason is not known: {reason!r}")
+        parts = [*parts, Finish(cast(_Reason, finish))]
+    if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
+        parts = [*parts, _recorded_error(body.get("error"), False)]
+    parts += _recorded_usage(body.get("usage"), ("input", "output"))
+    extra = {key: value for key, value in body.items() if key not in _ECHOED and value is not None}
+    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=body.get("created_at"), extra=extra)
+
+
+# Keys of a response that come from its request, or from what is said. All others are told as they were.
+_ECHOED = frozenset(
+    (
+        "id object created_at status background billing completed_at conversation error frequency_penalty "
+        "incomplete_details instructions max_output_tokens max_tool_calls metadata model output output_text "
+        "parallel_tool_calls presence_penalty previous_response_id prompt prompt_cache_key prompt_cache_options "
+        "prompt_cache_retention reasoning safety_identifier temperature text tool_choice tools top_logprobs top_p "
+        "truncation usage user"
+    ).split()
+)
+
+
+def _recorded_response(body: _JSON) -> Reply:
+    parts = [
+        part for at, item in enumerate(_list(body.get("output"))) for part in _recorded_item(item, f"output[{at}]")
+    ]
+    return _response_reply(body, parts)
+
+
+def _recorded_item(value: Any, path: str) -> list[_Part]:
+    """The parts of a whole output item."""
+    item = _dict(value)
+    kind = item.get("type")
+    if kind == "message":
+        _only(item, "id type status content phase role", path)
+        about: _JSON = {"id": item.get("id"), "phase": item.get("phase")}
+        contents = _list(item.get("content"))
+        if len(contents) != 1:
+            raise ValueError(f"{path}.content has {len(contents)} parts, where the API's messages have one")
+        content = _dict(contents[0])
+        if content.get("type") == "refusal":
+            return [Refusal(content.get("refusal", ""), **about)]
+        _only(content, "type annotations logprobs text", f"{path}.content[0]")
+        notes = content.get("annotations") or ()
+        return [Text(content.get("text", ""), annotations=notes, logprobs=content.get("logprobs") or None, **about)]
+    if kind == "reasoning":
+        _only(item, "id type status content encrypted_content summary", path)
+        summaries = [_dict(each).get("text", "") for each in _list(item.get("summary"))]
+        thought = "".join(_dict(each).get("text", "") for each in _list(item.get("content")))
+        return [Reasoning(*summaries, encrypted_content=item.get("encrypted_content"), text=thought, id=item.get("id"))]
+    if kind in _CALL_TYPES:
+        make, key = _CALL_TYPES[kind]
+        _only(item, f"id type status call_id name namespace caller {key}", path)
+        call_id, caller = item.get("call_id"), item.get("caller")
+        return [make(item["name"], item[key], id=call_id, namespace=item.get("namespace"), caller=caller)]
+    if not isinstance(kind, str):
+        raise ValueError(f"{path} is no output item: {_short(repr(value))}")
+    return [Item(**item)]
+
+
+_CALL_TYPES: dict[Any, tuple[type[ToolCall | CustomToolCall], str]] = {
+    "function_call": (ToolCall, "arguments"),
+    "custom_tool_call": (CustomToolCall, "input"),
+}
+# Events that repeat what others say, or only tell how far an item has come.
+_REPEATS = re.compile(
+    r"response\.(created|queued|in_progress|content_part\.(added|done)|reasoning_summary_part\.(added|done)"
+    r"|\w+\.done|\w+\.(in_progress|searching|generating|interpreting|completed|failed)|shell_call_command\.added)"
+)
+
+
+class _RecordedItem:
+    """An item of a recorded stream, as its events tell it."""
+
+    def __init__(self, item: _JSON) -> None:
+        self.item = item
+        self.parts: list[_Part] = []
+        self.pieces: dict[str, list[Any]] = {}  # of texts that grow, by the event's name
+
+    def grow(self, event: _JSON, name: str) -> None:
+        """Takes in a delta."""
+        kind, delta = self.item.get("type"), event["delta"]
+        opens = not self.parts
+        if kind == "message":
+            make = Refusal if name == "refusal" else Text
+            part = make(delta, logprobs=event.get("logprobs") or None)
+            self.parts.append(replace(part, **self._about()) if opens else part)
+        elif kind == "reasoning" and name == "reasoning_summary_text":
+            begins_next = not opens and event.get("summary_index") != self.item.get("section")
+            self.item["section"] = event.get("summary_index")
+            secret, id = (self.item.get("encrypted_content"), self.item.get("id")) if opens else (None, None)
+            self.parts.append(Reasoning(*([""] if begins_next else []), delta, encrypted_content=secret, id=id))
+        elif kind in _CALL_TYPES:
+            if opens:
+                self.parts += _recorded_item({**self.item, _CALL_TYPES[kind][1]: ""}, "output_item.added")
+            self.parts.append(_CALL_TYPES[kind][0]("", delta))
+        elif kind != "reasoning":  # its text is told whole
+            self.pieces.setdefault(name, []).append((event.get("command_index"), delta))
+
+    def _about(self) -> _JSON:
+        return {"id": self.item.get("id"), "phase": self.item.get("phase")}
+
+    def annotate(self, annotation: _JSON) -> None:
+        """Takes in an annotation, where it belongs: behind what was said."""
+        if not self.parts:
+            self.parts.append(replace(Text(""), **self._about()))
+        last = cast(Text, self.parts[-1])
+        self.parts[-1] = replace(last, annotations=(*last.annotations, annotation))
+
+    def done(self, item: _JSON, path: str) -> None:
+        """Takes in the whole item."""
+        whole = _recorded_item(item, path)
+        if not self.parts:
+            self.parts = whole
+        elif isinstance(whole[0], Reasoning) and whole[0].text:
+            first = cast(Reasoning, self.parts[0])
+            rest = {"encrypted_content": first.encrypted_content, "id": first.id}
+            self.parts[0] = Reasoning(*first.summaries, text=whole[0].text, **rest)
+        for name, pieces in self.pieces.items():
+            fields = dict(cast(Item, self.parts[0]).fields)
+            if name == "shell_call_command":
+                commands = [
+                    [text for index, text in pieces if index == at] for at in range(len(fields["action"]["commands"]))
+                ]
+                fields = _put(fields, "action.commands", commands)
+            for path in re.findall(rf"{name}\.delta <<? ([\w.]+)", cast(Item, self.parts[0])._row.steps):
+                fields = _put(fields, path, [text for _, text in pieces])
+            if name == "partial_image":
+                fields["partial_images"] = [image for _, image in pieces]
+            self.parts = [Item(item["type"], **fields)]
+
+
+def _recorded_events(events: list[_JSON]) -> Reply:
+    items: dict[Any, _RecordedItem] = {}
+    response: _JSON = {}
+    errors: list[_Part] = []
+    for at, event in enumerate(events):
+        kind, path = _string(event.get("type")), f"event {at}"
+        name = kind.removeprefix("response.").rpartition(".")[0]
+        response = event.get("response") or response
+        item = items.get(event.get("output_index"))
+        if kind == "response.output_item.added":
+            items[event["output_index"]] = _RecordedItem(dict(event["item"]))
+        elif kind == "response.output_item.done":
+            items.setdefault(event["output_index"], _RecordedItem({})).done(event["item"], f"{path}.item")
+        elif kind == "error":
+            errors.append(_recorded_error(event.get("error", event), True))
+        elif item is not None and kind == "response.output_text.annotation.added":
+            item.annotate(event["annotation"])
+        elif item is not None and kind == "response.image_generation_call.partial_image":
+            told = {
+                key: event[key]
+                for key in ("background", "output_format", "partial_image_b64", "quality", "size")
+                if key in event
+            }
+            item.pieces.setdefault("partial_image", []).append((None, told))
+        elif item is not None and kind.endswith(".delta"):
+            item.grow(event, name)
+        elif not _REPEATS.fullmatch(kind) and kind not in (
+            "response.completed",
+            "response.incomplete",
+            "response.failed",
+        ):
+            raise ValueError(f"{path} is of a type that is not known here: {kind!r}")
+    if not items:
+        return _recorded_response(response)
+    parts = [part for index in sorted(items) for part in items[index].parts]
+    reply = _response_reply(response, [*parts, *errors])
+    reply._fragments = True
+    return reply
+
+
+_RECORDED: dict[str, Callable[[_JSON], Reply]] = {"chat.completion": _recorded_chat, "response": _recorded_response}
+
+
 # ---- What both encoders share ----------------------------------------------------------------------------------------
 
 _ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -2759,10 +3128,11 @@ class _Deltas:
     The first of an item is encoded with slots in their places; that frame is the form of all others.
     """
 
-    __slots__ = ("first", "item", "make", "texts")
+    __slots__ = ("first", "item", "make", "section", "texts")
 
     def __init__(self, item: _Item, texts: Sequence[str], first: int, make: Callable[[str, str, Any], _JSON]) -> None:
         self.item = item
+        self.section = item.section
         self.texts = texts
         self.first = first  # number of the first event
         self.make = make  # (text, padding, number) -> event
@@ -2776,11 +3146,11 @@ class _Deltas:
 
     def frames(self, frame: Callable[[_Event], str]) -> Iterator[str]:
         """What `frame` gives for each of the events, at a fifth of the time."""
-        form = self.item.form
+        form = self.item.forms.get(self.section, "")
         if not form:
             form = frame(self.make(*_SLOTS)).replace("%", "%%")
             form = form.replace(f'"{_SLOTS[0]}"', "%(text)s").replace(_SLOTS[1], "%(padding)s")
-            self.item.form = form = form.replace(f'"{_SLOTS[2]}"', "%(number)d")
+            self.item.forms[self.section] = form = form.replace(f'"{_SLOTS[2]}"', "%(number)d")
         for number, text in enumerate(self.texts, self.first):
             at = number * 37 & 1023
             padding = _POOL[at : at + (-len(text) & 15)]
@@ -2810,7 +3180,7 @@ class _Encoder:
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
         self.asked = request.body
-        model = _string(self.asked.get("model"))
+        model = _string(self.asked.get("model")) or ("gpt-4o" if self.asked.get("prompt") else "")  # the prompt's own
         self.ids = ids
         self.extra = reply.extra
         self.created = reply.created if reply.created is not None else created
@@ -2866,8 +3236,8 @@ class _Encoder:
             raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
         item = _Item(part, len(self.items))
         self.name_item(item)
-        if isinstance(part, Item):
-            self.sources += [page["url"] for page in _list(_at(part.fields, "action.sources")) if "url" in page]
+        if isinstance(part, WebSearch):
+            self.sources += part.sources
         elif isinstance(part, Text) and self.sources:
             item.sources, self.sources = self.sources, []
         self.items.append(item)
@@ -3108,7 +3478,7 @@ class _ChatEncoder(_Encoder):
         self.model_name = chunk.model or self.model_name
         if (self.id, self.created, self.model_name) != before:
             for item in self.open.values():
-                item.form = ""  # it has the envelope as it was
+                item.forms.clear()  # they have the envelope as it was
 
     def end(self) -> list[_Event]:
         self.close_items()
@@ -3670,7 +4040,7 @@ class _ResponsesEncoder(_Encoder):
         if item.opened:
             events += self._placed(item, item.part._closing(item))
             item.section += 1
-            item.opened, item.form = False, ""
+            item.opened = False
         later = next((at for at, text in enumerate(texts) if at and isinstance(text, _Next)), len(texts))
         events += self._grow(item, part, [str(texts[0]), *texts[1:later]])
         return events + self._next_section(item, part, texts[later:]) if later < len(texts) else events
@@ -4267,7 +4637,7 @@ class _Delivery:
         known = reply._known()
         if known is not None and (len(known) > 1 or self.encoder.n > 1):
             known = _arranged(known, self.encoder)
-        parts = self._coming(reply.parts) if known is None else _runs(known)
+        parts = self._coming(reply.parts) if known is None else _runs(known, reply._fragments)
         told = False
         try:
             for part, texts in parts:
@@ -4421,12 +4791,12 @@ def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
             yield part
 
 
-def _runs(parts: Sequence[_Part]) -> Generator[tuple[_Part, Sequence[str]]]:
+def _runs(parts: Sequence[_Part], given: bool) -> Generator[tuple[_Part, Sequence[str]]]:
     """Each part with its texts. One that is alone in its item is cut into words; fragments of one are sent as given.
 
     Plain Texts in a row go together: they encode faster so.
     """
-    fragments = _fragments_of_items(parts)
+    fragments = range(len(parts)) if given else _fragments_of_items(parts)
     run: Text | None = None
     texts: list[str] = []
     for at, part in enumerate(parts):
