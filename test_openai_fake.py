@@ -17,6 +17,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -106,6 +107,13 @@ def http_bytes(body: Any, path: str = PATHS["chat.completions"], method: str = "
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
 
 
+def setUpModule() -> None:
+    """A loop in debug mode (-X dev) says on stderr what took 0.1 s, as a client's first import may."""
+    logger = logging.getLogger("asyncio")
+    unittest.addModuleCleanup(logger.setLevel, logger.level)
+    logger.setLevel(logging.ERROR)
+
+
 class Wire:
     """A raw connection to a fake: sends bytes, and reads answers off the wire."""
 
@@ -161,6 +169,8 @@ class Wire:
         if " 100 " in head.partition("\r\n")[0]:
             return self.answer()
         line, *lines = head.rstrip("\r\n").split("\r\n")
+        if not line.startswith("HTTP/1.1 "):
+            raise AssertionError(f"what came where an answer begins: {line!r}")
         fields = {name.lower(): value for name, _, value in (each.partition(": ") for each in lines)}
         if fields.get("transfer-encoding") == "chunked":
             body = b""
@@ -422,6 +432,7 @@ CHAT_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "n > 1": ("Hello world", {"n": 2}),
     "usage": ("Hi", {"stream_options": {"include_usage": True}}),
     "reasoning": ([Reasoning("Hm"), "Hi"], {}),
+    "nothing said": (Reasoning("Hm"), {}),
     "error": (["Hi", StreamError("Broke", code="oops")], {}),
 }
 
@@ -462,6 +473,7 @@ n > 1: $ROLE · 0 {"content":"Hello"} · 1 {"role":"assistant","content":"","ref
     · 0 {"content":" world"} · 1 {"content":" world"} · 0 {} stop · 1 {} stop · [DONE]
 usage: $ROLE · 0 {"content":"Hi"} · 0 {} stop · usage · [DONE]
 reasoning: $ROLE · 0 {"content":"Hi"} · 0 {} stop · [DONE]
+nothing said: $ROLE · 0 {} stop · [DONE]
 error: $ROLE · 0 {"content":"Hi"}
     · {"error":{"message":"Broke","type":"server_error","param":null,"code":"oops"}}
 """,
@@ -556,6 +568,16 @@ class ChatJSONTest(unittest.TestCase):
                 self.assertEqual(body["choices"][0]["finish_reason"], reason)
                 self.assertEqual(events[-3]["choices"][0]["finish_reason"], reason)
 
+    def test_citations_are_annotations_of_the_message(self) -> None:
+        """What a search found is cited by url, title, and place in the whole content, of a later text too."""
+        search = WebSearch("q", sources=["http://b.c/d"])
+        message = spoken("chat.completions", ["Oh. ", ToolCall("f"), search, "See http://b.c/d!"])["choices"][0][
+            "message"
+        ]
+        cited = {"end_index": 20, "start_index": 8, "title": "b.c", "url": "http://b.c/d"}
+        self.assertEqual(message["content"][8:20], cited["url"])
+        self.assertEqual(compact(message["annotations"]), compact([{"type": "url_citation", "url_citation": cited}]))
+
     def test_n_choices_have_one_usage(self) -> None:
         """n > 1: choices 0..n-1 with what was said, one usage."""
         body = spoken("chat.completions", [Reasoning("hm"), "Hi"], n=3)
@@ -571,6 +593,9 @@ class ChatJSONTest(unittest.TestCase):
             "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 0, "accepted_prediction_tokens": 0,
                                           "rejected_prediction_tokens": 0},
         }))  # fmt: skip
+        usage = spoken("chat.completions", ["Hi", Usage(5, 7)])["usage"]
+        self.assertEqual([usage[f"{of}_tokens_details"][what] for of, what in (("prompt", "cached_tokens"),
+                          ("completion", "reasoning_tokens"))], [0, 0])  # fmt: skip
         usage = spoken("chat.completions", "Hi")["usage"]
         self.assertTrue(usage["prompt_tokens"] and usage["completion_tokens"])
         self.assertEqual(usage["total_tokens"], usage["prompt_tokens"] + usage["completion_tokens"])
@@ -645,6 +670,20 @@ class ChatStreamTest(unittest.TestCase):
         *chunks, _ = streamed("chat.completions", ["Hi", Chunk([ChunkChoice(delta=" you")], id="x"), " there", ending])
         self.assertEqual([chunk["id"] == "x" for chunk in chunks], [False, False, *[True] * (len(chunks) - 2)])
         self.assertEqual([bool(chunk["choices"][0]["finish_reason"]) for chunk in chunks].count(True), 1)
+
+    def test_a_chunk_says_what_is_not_empty(self) -> None:
+        """An empty delta is no text, and a call without a name goes on with the one before, in all encodings."""
+        calls = [ToolCall("f", '{"a"', id="call_1"), ToolCall("", ":1}")]
+        chunks = [Chunk([ChunkChoice(tool_calls=[each])]) for each in calls]
+        *told, _ = streamed("chat.completions", chunks)
+        begun = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a"'}}
+        more = {"index": 0, "function": {"arguments": ":1}"}}
+        deltas = [each["choices"][0]["delta"] for each in told[:2]]
+        self.assertEqual(list(map(compact, deltas)), [compact({"tool_calls": [each]}) for each in (begun, more)])
+        message = spoken("chat.completions", chunks)["choices"][0]["message"]
+        self.assertEqual((message["content"], message["tool_calls"][0]["function"]["arguments"]), (None, '{"a":1}'))
+        (item,) = spoken("responses", chunks)["output"]
+        self.assertEqual((item["type"], item["arguments"]), ("function_call", '{"a":1}'))
 
     def test_a_replys_model_is_the_family_too(self) -> None:
         """Reply(model=...) answers as that model's family does."""
@@ -931,7 +970,7 @@ class ResponsesJSONTest(unittest.TestCase):
         self.assertEqual(list(given), ["id", "type", "content", "encrypted_content", "summary"])
         self.assertEqual(given["encrypted_content"], "given")
         self.assertRegex(made["encrypted_content"], r"^gAAAAAB[\w-]{40,}=*$")
-        self.assertEqual(searched["action"]["sources"], [{"type": "url", "url": "http://a"}])
+        self.assertEqual(compact(searched["action"]["sources"]), '[{"type":"url","url":"http://a"}]')
 
     def test_citations_are_where_the_text_names_the_source(self) -> None:
         """A url_citation spans the URL in the text; where there is none, all of the text."""
@@ -1049,6 +1088,23 @@ class ResponsesStreamTest(unittest.TestCase):
 
 
 # ---- What both share ----
+
+
+class UsageTest(unittest.TestCase):
+    def test_estimates_grow_with_what_was_asked_and_said(self) -> None:
+        """A longer prompt has more prompt tokens, a longer answer more of its own, however the answer is given."""
+        for api, prompt, said in (
+            ("chat.completions", "prompt_tokens", "completion_tokens"),
+            ("responses", "input_tokens", "output_tokens"),
+        ):
+            for answer in (str, lambda text: [text], lambda text: iter([text])):
+                with self.subTest(api=api, answer=answer("Hi")):
+                    told: list[tuple[int, int]] = []
+                    for text in ("Hi", "Hi there, you " * 9):
+                        usage = spoken(api, answer(text), text=text)["usage"]
+                        told.append((usage[prompt], usage[said]))
+                    (prompt1, said1), (prompt2, said2) = told
+                    self.assertTrue(prompt1 < prompt2 and said1 < said2, told)
 
 
 class IdsTest(unittest.TestCase):
@@ -2513,7 +2569,7 @@ class StateTest(unittest.TestCase):
                     self.assertEqual(get(server, path + "?stream=true").status, 400)  # only in the background
                     self.assertEqual(get(server, path + "/cancel", "POST").status, 400)
                     gone = {"id": made["id"], "object": "response.deleted", "deleted": True}
-                    self.assertEqual(get(server, path, "DELETE").json, gone)
+                    self.assertEqual(get(server, path, "DELETE").body.decode(), compact(gone))
                     for method, rest in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
                         answer = get(server, path + rest, method)
                         self.assertEqual(answer.status, 404)
@@ -2543,6 +2599,22 @@ class StateTest(unittest.TestCase):
                     page = get(server, path + query).json
                     self.assertEqual((page["data"], page["has_more"]), (expected, query == "limit=2"))
                     self.assertEqual((page["first_id"], page["last_id"]), (expected[0]["id"], expected[-1]["id"]))
+
+    def test_stored_items(self) -> None:
+        """An input item is listed as it came, with an id, a message with a status and content parts too."""
+        said = [{"type": "input_text", "text": "Rain?"}]
+        rows: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+            "msg": (USER, {"status": "completed", "role": "user", "content": said, "type": "message"}),
+            "fc": (CALL_ITEMS[0], CALL_ITEMS[0]),
+            "rs": ({"type": "reasoning", "summary": []},) * 2,
+        }
+        with FakeOpenAI(validate=False) as server:
+            for prefix, (given, listed) in rows.items():
+                with self.subTest(name=prefix):
+                    made = call(server, responses(input=[given])).json
+                    (item,) = get(server, f"/responses/{made['id']}/input_items").json["data"]
+                    self.assertRegex(item["id"], f"^{prefix}_[0-9a-zA-Z]+$")
+                    self.assertEqual(compact(item), compact({"id": item["id"], **listed}))
 
     def test_chain(self) -> None:
         """Behind previous_response_id stand all turns before, tool rounds too, without their instructions."""
@@ -2638,6 +2710,25 @@ class StateTest(unittest.TestCase):
             self.assertEqual([get(server, path + "/cancel", "POST").json, get(server, path).json], [cancelled] * 2)
         self.assertEqual((cancelled["status"], cancelled["output"][0]["content"][0]["text"]), ("cancelled", "Hel"))
 
+    def test_cancel_what_is_over(self) -> None:
+        """To cancel a background response that is complete or has failed changes nothing."""
+        for answer, end in ((["Hi"], "completed"), (StreamError("Broke"), "failed")):
+            with self.subTest(name=end), FakeOpenAI(lambda request, answer=answer: answer) as server:  # type: ignore[misc]
+                path = in_background(server)
+                self.assertEqual(get(server, path + "?stream=true").events[-1]["type"], "response." + end)
+                done = get(server, path).json
+                self.assertEqual(done["status"], end)
+                self.assertEqual([get(server, path + "/cancel", "POST").json, get(server, path).json], [done] * 2)
+
+    def test_paced_background(self) -> None:
+        """In the background `itl` holds back each token too; a pace is a lower bound, on any machine."""
+        with FakeOpenAI(lambda request: "one two three", itl=0.03) as server:
+            began = time.monotonic()
+            events = get(server, in_background(server) + "?stream=true").events
+            self.assertGreaterEqual(time.monotonic() - began, 0.09)
+        deltas = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+        self.assertEqual(deltas, ["one", " two", " three"])
+
     def test_cancel_generator(self) -> None:
         """A cancelled response asks its generator for no more, and stays cancelled."""
         go, over, went_on = threading.Event(), threading.Event(), threading.Event()
@@ -2695,7 +2786,7 @@ class StateTest(unittest.TestCase):
             updated = get(server, path, "POST", {"metadata": {"b": "2"}}).json
             self.assertEqual((updated["metadata"], get(server, path).json), ({"b": "2"}, updated))
             gone = {"object": "chat.completion.deleted", "id": made["id"], "deleted": True}
-            self.assertEqual(get(server, path, "DELETE").json, gone)
+            self.assertEqual(get(server, path, "DELETE").body.decode(), compact(gone))
             self.assertEqual([get(server, path, method, {}).status for method in ("GET", "POST", "DELETE")], [404] * 3)
 
     def test_conversations(self) -> None:
@@ -2712,7 +2803,7 @@ class StateTest(unittest.TestCase):
             self.assertEqual([item["content"][0]["text"] for item in items], [*texts, "ok"])
             self.assertEqual(get(server, path, "POST", {"metadata": {"b": "2"}}).json["metadata"], {"b": "2"})
             gone = {"id": made["id"], "object": "conversation.deleted", "deleted": True}
-            self.assertEqual(get(server, path, "DELETE").json, gone)
+            self.assertEqual(get(server, path, "DELETE").body.decode(), compact(gone))
             answers = [get(server, path, method, {}) for method in ("GET", "POST", "DELETE")]
             for answer in (*answers, get(server, path + "/items"), call(server, responses(conversation=made["id"]))):
                 self.assertEqual(answer.status, 404)
@@ -2835,7 +2926,8 @@ class EndpointTest(unittest.TestCase):
                 with self.subTest(name=path):
                     answer = get(server, path, method, {"a": 1, **chat()})
                     told = answer.json if status == 200 else answer.error["message"]
-                    self.assertEqual((answer.status, told), (status, expected))
+                    kind = answer.headers["content-type"].partition(";")[0]
+                    self.assertEqual((answer.status, kind, told), (status, "application/json", expected))
             answer = get(server, "/audio/speech", "POST", {})
             self.assertEqual((answer.headers["content-type"], answer.body), ("application/octet-stream", b"\x00\xff"))
 
@@ -2943,10 +3035,13 @@ class KeyTest(unittest.TestCase):
 class CORSTest(unittest.TestCase):
     def test_preflight(self) -> None:
         """With `cors` a browser may ask with any method and header, and needs no key to ask whether it may."""
-        fields = ("Origin: http://a", "Access-Control-Request-Headers: authorization,x-a", "Connection: close")
-        with FakeOpenAI(cors=True, api_key="k") as server:
-            answer = call(server, None, "/v1/chat/completions", "OPTIONS", *fields)
+        fields = ("Origin: http://a", "Access-Control-Request-Headers: authorization,x-a")
+        with FakeOpenAI(cors=True, api_key="k") as server, Wire(server) as wire:
+            answer = wire.send(http_bytes(None, PATHS["responses"], "OPTIONS", *fields)).answer()
+            self.assertEqual(wire.send(http_bytes(responses(), PATHS["responses"])).answer().status, 401)
         self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertNotIn("content-length", answer.headers)  # RFC 9110 8.6, and nothing but the next answer follows
+        self.assertEqual(answer.headers["access-control-max-age"], "86400")
         self.assertEqual(answer.headers["access-control-allow-origin"], "*")
         self.assertEqual(answer.headers["access-control-allow-headers"], "authorization,x-a")
         self.assertIn("POST", answer.headers["access-control-allow-methods"])
@@ -3268,6 +3363,8 @@ REFUSED: dict[int, dict[str, bytes]] = {
         "two": posted(CHAT, LENGTH, "Expect: 100-continue, x"),
     },
     431: {
+        "257 fields": got("/v1/models", *["A: b"] * 256),
+        "257 fields without end": got("/v1/models", *["A: b"] * 256)[:-2],
         "fields": got("/v1/models", *["A: b"] * 257),
         "fields without end": got("/v1/models", *["A: b"] * 300)[:-2],
         "head": got("/v1/models", *[f"A: {'b' * 8000}"] * 17),
@@ -3285,7 +3382,7 @@ ANSWERED: dict[int, dict[str, bytes]] = {
         "four empty lines": b"\r\n" * 4 + got(),
         "long line": got("/v1/models?" + "a" * 8000),
         "long value": got("/v1/models", f"A: {'b' * 8192}"),
-        "100 fields": got("/v1/models", *["A: b"] * 100),
+        "256 fields": got("/v1/models", *["A: b"] * 255),
         "absolute form": got("http://other:1/v1/models"),
         "percent": got("/v1/%6dodels"),
         "query": got("/v1/models?a=%zz&b=//../"),
@@ -3611,6 +3708,13 @@ class ConnectionTest(LeakTest):
                 stack.enter_context(Wire(server)).send(part)
             self.assert_works(server)
 
+    def test_bodies_of_64_mib_are_let_in(self) -> None:
+        """A body of so many bytes is awaited, and one of a byte more refused."""
+        for more, line in ((0, b"HTTP/1.1 100 "), (1, b"HTTP/1.1 413 ")):
+            with self.subTest(more=more), FakeOpenAI() as server, Wire(server) as wire:
+                wire.send(posted(b"", f"Content-Length: {(64 << 20) + more}", "Expect: 100-continue"))
+                self.assertEqual(wire.exactly(len(line)), line)
+
     def test_announced_bodies_take_no_memory(self) -> None:
         """What a client says it will send is not allocated before it comes."""
         with FakeOpenAI() as server, Wire(server) as wire:
@@ -3804,6 +3908,26 @@ class HandlerFaultTest(LeakTest):
                 with self.subTest(name=name):
                     text = "str() raised" if isinstance(error, Rude) else "its text"
                     self.assertEqual({*self.check_500(handler, type(error).__name__, text)}, {error})
+
+    def test_a_handler_that_cancels_itself_is_a_500(self) -> None:
+        """A CancelledError of a handler's own is its mistake: nobody has left."""
+
+        async def cancelled(request: Request) -> str:
+            raise asyncio.CancelledError
+
+        async def cancels(request: Request) -> str:
+            task: Any = asyncio.current_task()
+            task.cancel()
+            await asyncio.Event().wait()
+            return "never"
+
+        async def generator(request: Request) -> AsyncIterator[str]:
+            yield await cancels(request)
+
+        for handler in (cancelled, cancels, generator):
+            with self.subTest(name=handler.__name__):
+                errors = self.check_500(handler, "CancelledError")
+                self.assertEqual([type(error) for error in errors], [asyncio.CancelledError] * len(ASKED))
 
     def test_nonsense_is_a_500(self) -> None:
         """None, a wrong type, junk in a list."""
@@ -4781,7 +4905,11 @@ class GeneratorTest(unittest.TestCase):
                 told = pieces(everything(server, api, stream=True))
                 words = "KeyError: 'gone'" if "raising" in handler.__name__ else "TypeError: not a part of an answer: 3"
                 self.assertIn(b"one", b"".join(told))
-                self.assertTrue(error_in(b"".join(told))["message"].startswith(f"handler raised {words}"))
+                error = error_in(b"".join(told))
+                self.assertTrue(error["message"].startswith(f"handler raised {words}"))
+                order = "message type param code" if api == "chat.completions" else "type code message param"
+                self.assertEqual(" ".join(error), order)
+                self.assertEqual([error[key] for key in ("type", "param", "code")], ["server_error", None, None])
                 self.assertNotEqual(told[-1], b"")
                 self.assertNotIn(ENDS[api], b"".join(told))
                 self.assertEqual(len(server.errors), 1)
@@ -4834,6 +4962,17 @@ class WireActTest(unittest.TestCase):
                 else:
                     length = int(re.findall(rb"content-length: (\d+)", head)[0])
                     self.assertTrue(0 < len(wire.buffer) < length)
+
+    def test_a_cut_response_is_stored_as_cancelled(self) -> None:
+        """What was cut is no complete response, and can be asked for."""
+        for stream in (True, False):
+            answer = always(Reply("one", Disconnect(), id="resp_cut"))
+            with self.subTest(stream=stream), FakeOpenAI(answer) as server:
+                everything(server, "responses", stream=stream)
+                status, end = "", time.monotonic() + WAIT  # its end comes before the server is done with it
+                while status != "cancelled" and time.monotonic() < end:
+                    status = get(server, "/responses/resp_cut").json["status"]
+                self.assertEqual(status, "cancelled")
 
     def test_disconnect_first_sends_nothing(self) -> None:
         """An answer that begins with Disconnect is no byte at all."""
@@ -5360,7 +5499,6 @@ class AsyncTest(unittest.IsolatedAsyncioTestCase):
     async def asyncSetUp(self) -> None:
         import openai
 
-        asyncio.get_running_loop().slow_callback_duration = WAIT  # the client imports much of itself at first use
         self.streams = [Stream() for _ in range(3)]
         self.server = start(self, lambda request: self.streams[int(request.text)])
         self.client = openai.AsyncOpenAI(base_url=self.server.base_url, api_key="test", max_retries=0, timeout=WAIT)
