@@ -1197,7 +1197,7 @@ class BytesTest(unittest.TestCase):
 
     def test_streams_are_framed_as_the_apis(self) -> None:
         """Chat: data lines, then [DONE]. Responses: an `event:` line that is the type, a data line, no [DONE].
-        Each event is an HTTP chunk, and its JSON as any other, whatever it says.
+        Each event is an HTTP chunk, with none in HTTP/1.0, and its JSON as any other, whatever it says.
         """
         answers: dict[str, Any] = {
             "text": [Text(SPEECH)],
@@ -1206,11 +1206,18 @@ class BytesTest(unittest.TestCase):
             "long": [Text("word " * 300), ToolCall("f", {"a": SPEECH * 2}), CustomToolCall("g", SPEECH)],
         }
         for (name, answer), api, obfuscated in itertools.product(answers.items(), PATHS, (True, False)):
-            with self.subTest(name=name, api=api, obfuscated=obfuscated), FakeOpenAI(always(answer)) as server:
-                chat_only = {"include_usage": True} if api == "chat.completions" else {}
-                options = {"include_obfuscation": obfuscated, **chat_only}
-                *frames, last = pieces(everything(server, api, stream=True, stream_options=options))
-                self.assertEqual(last, b"")
+            chat_only = {"include_usage": True} if api == "chat.completions" else {}
+            body = BODIES[api](stream=True, stream_options={"include_obfuscation": obfuscated, **chat_only})
+            data = http_bytes(body, PATHS[api], "POST", "Connection: close")
+            with self.subTest(name=name, api=api, obfuscated=obfuscated):
+                told: list[bytes] = []
+                for version in (b"HTTP/1.1", b"HTTP/1.0"):
+                    server = start(self, always(answer), seed=7, clock=lambda: CLOCK)
+                    with Wire(server) as wire:
+                        told.append(wire.send(data.replace(b"HTTP/1.1", version, 1)).rest())
+                *frames, _ = pieces(told[0])
+                chunks = b"".join(b"%x\r\n%b\r\n" % (len(frame), frame) for frame in frames) + b"0\r\n\r\n"
+                self.assertEqual([each.partition(b"\r\n\r\n")[2] for each in told], [chunks, b"".join(frames)])
                 if api == "chat.completions":
                     self.assertEqual(frames.pop(), b"data: [DONE]\n\n")
                 for frame in frames:
