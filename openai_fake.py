@@ -2805,15 +2805,13 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
 
 
 # Keys of a response that come from its request, or from what is said. All others are told as they were.
-_ECHOED = frozenset(
-    (
-        "id object created_at status background billing completed_at conversation error frequency_penalty "
-        "incomplete_details instructions max_output_tokens max_tool_calls metadata model output output_text "
-        "parallel_tool_calls presence_penalty previous_response_id prompt prompt_cache_key prompt_cache_options "
-        "prompt_cache_retention reasoning safety_identifier temperature text tool_choice tools top_logprobs top_p "
-        "truncation usage user"
-    ).split()
-)
+_ECHOED = frozenset((
+    "id", "object", "created_at", "status", "background", "billing", "completed_at", "conversation", "error",
+    "frequency_penalty", "incomplete_details", "instructions", "max_output_tokens", "max_tool_calls", "metadata",
+    "model", "output", "output_text", "parallel_tool_calls", "presence_penalty", "previous_response_id", "prompt",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning", "safety_identifier",
+    "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p", "truncation", "usage", "user",
+))  # fmt: skip
 
 
 def _recorded_response(body: _JSON) -> Reply:
@@ -5645,7 +5643,7 @@ def _check_beginning(data: bytearray, seen: int) -> int:
         raise _Refused(400, "A line of the head does not end with CR LF.")
     if data.count(b"\r\n") > _MAX_FIELDS + 1:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
-    if len(data) > _MAX_HEAD:
+    if len(data) > _MAX_HEAD + (2 if data.endswith(b"\r\n\r") else 0):  # what ends the head does not count
         raise _Refused(431, f"The head of the request is larger than {_MAX_HEAD} bytes.")
     return end
 
@@ -6073,9 +6071,9 @@ class _Server(ThreadingHTTPServer):
             now = time.monotonic()
             sweep = min(sweep, now + self.sweep) if self.sockets else math.inf
             until = min(sweep, resume)
-            events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
-            if self.stopping:
+            if self.stopping:  # before the select: its wake-up may have been read together with another
                 return
+            events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
             for key, _ in events:
                 if key.fileobj is listener:
                     if not self._accept():
