@@ -1442,7 +1442,7 @@ class _MessagePart(_Spoken):
 
     def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         content = [self._content_part(item)] if whole else []
-        if whole and item.entries:
+        if whole and item.entries and self._type == "output_text":
             content[0]["logprobs"] = [_rounded(entry) for entry in item.entries]
         phase = self.phase or ("final_answer" if encoder.model.phase else None)
         status = item.status if whole else encoder.added_status
@@ -2351,7 +2351,10 @@ def _reply(answer: Any) -> Reply:
         raise ValueError("handler returned empty response")
     kind: str = type(answer).__name__
     if isinstance(answer, Mapping) or hasattr(answer, "model_dump"):
-        return recorded(answer)
+        try:
+            return recorded(answer)
+        except ValueError as error:
+            raise TypeError(f"handler returned {kind}, which is no answer: {error}") from None
     if isinstance(answer, Completion):
         return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
     if isinstance(answer, (str, _Part, Stream, AsyncIterable)) or (
@@ -2643,6 +2646,8 @@ def _plain_json(data: Any) -> Any:
         if text[:1] in ("{", "["):
             return json.loads(text)
         lines = [line[5:].strip() for line in re.split(r"\r\n|\r|\n", text) if line.startswith("data:")]
+        if not lines:
+            raise ValueError(f"recorded(...) wants JSON or an event stream, not {_short(repr(data))}")
         return [json.loads(line) for line in lines if line != "[DONE]"]
     if isinstance(data, (list, tuple)):
         return [_plain_json(each) for each in cast("Sequence[Any]", data)]
@@ -2712,7 +2717,7 @@ def _recorded_chat(body: _JSON) -> Reply:
             {"function": call} for call in [message.get("function_call")] if call
         ]
         content, refusal = message.get("content"), message.get("refusal")
-        if content or (content is not None and not (calls or refusal)):
+        if content is not None:
             notes, logprobs = message.get("annotations") or (), _logprobs_of(choice, "content")
             parts.append(Text(content, choice=index, annotations=notes, logprobs=logprobs))
         if refusal is not None:
@@ -3547,6 +3552,7 @@ class _ChatEncoder(_Encoder):
                 logprobs[kind] = (logprobs[kind] or []) + [_chat_logprobs(entry) for entry in item.entries]
         if not items:
             message["content"] = ""
+            logprobs = {"content": [], "refusal": None} if self.logprobs else None
         entry: _JSON = {"index": choice, "message": message}
         if self.logprobs or self.model.logprobs:
             entry["logprobs"] = logprobs
@@ -4774,6 +4780,12 @@ def _arranged(parts: list[_Part], encoder: _Encoder) -> list[_Part]:
         encoder.parallel = True
         if isinstance(encoder, _ChatEncoder):
             parts = [part._spaced() if isinstance(part, ToolCall) else part for part in parts]
+    if encoder.model.phase and calls:  # what is said before a call is commentary (R)
+        last = max(at for at, part in enumerate(parts) if isinstance(part, _Call))
+        parts = [
+            replace(part, phase="commentary") if isinstance(part, Text) and part.phase is None and at < last else part
+            for at, part in enumerate(parts)
+        ]
     if encoder.n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
         parts = list(_repeated(parts, encoder.n))
     return parts

@@ -461,10 +461,10 @@ CHAT_FAMILIES: dict[str, tuple[str, bool, bool, bool, bool]] = {
     "o3": ("o3-2025-04-16", False, False, True, False),
     "o3-mini": ("o3-mini-2025-01-31", False, True, True, False),
     "o4-mini": ("o4-mini-2025-04-16", False, False, True, False),
-    "gpt-4o-audio-preview": ("gpt-4o-audio-preview", False, True, True, False),
-    "gpt-4o-mini-audio-preview": ("gpt-4o-mini-audio-preview", False, True, True, False),
-    "gpt-4o-search-preview": ("gpt-4o-search-preview", False, True, False, False),
-    "gpt-4o-mini-search-preview": ("gpt-4o-mini-search-preview", False, True, False, False),
+    "gpt-4o-audio-preview": ("gpt-4o-audio-preview-2025-06-03", False, True, True, False),
+    "gpt-4o-mini-audio-preview": ("gpt-4o-mini-audio-preview-2024-12-17", False, True, True, False),
+    "gpt-4o-search-preview": ("gpt-4o-search-preview-2025-03-11", False, False, False, False),
+    "gpt-4o-mini-search-preview": ("gpt-4o-mini-search-preview-2025-03-11", False, False, False, False),
 }
 PARALLEL = [ToolCall("f", {"a": 1, "b": [2]}, id="call_1"), ToolCall("g", {}, id="call_2")]
 # Each case of wire.md's table in section 2: an answer, and what is asked.
@@ -558,11 +558,13 @@ class ChatJSONTest(unittest.TestCase):
                 self.assertEqual(list(body), [*keys, *["service_tier"] * tier, "system_fingerprint"])
                 self.assertEqual(body["model"], snapshot)
                 self.assertEqual(body.get("service_tier"), "default" if tier else None)
-                self.assertRegex(str(body["system_fingerprint"]), "^fp_[0-9a-f]{10}$" if fingerprint else "^None$")
+                none = "^None$" if tier else "^$"
+                self.assertRegex(str(body["system_fingerprint"]), "^fp_[0-9a-f]{10}$" if fingerprint else none)
                 (choice,) = body["choices"]
                 self.assertEqual(list(choice), ["index", "message", *["logprobs"] * logprobs, "finish_reason"])
                 self.assertIsNone(choice.get("logprobs"))
                 prompt = ["cached_tokens", *["cache_write_tokens"] * writes, "audio_tokens"]
+                prompt += ["text_tokens", "image_tokens"] * ("audio" in model)
                 self.assertEqual(list(body["usage"]["prompt_tokens_details"]), prompt)
 
     def test_the_message_says_each_kind_as_the_api_does(self) -> None:
@@ -624,7 +626,7 @@ class ChatJSONTest(unittest.TestCase):
         message = spoken("chat.completions", ["Oh. ", ToolCall("f"), search, "See http://b.c/d!"])["choices"][0][
             "message"
         ]
-        cited = {"end_index": 20, "start_index": 8, "title": "b.c", "url": "http://b.c/d"}
+        cited = {"end_index": 20, "start_index": 8, "title": "D", "url": "http://b.c/d"}
         self.assertEqual(message["content"][8:20], cited["url"])
         self.assertEqual(compact(message["annotations"]), compact([{"type": "url_citation", "url_citation": cited}]))
 
@@ -798,11 +800,11 @@ EVENT_KEYS = {
     "output_text.done": "content_index item_id logprobs output_index sequence_number text",
     "output_text.annotation.added":
         "annotation annotation_index content_index item_id output_index sequence_number",
-    "refusal.delta": "content_index delta item_id obfuscation output_index sequence_number",
+    "refusal.delta": "content_index delta item_id output_index sequence_number",
     "refusal.done": "content_index item_id output_index refusal sequence_number",
     "function_call_arguments.delta": "delta item_id obfuscation output_index sequence_number",
     "function_call_arguments.done": "arguments item_id output_index sequence_number",
-    "custom_tool_call_input.delta": "delta item_id output_index sequence_number",
+    "custom_tool_call_input.delta": "delta item_id obfuscation output_index sequence_number",
     "custom_tool_call_input.done": "input item_id output_index sequence_number",
     **dict.fromkeys(("reasoning_summary_part.added", "reasoning_summary_part.done"),
                     "item_id output_index part sequence_number summary_index"),
@@ -819,7 +821,7 @@ ITEM_KEYS = {
     "message": "id type status content role",
     "function_call": "id type status arguments call_id name",
     "custom_tool_call": "id type status call_id input name",
-    "reasoning": "id type content summary",
+    "reasoning": "id type content encrypted_content summary",
     "web_search_call": "id type status action",
 }
 # Each case of wire.md's table in section 4.
@@ -846,7 +848,8 @@ text: $MESSAGE0 · -0 message completed · completed
 reasoning, no summary: +0 reasoning · -0 reasoning · $MESSAGE1 · -1 message completed · completed
 function call: +0 function_call · function_call_arguments.delta 0 '12' · function_call_arguments.done 0 '12'
     · -0 function_call completed · completed
-call without arguments: +0 function_call · function_call_arguments.done 0 '' · -0 function_call completed · completed
+call without arguments: +0 function_call · function_call_arguments.delta 0 '{}' · function_call_arguments.done 0 '{}'
+    · -0 function_call completed · completed
 custom call: +0 custom_tool_call · custom_tool_call_input.delta 0 'ls' · custom_tool_call_input.done 0 'ls'
     · -0 custom_tool_call completed · completed
 reasoning and call: +0 reasoning · -0 reasoning · +1 function_call · function_call_arguments.delta 1 '1'
@@ -944,7 +947,7 @@ class ResponsesJSONTest(unittest.TestCase):
             ("top_p", 0.5, ...), ("top_p", 1, 1.0), ("prompt_cache_retention", "24h", ...),
             ("service_tier", "flex", ...), ("service_tier", "priority", ...),
             ("reasoning", {"effort": "low", "summary": "auto"},
-             {"context": "current_turn", "effort": "low", "mode": "standard", "summary": "auto"}),
+             {"context": "current_turn", "effort": "low", "mode": "standard", "summary": "detailed"}),
             ("text", {"verbosity": "low"}, {"format": {"type": "text"}, "verbosity": "low"}),
             ("text", {"format": {"type": "json_object"}}, {"format": {"type": "json_object"}, "verbosity": "medium"}),
             ("text", {"format": shape}, {"format": {"type": "json_schema", "description": None, "name": "s",
@@ -990,6 +993,7 @@ class ResponsesJSONTest(unittest.TestCase):
         with FakeOpenAI(lambda request: "Hi", validate=False) as server:
             body = call(server, responses(**asked)).json
         self.assertEqual(list(body), RESPONSE_KEYS)
+        asked["prompt"].update(variables=None, version=None)
         self.assertEqual({key: body[key] for key in asked}, asked)
 
     def test_each_item_has_its_keys_in_order(self) -> None:
@@ -1010,11 +1014,12 @@ class ResponsesJSONTest(unittest.TestCase):
         )
 
     def test_what_is_included_is_told_only_then(self) -> None:
-        """encrypted_content and action.sources are there with `include`, and not without."""
+        """action.sources are there with `include`, and not without; encrypted_content always."""
         search = WebSearch("q", sources=["http://a"])
         answer = [Reasoning("a", encrypted_content="given"), search, Reasoning(), "Hi"]
         plain = spoken("responses", answer)["output"]
-        self.assertFalse("encrypted_content" in plain[0] or "sources" in plain[1]["action"])
+        self.assertNotIn("sources", plain[1]["action"])
+        self.assertEqual(plain[0]["encrypted_content"], "given")
         include = ["reasoning.encrypted_content", "web_search_call.action.sources"]
         given, searched, made, _ = spoken("responses", answer, include=include)["output"]
         self.assertEqual(list(given), ["id", "type", "content", "encrypted_content", "summary"])
@@ -1023,12 +1028,16 @@ class ResponsesJSONTest(unittest.TestCase):
         self.assertEqual(compact(searched["action"]["sources"]), '[{"type":"url","url":"http://a"}]')
 
     def test_citations_are_where_the_text_names_the_source(self) -> None:
-        """A url_citation spans the URL in the text; where there is none, all of the text."""
+        """A url_citation spans the URL in the text, or all of `([label](url))`; where there is none, all of the text."""
+        (labelled,) = spoken("responses", [WebSearch("q", sources=["http://a"]), "So ([a](http://a))."])["output"][1][
+            "content"
+        ]
+        self.assertEqual([labelled["annotations"][0][key] for key in ("start_index", "end_index")], [3, 18])
         body = spoken("responses", [WebSearch("q", sources=["http://b.c/d", "http://a"]), "See http://a!"])
         (part,) = body["output"][1]["content"]
         self.assertEqual(compact(part["annotations"]), compact([
-            {"type": "url_citation", "end_index": 12, "start_index": 4, "title": "a", "url": "http://a"},
-            {"type": "url_citation", "end_index": 13, "start_index": 0, "title": "b.c", "url": "http://b.c/d"},
+            {"type": "url_citation", "end_index": 12, "start_index": 4, "title": "A", "url": "http://a"},
+            {"type": "url_citation", "end_index": 13, "start_index": 0, "title": "D", "url": "http://b.c/d"},
         ]))  # fmt: skip
         self.assertEqual(body["tool_usage"]["web_search"], {"num_requests": 1})
 
@@ -1083,6 +1092,9 @@ class ResponsesStreamTest(unittest.TestCase):
         self.assertEqual([list(item) for item in added], [list(item) for item in done])
         for before, after in zip(added, done, strict=True):
             for key, value in before.items():
+                if key == "encrypted_content":
+                    self.assertNotEqual(value, after[key], "each place has another")
+                    continue
                 same = after[key] if key in ("id", "type", "call_id", "name", "role") else EMPTY[key]
                 self.assertEqual(value, same)
         for event in events:
@@ -1317,6 +1329,12 @@ def folded_response(events: list[Any]) -> list[Any]:
     return output
 
 
+def told_once(item: Any) -> Any:
+    """An item without what differs wherever it is told: secrets, and how many digits a logprob has."""
+    text = json.dumps({key: value for key, value in item.items() if key != "encrypted_content"})
+    return json.loads(text, parse_float=lambda digits: round(float(digits), 6))
+
+
 class FoldLawTest(unittest.TestCase):
     """The JSON body is the fold of the stream."""
 
@@ -1342,13 +1360,18 @@ class FoldLawTest(unittest.TestCase):
         done = {each["output_index"]: each["item"] for each in events if each["type"] == "response.output_item.done"}
         last = events[-1]["response"]
         self.assertEqual(events[-1]["type"], f"response.{body['status']}")
-        self.assertEqual({**last, "billing": body["billing"]}, body)
-        self.assertEqual([item for _, item in sorted(done.items())], last["output"])
-        self.assertEqual(folded_response(events), last["output"])
+        output = [told_once(item) for item in last["output"]]
+        self.assertEqual(
+            {**last, "billing": body["billing"], "output": output},
+            {**body, "output": [*map(told_once, body["output"])]},
+        )
+        self.assertEqual([told_once(item) for _, item in sorted(done.items())], output)
+        self.assertEqual([told_once(item) for item in folded_response(events)], output)
         for event in events:
-            if event["type"].endswith((".done", ".added")) and "part" in event and event["type"].endswith("done"):
-                item = last["output"][event["output_index"]]
-                self.assertEqual(event["part"], (item.get("content") or item["summary"])[0])
+            if event["type"].endswith("done") and "part" in event:
+                item = output[event["output_index"]]
+                part = (item.get("content") or item["summary"])[event.get("summary_index", 0)]
+                self.assertEqual(event["part"], {**part, "logprobs": []} if "logprobs" in part else part)
 
     def test_every_kind_of_part_folds_to_its_json(self) -> None:
         """For each kind, in both APIs, also with logprobs and all that can be included."""
@@ -1387,13 +1410,13 @@ class FoldLawTest(unittest.TestCase):
         self.check_chat(["Hello there", ToolCall("f", {"a": 1}), ToolCall("g", {"b": 2}), Finish("stop")], n=3)
 
     def test_generators_say_what_lists_say(self) -> None:
-        """An answer in time folds to the JSON of the same answer known at once."""
+        """An answer in time folds to the JSON of the same answer known at once; its deltas are what it gave."""
         parts = [Reasoning("hm"), Text("Hello "), Text("there"), ToolCall("f", {"a": 1}, id="call_1")]
         for api in PATHS:
-            for stream in (False, True):
-                with self.subTest(api=api, stream=stream):
-                    known, coming = (seeded(api, answer, stream=stream).body for answer in (parts, iter(parts)))
-                    self.assertEqual(known, coming)
+            with self.subTest(api=api):
+                known, coming = (seeded(api, answer).body for answer in (parts, iter(parts)))
+                self.assertEqual(known, coming)
+                self.assertEqual(text_deltas(api, streamed(api, iter(parts))), ["Hello ", "there"])
 
 
 class LogprobsTest(unittest.TestCase):
@@ -1505,8 +1528,7 @@ ITEMS: dict[str, tuple[Item, str, dict[str, Any], list[str]]] = {
         [
             "image_generation_call.in_progress item_id",
             "image_generation_call.generating item_id",
-            "image_generation_call.partial_image "
-             "background item_id output_format partial_image_b64 partial_image_index quality size",
+            "image_generation_call.partial_image background item_id output_format partial_image_b64 partial_image_index quality size",
             "image_generation_call.completed item_id",
         ],
     ),
@@ -1804,7 +1826,7 @@ class MoreOfPartsTest(unittest.TestCase):
         ]
         text = Text("It's", logprobs=given)
         chunks = streamed("chat.completions", [text], logprobs=True)
-        told = [c["choices"][0]["logprobs"]["content"] for c in chunks if c["choices"][0]["delta"].get("content")]
+        told = [chunk["choices"][0]["logprobs"]["content"] for chunk in chunks[1:-2]]
         self.assertEqual(told, [[entry] for entry in given])
         body, events = both("responses", [text], include=["message.output_text.logprobs"])
         self.assertEqual([e["delta"] for e in events if e["type"].endswith("text.delta")], ["It", "'s"])
@@ -1827,7 +1849,7 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual(" ".join(choice["message"]), "role content function_call refusal annotations")
         self.assertEqual(choice["message"]["function_call"], {"name": "f", "arguments": '{"a":1}'})
         self.assertEqual(choice["finish_reason"], "function_call")
-        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        deltas = deltas_of(chunks)
         self.assertEqual(
             deltas[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}}
         )
@@ -1847,7 +1869,7 @@ class MoreOfPartsTest(unittest.TestCase):
         )
         self.assertIsNone(spoken("responses", "Hi")["moderation"])
         self.assertEqual(spoken("chat.completions", Reply("Hi", extra={"moderation": 1}), **asked)["moderation"], 1)
-        last = streamed("chat.completions", "Hi", **asked)[-1]
+        last = streamed("chat.completions", "Hi", **asked)[-2]
         self.assertEqual((last["choices"], " ".join(last)[-22:]), ([], "obfuscation moderation"))
 
     def test_audio_of_a_chat_message(self) -> None:
@@ -1857,7 +1879,7 @@ class MoreOfPartsTest(unittest.TestCase):
         message = body["choices"][0]["message"]
         self.assertEqual(" ".join(message), "role content refusal audio annotations")
         self.assertEqual([message["audio"]["data"], message["content"]], ["AAAA", None])
-        audio = [chunk["choices"][0]["delta"]["audio"] for chunk in chunks if "audio" in chunk["choices"][0]["delta"]]
+        audio = [delta["audio"] for delta in deltas_of(chunks) if "audio" in delta]
         self.assertEqual("".join(each.get("transcript", "") for each in audio), "Sure thing")
         self.assertEqual("".join(each.get("data", "") for each in audio), "AAAA")
         self.assertEqual(audio[-1], {"expires_at": message["audio"]["expires_at"]})
@@ -1907,7 +1929,10 @@ class RecordedTest(unittest.TestCase):
         return seeded(api, answer, stream=stream, **options).body
 
     def check(self, answer: Any) -> None:
-        for api, stream in itertools.product(PATHS, (False, True)):
+        choices = any(
+            getattr(part, "choice", 0) for part in answer
+        )  # these interleave in Responses, as nothing real does
+        for api, stream in itertools.product(("chat.completions",) if choices else PATHS, (False, True)):
             with self.subTest(api=api, stream=stream):
                 sent = self.sent(api, answer, stream)
                 again = recorded(sent)
@@ -1929,7 +1954,7 @@ class RecordedTest(unittest.TestCase):
         for seed in range(60):
             rng = random.Random(seed)
             with self.subTest(seed=seed):
-                self.check([part for part in random_answer(rng) if not getattr(part, "choice", 0)] or "x")
+                self.check(random_answer(rng) or "x")
 
     def test_choices(self) -> None:
         """Several choices are read as such."""
@@ -1968,9 +1993,9 @@ class RecordedTest(unittest.TestCase):
         """A recorded completion can be said as a response, and the other way round."""
         for api, other in itertools.permutations(PATHS):
             sent = self.sent(api, ["Let me see.", ToolCall("f", {"a": 1})], False)
-            told = spoken(other, recorded(sent))
-            self.assertEqual(text_in(other, told), "Let me see.")
-            self.assertIn('"f"', json.dumps(told))
+            told = json.dumps(spoken(other, recorded(sent)))
+            self.assertIn('"Let me see."', told)
+            self.assertIn('"f"', told)
 
     def test_ids_model_and_time_are_the_recorded_ones(self) -> None:
         """The envelope is the recording's, the echo is of the request that is answered now."""
@@ -1997,16 +2022,21 @@ class RecordedTest(unittest.TestCase):
             ({"object": "response", "output": [5]}, r"output\[0\]"),
             ({"object": "list"}, "no chat.completion"),
             ({}, "no chat.completion"),
-            ("hello", "no stream|no chat.completion|nothing"),
+            ("hello", "JSON or an event stream"),
         ):
             with self.subTest(value=value):
                 self.assertRaisesRegex(ValueError, words, recorded, value)
 
 
+def deltas_of(chunks: list[Any]) -> list[Any]:
+    """The deltas of all choices."""
+    return [choice["delta"] for chunk in chunks if chunk != "[DONE]" for choice in chunk["choices"]]
+
+
 def text_deltas(api: str, events: list[Any]) -> list[str]:
     if api == "responses":
         return [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
-    return [text for event in events for choice in event["choices"] if (text := choice["delta"].get("content"))]
+    return [text for delta in deltas_of(events) if (text := delta.get("content"))]
 
 
 class HeadersTest(unittest.TestCase):
@@ -2991,8 +3021,8 @@ USER = {"role": "user", "content": "Rain?"}
 BILLING = {"billing": {"payer": "developer"}}  # in JSON alone (wire 3)
 PINNED = [-0.01300005, -0.00414091, 6.126e-05, 0.00043543]  # the vector of "hello" begins so, on every machine
 NAMES = """
-    FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo
-    Text Refusal Reasoning ToolCall CustomToolCall WebSearch Finish Usage  Pause Disconnect Raw StreamError
+    FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo recorded
+    Text Refusal Reasoning ToolCall CustomToolCall WebSearch Item Finish Usage  Pause Disconnect Raw StreamError
     Chunk ChunkChoice Completion CompletionChoice streaming_response non_streaming_response text_chunks tool_call_chunk
 """  # design.md, "Public names"
 
@@ -6844,7 +6874,8 @@ class ReadmeTablesTest(unittest.TestCase):
         for signature, _ in (*table("Parts"), *table("Wire acts")):
             made = ast.parse(signature, mode="eval").body
             assert isinstance(made, ast.Call) and isinstance(made.func, ast.Name)
-            shown[made.func.id] = [*map(ast.unparse, made.args), *(each.arg or "" for each in made.keywords)]
+            named = [each.arg or ast.unparse(each.value) for each in made.keywords]
+            shown[made.func.id] = [*(ast.unparse(each).lstrip("*") for each in made.args), *named]
         public = {name: getattr(openai_fake, name) for name in openai_fake.__all__}
         classes = [each for each in public.values() if isinstance(each, type) and issubclass(each, _Part)]
         self.assertEqual(shown, {each.__name__: [*inspect.signature(each).parameters] for each in classes})
