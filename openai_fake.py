@@ -1330,7 +1330,7 @@ class _Spoken(_Part):
 
     def split(self) -> list[Self]:
         """The fragments that a stream sends: parts of the same kind, word-sized, the first with the name and id."""
-        return self._cut(self._fragments())
+        return list(self._cut(self._fragments()))
 
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
@@ -1340,7 +1340,11 @@ class _Spoken(_Part):
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
-        return self._with([*self._pieces, *fragment._pieces])
+        return self._gather(fragment)._with([*self._pieces, *fragment._pieces])
+
+    def _gather(self, fragment: _Spoken) -> Self:
+        """This part with what a fragment after it has beside its text."""
+        return self
 
     @property
     def _pieces(self) -> list[str]:
@@ -1362,7 +1366,7 @@ class _Spoken(_Part):
         """A fragment that goes on with this part."""
         return self._with([text])
 
-    def _cut(self, texts: Sequence[str]) -> list[Self]:
+    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
         """This part as fragments with these texts."""
         return [self._with(texts[:1]), *map(self._more, texts[1:])] if texts else [self]
 
@@ -1534,18 +1538,17 @@ class Text(_MessagePart):
                 at = end
         return [*texts, *_tokens(self.text[at:])] or ("",)
 
-    def _cut(self, texts: Sequence[str]) -> list[Text]:
+    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
         if self.logprobs is None or len(self.logprobs) != len(texts):
             return [self._with(texts[:1]), *map(self._more, texts[1:])]
         pairs = zip(texts, self.logprobs, strict=True)
-        first, *others = (Text(text, choice=self.choice, logprobs=[entry]) for text, entry in pairs)
+        first, *others = (type(self)(text, choice=self.choice, logprobs=[entry]) for text, entry in pairs)
         return [replace(first, annotations=self.annotations, phase=self.phase, id=self.id), *others]
 
-    def merge(self, fragment: Text) -> Text:
-        """The part that this one and the fragment after it make together: see _Spoken.merge."""
-        logprobs = None if self.logprobs is None else (*self.logprobs, *(fragment.logprobs or ()))
-        whole = _MessagePart.merge(self, fragment)
-        return replace(whole, annotations=(*self.annotations, *fragment.annotations), logprobs=logprobs)
+    def _gather(self, fragment: _Spoken) -> Self:
+        more = cast(Text, fragment)
+        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
+        return replace(self, annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
 
     def _chat_delta(self, item: _Item, text: str) -> _JSON:
         return {"content": text}
@@ -1951,12 +1954,12 @@ def _put(value: _JSON, path: str, new: Any) -> _JSON:
 
 def _typed_first(key: str, value: Any) -> Any:
     """A value of an item, its keys as the API orders them; `arguments` are the model's own."""
-    return _by_key(_dict(value)) if key != "arguments" and isinstance(value, dict) and "type" in value else value
+    return _by_key(cast(_JSON, value)) if key != "arguments" and "type" in _dict(value) else value
 
 
 def _joined(value: Any) -> str:
     """A text that may be given in the pieces that a stream sends of it."""
-    return "".join(value) if isinstance(value, (list, tuple)) else value
+    return "".join(cast("Sequence[str]", value)) if isinstance(value, (list, tuple)) else value
 
 
 def _steps(kind: str, steps: str, fields: Mapping[str, Any], end: str) -> Iterator[tuple[str, _JSON]]:
@@ -1973,8 +1976,8 @@ def _steps(kind: str, steps: str, fields: Mapping[str, Any], end: str) -> Iterat
         elif sign == "=":
             yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
         else:
-            whole = sign == "<" or not isinstance(value, str)
-            for text in value if isinstance(value, (list, tuple)) else [value] if whole else _tokens(value):
+            given: Sequence[Any] = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else [value]
+            for text in _tokens(value) if sign == "<<" and isinstance(value, str) else given:
                 yield f"response.{name}", {"delta": text}
 
 
@@ -2188,7 +2191,7 @@ class Usage(_Part):
         _check_fields(self, prompt_tokens=(self.prompt_tokens, int), completion_tokens=(self.completion_tokens, int))
         _check_fields(self, cached_tokens=(self.cached_tokens, int), reasoning_tokens=(self.reasoning_tokens, int))
         for side, tokens in self.details.items():
-            if side not in ("prompt", "completion") or not isinstance(tokens, Mapping):
+            if side not in ("prompt", "completion"):
                 raise ValueError(f'Usage has details of "prompt" and "completion", not {side!r}: {tokens!r}')
 
     @property
@@ -2352,7 +2355,7 @@ def _reply(answer: Any) -> Reply:
     kind: str = type(answer).__name__
     if isinstance(answer, Mapping) or hasattr(answer, "model_dump"):
         try:
-            return recorded(answer)
+            return recorded(cast(object, answer))
         except ValueError as error:
             raise TypeError(f"handler returned {kind}, which is no answer: {error}") from None
     if isinstance(answer, Completion):
@@ -3736,7 +3739,7 @@ def _mcp_echo(told: _JSON) -> None:
     if "authorization" in told:
         told["authorization"] = "<redacted>"
     if isinstance(told["headers"], dict):
-        told["headers"] = dict.fromkeys(told["headers"], "<redacted>")
+        told["headers"] = dict.fromkeys(_dict(told["headers"]), "<redacted>")
     if isinstance(told["allowed_tools"], dict):
         told["allowed_tools"] = {"read_only": None, **told["allowed_tools"]}
     if isinstance(asked := told["require_approval"], dict):

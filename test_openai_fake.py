@@ -1028,7 +1028,7 @@ class ResponsesJSONTest(unittest.TestCase):
         self.assertEqual(compact(searched["action"]["sources"]), '[{"type":"url","url":"http://a"}]')
 
     def test_citations_are_where_the_text_names_the_source(self) -> None:
-        """A url_citation spans the URL in the text, or all of `([label](url))`; where there is none, all of the text."""
+        """A url_citation spans the URL in the text, or all of `([label](url))`; where there is none, all of it."""
         (labelled,) = spoken("responses", [WebSearch("q", sources=["http://a"]), "So ([a](http://a))."])["output"][1][
             "content"
         ]
@@ -1484,6 +1484,8 @@ FOUND = {"attributes": {}, "file_id": "f", "filename": "n", "score": 0.5, "text"
 EXITED = {"outcome": {"type": "exit", "exit_code": 0}, "stderr": "", "stdout": "hi\n"}
 IMAGE = {"background": "opaque", "output_format": "png", "quality": "low", "size": "1024x1024"}
 
+PARTIAL = "background item_id output_format partial_image_b64 partial_image_index quality size"
+
 # Each type of item: the part, the keys of the whole item, what `added` has in place of its own, and its own events with
 # their keys, as recorded. `*` is an event that comes again and again.
 ITEMS: dict[str, tuple[Item, str, dict[str, Any], list[str]]] = {
@@ -1528,7 +1530,7 @@ ITEMS: dict[str, tuple[Item, str, dict[str, Any], list[str]]] = {
         [
             "image_generation_call.in_progress item_id",
             "image_generation_call.generating item_id",
-            "image_generation_call.partial_image background item_id output_format partial_image_b64 partial_image_index quality size",
+            f"image_generation_call.partial_image {PARTIAL}",
             "image_generation_call.completed item_id",
         ],
     ),
