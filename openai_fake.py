@@ -151,6 +151,7 @@ _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
+_AT_ONCE = 0.1  # seconds in which a handler answers at once, before a background response is told to be queued
 
 _JSON: TypeAlias = "dict[str, Any]"
 
@@ -3786,6 +3787,10 @@ def _tools_echo(body: _JSON, late: bool) -> list[_JSON]:
         for tool in _list(item.get("tools"))
     }
     told = [_tool_echo(tool) for tool in _list(body.get("tools"))]
+    for tool in told:
+        if tool["type"] == "namespace":  # what was found in it stands beside it
+            inner = [each for each in tool["tools"] if each.get("defer_loading") and each.get("name") in found]
+            tool["tools"] += [tool for each in inner for tool in _own_namespace(each)["tools"]]
     added = [
         _tool_echo(tool)
         for item in items
@@ -3823,6 +3828,7 @@ def _prompt_echo(value: _JSON) -> _JSON:
     return {"id": value.get("id"), "variables": variables, "version": value.get("version")}
 
 
+_WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
 # What a response tells only when it is over; `extra` changes the others from the beginning.
 _FINAL = {"billing", "completed_at", "error", "incomplete_details", "moderation", "service_tier", "tool_usage", "usage"}
 
@@ -3991,7 +3997,19 @@ class _ResponsesEncoder(_Encoder):
 
     def output(self) -> list[_JSON]:
         """The items, as they stand."""
-        return [item.part._item(item, self, True) for item in self.items]
+        return [self.item(item, True) for item in self.items]
+
+    def item(self, item: _Item, whole: bool) -> _JSON:
+        """An item: whole, or as it is added."""
+        told = item.part._item(item, self, whole)
+        metadata = self.asked.get("client_metadata")
+        if isinstance(metadata, dict) and told["type"] in _WITH_METADATA:  # Codex sends it, and gets it so (R 19)
+            turn = {"turn_id": _dict(metadata).get("turn_id") or _uuid4(_Ids(random.Random(self.id).getrandbits))}
+            told["internal_chat_message_metadata_passthrough"] = turn
+            first = [key for key in ("id", "type", "status") if key in told]
+            others = sorted(key for key in told if key not in first)
+            told = {**{key: told[key] for key in (*first, *others)}, "metadata": turn}
+        return told
 
     def _usage(self) -> _JSON:
         usage = self.tally()
@@ -4035,8 +4053,8 @@ class _ResponsesEncoder(_Encoder):
         if ended is not None:
             events += self._close(ended)
         if new:
-            added = item.part._item(item, self, False)
-            events.append(self._event("response.output_item.added", {"item": added, "output_index": item.position}))
+            added = {"item": self.item(item, False), "output_index": item.position}
+            events.append(self._event("response.output_item.added", added))
         for at, text in enumerate(texts):
             if isinstance(text, _Next):  # the sections of a Reasoning, one after another
                 return [*events, *self._grow(item, part, texts[:at]), *self._next_section(item, part, texts[at:])]
@@ -4120,8 +4138,8 @@ class _ResponsesEncoder(_Encoder):
     def _close(self, item: _Item) -> list[_Event]:
         events = self._annotations(item, math.inf)
         events += self._placed(item, item.part._closing(item))
-        done = item.part._item(item, self, True)
-        events.append(self._event("response.output_item.done", {"item": done, "output_index": item.position}))
+        done = {"item": self.item(item, True), "output_index": item.position}
+        events.append(self._event("response.output_item.done", done))
         return events
 
     def end(self) -> list[_Event]:
@@ -4578,25 +4596,45 @@ class _Delivery:
             self.waiter.end()
 
     def in_background(self) -> _JSON | _Replay:
-        """Answers at once that the response is queued, and makes it on a thread of its own."""
+        """Answers at once that the response is queued, and makes it on a thread of its own.
+
+        A handler that answers at once too says the id, the model and the time, as for any other answer.
+        """
         server = self.fake._running()
         self.waiter = _Waiter(server, None, True)
         log = _Log(self.waiter)
-        self._begin(Reply(), log)
-        self.sink = _LogSink(self.encoder, log)
-        self.sink.write(self.encoder.begin())
-        queued = cast(_ResponsesEncoder, self.encoder).response("queued")
-        server.run(lambda: self._work(log))
-        return _Replay(log, 0) if self.streamed else queued
+        asked: queue.SimpleQueue[Reply | BaseException] = queue.SimpleQueue()
+        begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def _work(self, log: _Log) -> None:
+        def work() -> None:
+            try:
+                try:
+                    answer: Reply | BaseException = self._ask()
+                except BaseException as error:
+                    answer = error
+                asked.put(answer)
+                if begun.get():
+                    self._carry(answer)
+            except _Gone:
+                pass
+            finally:
+                log.end()
+                self.waiter.end()
+
+        server.run(work)
+        reply: Reply | BaseException = Reply()
+        with suppress(queue.Empty):
+            reply = asked.get(timeout=_AT_ONCE)
         try:
-            self._carry(None)
-        except _Gone:
-            pass
-        finally:
-            log.end()
-            self.waiter.end()
+            self._begin(reply if isinstance(reply, Reply) else Reply(), log)
+            self.sink = _LogSink(self.encoder, log)
+            self.sink.write(self.encoder.begin())
+            queued = cast(_ResponsesEncoder, self.encoder).response("queued")
+        except BaseException:
+            begun.put(False)
+            raise
+        begun.put(True)
+        return _Replay(log, 0) if self.streamed else queued
 
     def _ask(self) -> Reply:
         """What the handler answers. Raises what it raises, and ValueError or TypeError for no fitting answer."""
@@ -4619,10 +4657,12 @@ class _Delivery:
         if self.store is not None:
             self.store(self.encoder, log)
 
-    def _carry(self, reply: Reply | None) -> None:
+    def _carry(self, reply: Reply | BaseException) -> None:
         """Says all parts. An error that comes too late for a status is told in the stream."""
         try:
-            self._say_all(self._ask() if reply is None else reply)
+            if isinstance(reply, BaseException):
+                raise reply
+            self._say_all(reply)
         except BaseException as error:
             self.encoder.abandon()
             if isinstance(error, _Gone) or not self.sink.begun:

@@ -1903,6 +1903,123 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual((kinds[-1], "error" in kinds), ("response.failed", False))
 
 
+class EchoTest(unittest.TestCase):
+    """What a response tells again of its request, where it is not just the same."""
+
+    def test_tools(self) -> None:
+        """The API's defaults, redactions and omissions, by type."""
+        nowhere = {"type": "approximate", "city": None, "country": "US", "region": None, "timezone": None}
+        schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {}}}}
+        strict = {"type": "object", "properties": {"a": {**schema["properties"]["a"], "additionalProperties": False,
+                  "required": []}}, "additionalProperties": False, "required": ["a"]}  # fmt: skip
+        function = {"type": "function", "description": None, "name": "f", "output_schema": None}
+        listed = {"always": {"tool_names": ["a"]}}
+        rows: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            ({"type": "function", "name": "f", "parameters": schema, "description": ""},
+             {**function, "parameters": strict, "strict": True}),
+            ({"type": "function", "name": "f", "parameters": schema, "strict": None},
+             {**function, "parameters": schema, "strict": False}),
+            ({"type": "custom", "name": "c"},
+             {"type": "custom", "description": None, "format": {"type": "text"}, "name": "c"}),
+            ({"type": "web_search", "external_web_access": True},
+             {"type": "web_search", "return_token_budget": "default", "search_content_types": ["text"],
+              "search_context_size": "medium", "user_location": nowhere}),
+            ({"type": "web_search_preview"},
+             {"type": "web_search_preview", "search_context_size": "medium", "user_location": nowhere}),
+            ({"type": "image_generation", "partial_images": 2, "size": "1024x1024"},
+             {"type": "image_generation", "background": "auto", "model": "gpt-image-1", "moderation": "auto", "n": 1,
+              "output_compression": 100, "output_format": "png", "quality": "auto", "size": "1024x1024"}),
+            ({"type": "mcp", "server_label": "s", "server_url": "u", "authorization": "secret", "headers": {"a": "b"},
+              "allowed_tools": {"tool_names": ["a"]}, "require_approval": listed},
+             {"type": "mcp", "allowed_tools": {"read_only": None, "tool_names": ["a"]}, "authorization": "<redacted>",
+              "headers": {"a": "<redacted>"},
+              "require_approval": {"always": {"read_only": None, "tool_names": ["a"]}, "never": None},
+              "server_description": None, "server_label": "s", "server_url": "u"}),
+            ({"type": "code_interpreter", "container": {"type": "auto"}},
+             {"type": "code_interpreter", "container": {"type": "auto"}}),
+        )  # fmt: skip
+        for asked, told in rows:
+            with self.subTest(name=asked["type"]):
+                self.assertEqual(compact(spoken("responses", "Hi", tools=[asked])["tools"]), compact([told]))
+
+    def test_the_order_of_tools(self) -> None:
+        """programmatic_tool_calling, functions, hosted tools, custom ones, tool_search, namespaces."""
+        asked = ("namespace", "tool_search", "custom", "web_search", "function", "programmatic_tool_calling")
+        tools = [{"type": kind, "name": "n", "tools": []} for kind in asked]
+        told = spoken("responses", "Hi", tools=tools)["tools"]
+        self.assertEqual([tool["type"] for tool in told], list(reversed(asked)))
+
+    def test_deferred_functions(self) -> None:
+        """One that a tool search in the input has found is a namespace of its own; additional_tools are told too."""
+        function = {"type": "function", "name": "f", "description": "d", "strict": True, "parameters": {}}
+        deferred = {**function, "defer_loading": True}
+        inside = {"type": "namespace", "name": "n", "description": "d", "tools": [deferred]}
+        found = {"type": "tool_search_output", "call_id": None, "execution": "server", "tools": [function]}
+        more = {"type": "additional_tools", "role": "developer", "tools": [function]}
+        user = {"role": "user", "content": "Hi"}
+        rows: tuple[tuple[str, list[Any], list[Any], str, list[str]], ...] = (
+            ("plain", [deferred], [user], "gpt-5.4", ["function f"]),
+            ("found", [deferred], [found, user], "gpt-5.4", ["namespace f[f]"]),
+            ("found in a namespace", [inside], [found, user], "gpt-5.4", ["namespace n[f f]"]),
+            ("added", [], [more, user], "gpt-5.4", ["namespace f[f]"]),
+            ("added, late models", [], [more, user], "gpt-5.6", ["function f"]),
+        )
+        for name, tools, items, model, want in rows:
+            with self.subTest(name=name), FakeOpenAI(always("Hi"), validate=False) as server:
+                told = call(server, {"model": model, "input": items, "tools": tools}).json["tools"]
+                lines = [f"{each['type']} {each['name']}" for each in told]
+                inner = [" ".join(tool["name"] for tool in each.get("tools", ())) for each in told]
+                self.assertEqual(
+                    [f"{line}[{names}]" if names else line for line, names in zip(lines, inner, strict=True)], want
+                )
+
+    def test_other_keys(self) -> None:
+        """reasoning, text.format, prompt, service tiers, tool_choice, access_programs."""
+        form = {"type": "json_schema", "name": "n", "schema": {"$schema": "x", "type": "object"}}
+        rows: tuple[tuple[str, dict[str, Any], str, Any], ...] = (
+            ("pro", {"reasoning": {"mode": "pro", "context": "auto"}}, "reasoning",
+             {"context": "current_turn", "effort": "medium", "mode": "pro", "summary": None}),
+            ("schema", {"text": {"format": form}}, "text",
+             {"format": {"type": "json_schema", "description": None, "name": "n", "schema": {"type": "object"}, "strict": True},
+              "verbosity": "medium"}),
+            ("prompt", {"prompt": {"id": "p", "variables": {"a": "b"}}}, "prompt",
+             {"id": "p", "variables": {"a": {"type": "input_text", "text": "b"}}, "version": None}),
+            ("fast", {"service_tier": "fast"}, "service_tier", "priority"),
+            ("tool_choice", {"tool_choice": {"name": "f", "type": "function"}}, "tool_choice", {"type": "function", "name": "f"}),
+            ("access_programs", {"model": "gpt-6-astra"}, "access_programs", {"cyber": "standard"}),
+        )  # fmt: skip
+        for name, asked, key, told in rows:
+            with self.subTest(name=name):
+                self.assertEqual(compact(spoken("responses", "Hi", **{"model": "gpt-5", **asked})[key]), compact(told))
+        created, *_, last = streamed("responses", "Hi", service_tier="fast")
+        self.assertEqual([created["response"]["service_tier"], last["response"]["service_tier"]], ["priority"] * 2)
+        failed = streamed("responses", [StreamError("no")])[-1]
+        self.assertEqual(failed["response"]["service_tier"], "auto")
+
+    def test_items_of_a_request_with_client_metadata(self) -> None:
+        """As Codex sends it: they tell the turn, metadata last."""
+        metadata = {"client_metadata": {"turn_id": "t"}}
+        (item,) = spoken("responses", [ToolCall("f")], **metadata)["output"]
+        keys = "id type status arguments call_id internal_chat_message_metadata_passthrough name metadata"
+        self.assertEqual(" ".join(item), keys)
+        self.assertEqual(item["metadata"], {"turn_id": "t"})
+
+    def test_a_background_response_has_the_envelope_of_its_reply(self) -> None:
+        """id, model and time, where the handler answers at once; one that takes its time does not hold up the client."""
+        reply = Reply("Hi", id="resp_x", model="m", created=5)
+        queued = spoken("responses", reply, background=True)
+        self.assertEqual([queued[key] for key in ("id", "model", "created_at", "status")], ["resp_x", "m", 5, "queued"])
+        released = threading.Event()
+
+        def slow(request: Request) -> str:
+            released.wait(WAIT)
+            return "Hi"
+
+        with FakeOpenAI(slow) as server:
+            self.assertEqual(call(server, responses(background=True)).json["status"], "queued")
+            released.set()
+
+
 class RecordedTest(unittest.TestCase):
     """What the fake sends, read back, is said again the same."""
 
