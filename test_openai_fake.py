@@ -1909,7 +1909,7 @@ class EchoTest(unittest.TestCase):
     def test_tools(self) -> None:
         """The API's defaults, redactions and omissions, by type."""
         nowhere = {"type": "approximate", "city": None, "country": "US", "region": None, "timezone": None}
-        schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {}}}}
+        schema: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "object", "properties": {}}}}
         strict = {"type": "object", "properties": {"a": {**schema["properties"]["a"], "additionalProperties": False,
                   "required": []}}, "additionalProperties": False, "required": ["a"]}  # fmt: skip
         function = {"type": "function", "description": None, "name": "f", "output_schema": None}
@@ -1980,17 +1980,20 @@ class EchoTest(unittest.TestCase):
             ("pro", {"reasoning": {"mode": "pro", "context": "auto"}}, "reasoning",
              {"context": "current_turn", "effort": "medium", "mode": "pro", "summary": None}),
             ("schema", {"text": {"format": form}}, "text",
-             {"format": {"type": "json_schema", "description": None, "name": "n", "schema": {"type": "object"}, "strict": True},
+             {"format": {"type": "json_schema", "description": None, "name": "n", "schema": {"type": "object"},
+                         "strict": True},
               "verbosity": "medium"}),
             ("prompt", {"prompt": {"id": "p", "variables": {"a": "b"}}}, "prompt",
              {"id": "p", "variables": {"a": {"type": "input_text", "text": "b"}}, "version": None}),
             ("fast", {"service_tier": "fast"}, "service_tier", "priority"),
-            ("tool_choice", {"tool_choice": {"name": "f", "type": "function"}}, "tool_choice", {"type": "function", "name": "f"}),
+            ("tool_choice", {"tool_choice": {"name": "f", "type": "function"}}, "tool_choice",
+             {"type": "function", "name": "f"}),
             ("access_programs", {"model": "gpt-6-astra"}, "access_programs", {"cyber": "standard"}),
         )  # fmt: skip
         for name, asked, key, told in rows:
-            with self.subTest(name=name):
-                self.assertEqual(compact(spoken("responses", "Hi", **{"model": "gpt-5", **asked})[key]), compact(told))
+            with self.subTest(name=name), FakeOpenAI(always("Hi")) as server:
+                body = call(server, {"model": "gpt-5", "input": "Hi", **asked}).json
+                self.assertEqual(compact(body[key]), compact(told))
         created, *_, last = streamed("responses", "Hi", service_tier="fast")
         self.assertEqual([created["response"]["service_tier"], last["response"]["service_tier"]], ["priority"] * 2)
         failed = streamed("responses", [StreamError("no")])[-1]
@@ -2005,7 +2008,7 @@ class EchoTest(unittest.TestCase):
         self.assertEqual(item["metadata"], {"turn_id": "t"})
 
     def test_a_background_response_has_the_envelope_of_its_reply(self) -> None:
-        """id, model and time, where the handler answers at once; one that takes its time does not hold up the client."""
+        """id, model and time, where the handler answers at once; a slow one does not hold up the client."""
         reply = Reply("Hi", id="resp_x", model="m", created=5)
         queued = spoken("responses", reply, background=True)
         self.assertEqual([queued[key] for key in ("id", "model", "created_at", "status")], ["resp_x", "m", 5, "queued"])
