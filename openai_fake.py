@@ -1873,68 +1873,46 @@ class _ItemType(NamedTuple):
 
 # In the steps of an item, `a` is the event response.TYPE.a; `b.delta < key` tells the key's text in one piece, and
 # `b.delta << key` in many; `b.done = key` tells it whole. {end} is "failed" for an item that has failed.
+# fmt: off
+_CALLED: _JSON = {"call_id": _CALL_ID}
+_STAGES = "in_progress, searching, completed"
 _ITEM_TYPES: dict[str, _ItemType] = {
     "apply_patch_call": _ItemType(
-        "apc_",
-        {"call_id": _CALL_ID},
-        {"operation.diff": ""},
+        "apc_", _CALLED, {"operation.diff": ""},
         "apply_patch_call_operation_diff.delta << operation.diff, "
-        "apply_patch_call_operation_diff.done = operation.diff",
-    ),
-    "apply_patch_call_output": _ItemType("apco_", {"call_id": _CALL_ID}),
+        "apply_patch_call_operation_diff.done = operation.diff"),
+    "apply_patch_call_output": _ItemType("apco_", _CALLED),
     "code_interpreter_call": _ItemType(
-        "ci_",
-        {"code": "", "container_id": _Made("cntr_", 48, hex=True), "outputs": []},
-        {"code": "", "outputs": []},
-        "in_progress, code_interpreter_call_code.delta << code, code_interpreter_call_code.done = code, "
-        "interpreting, completed",
-        asked=("outputs", "code_interpreter_call.outputs"),
-    ),
+        "ci_", {"code": "", "container_id": _Made("cntr_", 48, hex=True), "outputs": []}, {"code": "", "outputs": []},
+        "in_progress, code_interpreter_call_code.delta << code, code_interpreter_call_code.done = code, interpreting, "
+        "completed", asked=("outputs", "code_interpreter_call.outputs")),
     "compaction": _ItemType("cmp_", {"encrypted_content": _SECRET}, status=None),
-    "computer_call": _ItemType("cu_", {"call_id": _CALL_ID, "pending_safety_checks": []}),
-    "file_search_call": _ItemType(
-        "fs_",
-        {"queries": [], "results": []},
-        {"queries": [], "results": None},
-        "in_progress, searching, completed",
-        asked=("results", "file_search_call.results"),
-    ),
+    "computer_call": _ItemType("cu_", {**_CALLED, "pending_safety_checks": []}),
+    "file_search_call": _ItemType("fs_", {"queries": [], "results": []}, {"queries": [], "results": None}, _STAGES,
+                                  asked=("results", "file_search_call.results")),
     "image_generation_call": _ItemType(
-        "ig_", {}, None, "in_progress, generating, partial_image * partial_images, completed"
-    ),
-    "local_shell_call": _ItemType("lsh_", {"call_id": _CALL_ID}, {"action.command": []}),
+        "ig_", {}, None, "in_progress, generating, partial_image * partial_images, completed"),
+    "local_shell_call": _ItemType("lsh_", _CALLED, {"action.command": []}),
     "mcp_approval_request": _ItemType("mcpr_", status=None),
     "mcp_call": _ItemType(
-        "mcp_",
-        {"approval_request_id": None, "arguments": "", "error": None, "output": None},
+        "mcp_", {"approval_request_id": None, "arguments": "", "error": None, "output": None},
         {"arguments": "", "error": None, "output": None},
-        "in_progress, mcp_call_arguments.delta < arguments, mcp_call_arguments.done = arguments, {end}",
-    ),
+        "in_progress, mcp_call_arguments.delta < arguments, mcp_call_arguments.done = arguments, {end}"),
     "mcp_list_tools": _ItemType("mcpl_", {"tools": []}, {"tools": []}, "in_progress, {end}", status=None),
-    "program": _ItemType("cm_", {"call_id": _CALL_ID, "fingerprint": _SECRET}, {"code": ""}, status=None),
-    "program_output": _ItemType("cmo_", {"call_id": _CALL_ID}, {"result": "", "status": "completed"}),
+    "program": _ItemType("cm_", {**_CALLED, "fingerprint": _SECRET}, {"code": ""}, status=None),
+    "program_output": _ItemType("cmo_", _CALLED, {"result": "", "status": "completed"}),
     "shell_call": _ItemType(
-        "sh_",
-        {"call_id": _CALL_ID},
-        {"action": {"commands": [], "max_output_length": None, "timeout_ms": None}},
-        "shell_call_command * action.commands",
-    ),
+        "sh_", _CALLED, {"action": {"commands": [], "max_output_length": None, "timeout_ms": None}},
+        "shell_call_command * action.commands"),
     "shell_call_output": _ItemType(
-        "sho_",
-        {"call_id": _CALL_ID, "max_output_length": None, "output": []},
-        {"output": [], "status": "completed"},
-        "shell_call_output_content * output",
-    ),
+        "sho_", {**_CALLED, "max_output_length": None, "output": []}, {"output": [], "status": "completed"},
+        "shell_call_output_content * output"),
     "tool_search_call": _ItemType("tsc_", {"call_id": None, "execution": "server"}, {"arguments": {}}),
     "tool_search_output": _ItemType("tso_", {"call_id": None, "execution": "server"}),
-    "web_search_call": _ItemType(
-        "ws_",
-        {},
-        {"action": {"type": "search"}},
-        "in_progress, searching, completed",
-        asked=("action.sources", "web_search_call.action.sources"),
-    ),
+    "web_search_call": _ItemType("ws_", {}, {"action": {"type": "search"}}, _STAGES,
+                                 asked=("action.sources", "web_search_call.action.sources")),
 }
+# fmt: on
 _ANY_ITEM = _ItemType("item_")
 
 
@@ -2692,103 +2670,77 @@ def _recorded_usage(usage: Any, names: Sequence[str]) -> list[_Part]:
     ]
 
 
-_CHAT_ENVELOPE = "id object created model choices usage service_tier system_fingerprint moderation obfuscation"
-
-
-def _chat_reply(body: _JSON, parts: Sequence[_Part]) -> Reply:
-    kept = ("service_tier", "system_fingerprint", "moderation")
-    extra = {key: value for key, value in body.items() if key in kept}
-    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=body.get("created"), extra=extra)
-
-
-def _logprobs_of(choice: _JSON, kind: str) -> Sequence[_JSON] | None:
-    return _dict(choice.get("logprobs")).get(kind) or None
+_CHAT_KEYS = "id object created model choices usage service_tier system_fingerprint moderation obfuscation"
+_MESSAGE_KEYS = "role content refusal annotations audio tool_calls function_call"
 
 
 def _recorded_chat(body: _JSON) -> Reply:
-    _only(body, _CHAT_ENVELOPE, "the completion")
-    parts: list[_Part] = []
-    for at, each in enumerate(_list(body.get("choices"))):
-        path = f"choices[{at}]"
-        choice = _only(each, "index message logprobs finish_reason", path)
-        message = _only(
-            choice.get("message"),
-            "role content refusal annotations audio tool_calls function_call",
-            f"{path}.message",
-        )
-        index = choice.get("index", at)
-        calls = _list(message.get("tool_calls")) + [
-            {"function": call} for call in [message.get("function_call")] if call
-        ]
-        content, refusal = message.get("content"), message.get("refusal")
-        if content is not None:
-            notes, logprobs = message.get("annotations") or (), _logprobs_of(choice, "content")
-            parts.append(Text(content, choice=index, annotations=notes, logprobs=logprobs))
-        if refusal is not None:
-            parts.append(Refusal(refusal, choice=index, logprobs=_logprobs_of(choice, "refusal")))
-        if message.get("audio"):
-            parts.append(Item("audio", **message["audio"]))
-        for number, call in enumerate(calls):
-            made = _chat_call(call)
-            if made is None:
-                raise ValueError(f"{path}.message.tool_calls[{number}] is no call: {_short(repr(call))}")
-            parts.append(replace(made, id=made.id or None, choice=index))
-        if choice.get("finish_reason"):
-            parts.append(Finish(choice["finish_reason"], choice=index))
-    return _chat_reply(body, [*parts, *_recorded_usage(body.get("usage"), ("prompt", "completion"))])
+    """Reads a completion: a stream of one chunk, whose deltas are the messages."""
+    choices: list[Any] = []
+    for choice in map(_dict, _list(body.get("choices"))):
+        said = {key: value for key, value in _dict(choice.get("message")).items() if key != "role"}
+        choices.append({**{key: value for key, value in choice.items() if key != "message"}, "delta": said})
+    reply = _recorded_chunks([{**body, "choices": choices}], "message")
+    reply._fragments = False
+    return reply
 
 
-def _recorded_chunks(chunks: list[_JSON]) -> Reply:
+def _recorded_chunks(chunks: list[_JSON], holder: str = "delta") -> Reply:
     envelope: _JSON = {}
     parts: list[_Part] = []
     audio: _JSON = {}
     for at, chunk in enumerate(chunks):
-        path = f"chunk {at}"
+        path = f"chunk {at}" if holder == "delta" else "the completion"
         if "error" in chunk:
             parts.append(_recorded_error(chunk["error"], True))
             continue
-        envelope = {
-            **_only(chunk, _CHAT_ENVELOPE, path),
-            **{key: envelope[key] for key in envelope if key != "moderation"},
-        }
-        for each in _list(chunk.get("choices")):
-            choice = _only(each, "index delta logprobs finish_reason", f"{path}.choices")
-            parts += _recorded_delta(choice, parts, audio, f"{path}.choices")
+        envelope = {**_only(chunk, _CHAT_KEYS, path), **envelope}
+        envelope["moderation"] = chunk.get("moderation", envelope.get("moderation"))
+        for number, each in enumerate(_list(chunk.get("choices"))):
+            where = f"{path}.choices[{number}]"
+            choice = _only(each, "index delta logprobs finish_reason", where)
+            _only(choice.get("delta", {}), _MESSAGE_KEYS, f"{where}.{holder}")
+            _read_delta(choice, parts, audio, f"{where}.{holder}")
         parts += _recorded_usage(chunk.get("usage"), ("prompt", "completion"))
     if audio:
         parts.insert(0, Item("audio", **audio))
-    reply = _chat_reply(envelope, parts)
+    kept = ("service_tier", "system_fingerprint", "moderation")
+    extra = {
+        key: value for key, value in envelope.items() if key in kept and (value is not None or key != "moderation")
+    }
+    id, model, created = envelope.get("id"), envelope.get("model"), envelope.get("created")
+    reply = Reply(*parts, id=id, model=model, created=created, extra=extra)
     reply._fragments = True
     return reply
 
 
-def _recorded_delta(choice: _JSON, before: list[_Part], audio: _JSON, path: str) -> list[_Part]:
-    known = "role content refusal annotations audio tool_calls function_call"
-    delta = _only(choice.get("delta", {}), known, f"{path}.delta")
-    index = choice.get("index", 0)
-    parts: list[_Part] = []
+def _read_delta(choice: _JSON, parts: list[_Part], audio: _JSON, path: str) -> None:
+    """Adds to the parts what a delta, or a message, says."""
+    delta, index = _dict(choice.get("delta")), choice.get("index", 0)
     for key, say in (("content", Text), ("refusal", Refusal)):
         text = delta.get(key)
         if text or (text is not None and "role" not in delta):  # else it opens the choice, and says nothing yet
-            parts.append(say(text, choice=index, logprobs=_logprobs_of(choice, key)))
+            logprobs = _dict(choice.get("logprobs")).get(key) or None
+            parts.append(say(text, choice=index, logprobs=logprobs))
+    if delta.get("annotations"):
+        last = max((at for at, part in enumerate(parts) if isinstance(part, Text)), default=-1)
+        if last < 0:
+            raise ValueError(f"{path}.annotations come before any text")
+        parts[last] = replace(cast(Text, parts[last]), annotations=delta["annotations"])
     for key, value in _dict(delta.get("audio")).items():
         audio[key] = audio[key] + value if key in ("data", "transcript") and key in audio else value
-    for call in [
-        *_list(delta.get("tool_calls")),
-        *([{"function": delta["function_call"]}] if delta.get("function_call") else []),
-    ]:
-        kind, key = ("custom", "input") if "custom" in call else ("function", "arguments")
-        about = _dict(call.get(kind))
-        make = CustomToolCall if kind == "custom" else ToolCall
-        parts.append(make(about.get("name") or "", about.get(key) or "", id=call.get("id"), choice=index))
-    if delta.get("annotations"):
-        last = max((at for at, part in enumerate(before) if isinstance(part, Text)), default=-1)
-        if last < 0:
-            raise ValueError(f"{path}.delta.annotations come before any text")
-        before[last] = replace(cast(Text, before[last]), annotations=delta["annotations"])
+    calls = _list(delta.get("tool_calls"))
+    for call in [*calls, {"function": delta["function_call"]}] if delta.get("function_call") else calls:
+        kind, key, make = (
+            ("custom", "input", CustomToolCall) if "custom" in call else ("function", "arguments", ToolCall)
+        )
+        about = call.get(kind)
+        if not isinstance(about, dict):
+            raise ValueError(f"{path}.tool_calls has what is no call: {_short(repr(call))}")
+        name, text = _dict(about).get("name") or "", _dict(about).get(key) or ""
+        parts.append(make(name, text, id=call.get("id"), choice=index))
     if choice.get("finish_reason"):
         parts.append(Finish(choice["finish_reason"], choice=index))
-    return parts
 
 
 def _recorded_error(error: Any, event: bool) -> StreamError:
@@ -2814,13 +2766,13 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
 
 
 # Keys of a response that come from its request, or from what is said. All others are told as they were.
-_ECHOED = frozenset((
-    "id", "object", "created_at", "status", "background", "billing", "completed_at", "conversation", "error",
-    "frequency_penalty", "incomplete_details", "instructions", "max_output_tokens", "max_tool_calls", "metadata",
-    "model", "output", "output_text", "parallel_tool_calls", "presence_penalty", "previous_response_id", "prompt",
-    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning", "safety_identifier",
-    "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p", "truncation", "usage", "user",
-))  # fmt: skip
+_ECHO = """
+    id object created_at status background billing completed_at conversation error frequency_penalty incomplete_details
+    instructions max_output_tokens max_tool_calls metadata model output output_text parallel_tool_calls presence_penalty
+    previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning safety_identifier
+    temperature text tool_choice tools top_logprobs top_p truncation usage user
+"""
+_ECHOED = frozenset(_ECHO.split())
 
 
 def _recorded_response(body: _JSON) -> Reply:
@@ -3025,46 +2977,18 @@ class _Model(NamedTuple):
 
 
 # The dated model that an alias stands for; a name with a dash at its end is the alias's with that added (R).
-_SNAPSHOTS = {
-    alias: alias + name if name.startswith("-") else name
-    for alias, name in (
-        line.split()
-        for line in """
-gpt-3.5-turbo -0125
-gpt-4 -0613
-gpt-4-turbo-preview gpt-4-0125-preview
-gpt-4-vision-preview gpt-4-1106-vision-preview
-gpt-4.1 -2025-04-14
-gpt-4.1-mini -2025-04-14
-gpt-4.1-nano -2025-04-14
-gpt-4.5-preview -2025-02-27
-gpt-4o -2024-08-06
-gpt-4o-audio-preview -2025-06-03
-gpt-4o-mini -2024-07-18
-gpt-4o-mini-audio-preview -2024-12-17
-gpt-4o-mini-search-preview -2025-03-11
-gpt-4o-search-preview -2025-03-11
-gpt-5 -2025-08-07
-gpt-5-mini -2025-08-07
-gpt-5-nano -2025-08-07
-gpt-5-pro -2025-10-06
-gpt-5.1 -2025-11-13
-gpt-5.2 -2025-12-11
-gpt-5.4 -2026-03-05
-gpt-5.4-mini -2026-03-17
-gpt-5.4-nano -2026-03-17
-gpt-5.5 -2026-04-23
-gpt-5.6 -sol
-gpt-audio -2025-08-28
-gpt-audio-mini -2025-12-15
-computer-use-preview -2025-03-11
-o1-mini -2024-09-12
-o3 -2025-04-16
-o3-mini -2025-01-31
-o4-mini -2025-04-16
-""".strip().splitlines()
-    )
-}
+_ALIASES = """
+        gpt-3.5-turbo -0125; gpt-4 -0613; gpt-4-turbo-preview gpt-4-0125-preview; gpt-4.5-preview -2025-02-27;
+        gpt-4-vision-preview gpt-4-1106-vision-preview; gpt-4.1 -2025-04-14; gpt-4.1-mini -2025-04-14;
+        gpt-4.1-nano -2025-04-14; gpt-4o -2024-08-06; gpt-4o-audio-preview -2025-06-03; gpt-4o-mini -2024-07-18;
+        gpt-4o-mini-audio-preview -2024-12-17; gpt-4o-mini-search-preview -2025-03-11;
+        gpt-4o-search-preview -2025-03-11; gpt-5 -2025-08-07; gpt-5-mini -2025-08-07; gpt-5-nano -2025-08-07;
+        gpt-5-pro -2025-10-06; gpt-5.1 -2025-11-13; gpt-5.2 -2025-12-11; gpt-5.4 -2026-03-05; gpt-5.4-mini -2026-03-17;
+        gpt-5.4-nano -2026-03-17; gpt-5.5 -2026-04-23; gpt-5.6 -sol; gpt-audio -2025-08-28; gpt-audio-mini -2025-12-15;
+        computer-use-preview -2025-03-11; o1-mini -2024-09-12; o3 -2025-04-16; o3-mini -2025-01-31; o4-mini -2025-04-16
+"""
+_PAIRS = (pair.split() for pair in _ALIASES.split(";"))
+_SNAPSHOTS = {alias: alias + name if name.startswith("-") else name for alias, name in _PAIRS}
 
 _CLASSIC: dict[str, Any] = {"logprobs": True, "forced_stop": True, "effort": None, "context": None}
 _OMNI: dict[str, Any] = {**_CLASSIC, "fingerprint": "fp_"}
