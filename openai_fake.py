@@ -2615,8 +2615,9 @@ def recorded(data: object) -> Reply:
         if read is None:
             raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
         return read(_dict(value))
-    except ValueError as error:
-        raise ValueError(f"recorded(...) cannot say this again: {error}") from None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        missing = "a key is missing: " if isinstance(error, KeyError) else ""
+        raise ValueError(f"recorded(...) cannot say this again: {missing}{error}") from None
 
 
 def _plain_json(data: Any) -> Any:
@@ -2642,8 +2643,9 @@ def _only(value: Any, known: str, path: str) -> _JSON:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no object: {_short(repr(value))}")
     found = cast(_JSON, value)
+    said = (*known.split(), "parsed", "parsed_arguments")  # these the SDK makes of what came
     for key, each in found.items():
-        if key not in known.split() and each not in (None, [], {}):
+        if key not in said and each not in (None, [], {}):
             raise ValueError(f"{path}.{key} is nothing that an answer is known to say: {_short(repr(each))}")
     return found
 
@@ -2762,7 +2764,8 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
     extra = {key: value for key, value in body.items() if key not in _ECHOED and value is not None}
-    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=body.get("created_at"), extra=extra)
+    created = body.get("created_at")  # of the SDK a float
+    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=created and int(created), extra=extra)
 
 
 # Keys of a response that come from its request, or from what is said. All others are told as they were.
