@@ -146,7 +146,7 @@ _MAX_CHUNK_LINE = 4 << 10  # bytes of a chunk's size with its extensions, or of 
 _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
 _FIRST_BATCH = 24 << 10  # so many at first: a long answer begins at once, a short one goes out in one piece
-_RUN = 32  # deltas that are encoded together, before it is looked whether they fill a batch
+_RUN = 64  # deltas that are encoded together, before it is looked whether they fill a batch
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
@@ -4786,42 +4786,38 @@ def _runs(parts: Sequence[_Part], given: bool, cut: bool) -> Generator[tuple[_Pa
 
     Plain Texts in a row go together: they encode faster so. `given`: all are fragments; not `cut`: nobody sees deltas.
     """
-    fragments = range(len(parts)) if given or not cut else _fragments_of_items(parts)
+    opened: dict[int, _Spoken] = {}  # by choice: the part that opened the item that is being said
     run: Text | None = None
     texts: list[str] = []
     for at, part in enumerate(parts):
-        said: Sequence[str] = ()
+        goes_on, said = False, cast("Sequence[str]", ())
         if isinstance(part, _Spoken):
-            said = part._as_given() if at in fragments else part._fragments()
-        plain = type(part) is Text and not (part.annotations or part.logprobs)
-        if run is not None and plain and cast(Text, part)._continues(run):
+            before = opened.get(part.choice)
+            goes_on = before is not None and part._continues(before)
+            if not goes_on:
+                opened[part.choice] = part
+            fragment = given or not cut or goes_on or _is_continued(part, parts, at + 1)
+            said = part._as_given() if fragment else part._fragments()
+        plain = part if type(part) is Text and not (part.annotations or part.logprobs) else None
+        if run is not None and plain is not None and goes_on and plain.choice == run.choice and len(texts) < _RUN:
             texts += said
             continue
         if run is not None:
             yield run, texts
-            run = None
-        if plain:
-            run, texts = cast(Text, part), [*said]
-        else:
+        run, texts = plain, [*said]
+        if plain is None:
             yield part, said
     if run is not None:
         yield run, texts
 
 
-def _fragments_of_items(parts: Sequence[_Part]) -> set[int]:
-    """The positions of parts that make an item together with another."""
-    fragments: set[int] = set()
-    last: dict[int, tuple[int, _Spoken]] = {}  # by choice: the part before, and the one that opened its item
-    for at, part in enumerate(parts):
-        if not isinstance(part, _Spoken):
-            continue
-        before, opened = last.get(part.choice, (at, part))
-        if before != at and part._continues(opened):
-            fragments |= {before, at}
-            last[part.choice] = at, opened
-        else:
-            last[part.choice] = at, part
-    return fragments
+def _is_continued(part: _Spoken, parts: Sequence[_Part], at: int) -> bool:
+    """Whether the next part of the same choice goes on with a part."""
+    for index in range(at, len(parts)):
+        later = parts[index]
+        if isinstance(later, _Spoken) and later.choice == part.choice:
+            return later._continues(part)
+    return False
 
 
 class _Log:
