@@ -4620,7 +4620,7 @@ class _Delivery:
         known = reply._known()
         if known is not None and (len(known) > 1 or self.encoder.n > 1):
             known = _arranged(known, self.encoder)
-        cut = self.encoder.streams or self.encoder.logprobs
+        cut = self.encoder.streams or self.encoder.logprobs or bool(self.ttft or self.itl)
         parts = self._coming(reply.parts) if known is None else _runs(known, reply._fragments, cut)
         told = False
         try:
