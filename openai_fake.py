@@ -74,6 +74,7 @@ from enum import IntEnum
 from functools import lru_cache
 from http.server import ThreadingHTTPServer
 from importlib import import_module
+from itertools import pairwise
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
@@ -476,10 +477,24 @@ def _too_deep(value: Any) -> bool:
 _OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
 
 
-class Request:
-    """What the client asked, in one view of both APIs.
+def _prompts(value: Any) -> list[Any]:
+    """The prompts of a Completions request, each a string or a list of tokens; 2,048 at most (B)."""
+    prompts = _list(value) if isinstance(value, list) else [value]
+    return [prompts] if prompts and all(type(each) is int for each in prompts) else prompts[:2048]
 
-    `api` is "chat.completions", "responses", or "" for other endpoints. `body` is the JSON, decoded; `raw_body` the
+
+def _form_value(piece: bytes) -> tuple[str, str | tuple[str, bytes]]:
+    """The name of a part of multipart/form-data (RFC 7578), and its text, or its file's name and bytes."""
+    head, _, data = piece.partition(b"\r\n\r\n")
+    found = dict(re.findall(r'\b(name|filename)="([^"]*)"', head.decode("utf-8", "replace")))
+    value = (found["filename"], data) if "filename" in found else data.decode("utf-8", "replace")
+    return found.get("name", ""), value
+
+
+class Request:
+    """What the client asked, in one view of all APIs.
+
+    `api` is "chat.completions", "responses", "completions", or "" for other endpoints. `body` is the JSON, decoded; `raw_body` the
     bytes (after Content-Encoding); `method`, `path`, `query` and `headers` (by name in any case) are the HTTP
     request's. A Request is kept in `server.requests` after its answer.
     """
@@ -493,6 +508,7 @@ class Request:
         "_gone",
         "_messages",
         "_outcome",
+        "_said",
         "_seconds",
         "_status",
         "api",
@@ -523,6 +539,7 @@ class Request:
         self._seconds = 0.0
         self._outcome = ""  # why the answer is not whole
         self._encoder: _Encoder | None = None  # what was said; the last few requests have it
+        self._said: Sequence[_Spoken] = ()  # the same, without what the encoder holds beside it
 
     def _parse(self) -> _JSON:
         """The JSON object in the body. Raises APIError where there is none."""
@@ -570,14 +587,36 @@ class Request:
     def messages(self) -> list[Message]:
         """The conversation as the model sees it.
 
-        For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`.
+        For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`. For
+        Completions: one user message for each prompt.
         """
         messages = self._messages
         if messages is None:
-            responses = self.api == "responses"
-            messages = _items_messages(self._items) if responses else _chat_messages(self.body.get("messages"))
+            if self.api == "responses":
+                messages = _items_messages(self._items)
+            elif self.api == "completions":
+                messages = [Message("user", each) for each in _prompts(self.prompt)]
+            else:
+                messages = _chat_messages(self.body.get("messages"))
             self._messages = messages
         return messages
+
+    @property
+    def turn(self) -> int:
+        """How many times the model has answered in this conversation before: 0 at first."""
+        roles = ["", *(message.role for message in self.messages)]
+        return sum(role == "assistant" != before for before, role in pairwise(roles))
+
+    @property
+    def tool_results(self) -> list[Message]:
+        """The tools' messages since the model's last answer, in order."""
+        results: list[Message] = []
+        for message in self.messages:
+            if message.role in ("tool", "function"):
+                results.append(message)
+            elif message.role == "assistant":
+                results = []
+        return results
 
     @property
     def _items(self) -> list[Any]:
@@ -597,8 +636,33 @@ class Request:
 
     @property
     def tools(self) -> list[Tool]:
-        """The tools that are offered, in one shape for both APIs."""
-        return [_tool(tool) for tool in _list(self.body.get("tools"))]
+        """The tools that are offered, in one shape for both APIs; after a namespace, those in it."""
+        given = _list(self.body.get("tools"))
+        return [_tool(each) for tool in given for each in (tool, *_list(_dict(tool).get("tools")))]
+
+    def tool(self, name: str) -> Tool | None:
+        """The tool of that name, or else of a name that ends so, as in "server__name"; None where none is offered."""
+        tools = self.tools
+        ends = re.compile(f"(?:.*[^A-Za-z0-9])?{re.escape(name)}", re.DOTALL)
+        exact = [tool for tool in tools if tool.name == name]
+        return next(iter(exact or [tool for tool in tools if ends.fullmatch(tool.name)]), None)
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is asked to fit; None where none is."""
+        asked = _dict(self.body.get("response_format")).get("json_schema") or _dict(self.body.get("text")).get("format")
+        schema = _dict(asked).get("schema")
+        return _dict(schema) if isinstance(schema, dict) else None
+
+    @property
+    def form(self) -> dict[str, list[Any]]:
+        """The fields of a multipart/form-data body, each a list as parse_qs has it: a str, or a file's (name, bytes)."""
+        kind = re.search(r'multipart/form-data;.*\bboundary="?([^";]+)', self.headers.get("content-type", ""))
+        pieces = (b"\r\n" + self.raw_body).split(b"\r\n--" + kind[1].encode("latin-1")) if kind else []
+        form: dict[str, list[Any]] = {}
+        for name, value in map(_form_value, pieces[1:-1]):
+            form.setdefault(name, []).append(value)
+        return form
 
     @property
     def prompt(self) -> Any:
@@ -622,9 +686,21 @@ class Request:
         return self._gone if connection is None else connection.peer_gone()
 
     @property
-    def _said(self) -> list[_Spoken]:
-        """What the answer said, each part whole."""
-        return [] if self._encoder is None else [item.whole for item in self._encoder.items]
+    def status(self) -> int:
+        """The HTTP status that it was answered with; 0 before, and where it was cut before any reply."""
+        return self._status
+
+    @property
+    def answer(self) -> list[_Spoken]:
+        """What the model has said to it, each part whole."""
+        encoder = self._encoder
+        return list(self._said) if encoder is None else [item.whole for item in encoder.items]
+
+    def _settle(self, encoder: _Encoder | None) -> None:
+        """Keeps what was said, and not the encoder that said it."""
+        if encoder is not None:
+            self._said = tuple(item.whole for item in encoder.items)
+        self._encoder = None
 
     @override
     def __repr__(self) -> str:
@@ -1979,14 +2055,26 @@ class Script:
     """A handler that gives one answer per request, in order. An answer that is a function is called as a handler.
 
     A request after the last answer is an error, and so are answers left when the server whose handler this is stops.
+    `when` tells which requests it is for; the others, such as an agent's for a title, are answered with `otherwise`.
     """
 
-    def __init__(self, *answers: Answer | Handler) -> None:
+    def __init__(
+        self,
+        *answers: Answer | Handler,
+        when: Callable[[Request], object] | None = None,
+        otherwise: Answer | Handler | None = None,
+    ) -> None:
+        if (when is None) != (otherwise is None):
+            raise TypeError("a Script takes when=function and otherwise=answer together, or neither")
         self._answers = answers
+        self._when = when
+        self._otherwise = otherwise
         self._next = 0
         self._lock = threading.Lock()  # guards _next: requests come on many threads
 
     def __call__(self, request: Request) -> Any:
+        if self._when is not None and not self._when(request):
+            return self._otherwise(request) if callable(self._otherwise) else self._otherwise
         with self._lock:
             index, self._next = self._next, self._next + 1
         if index >= len(self._answers):
@@ -3454,6 +3542,7 @@ class _Delivery:
         except _Gone:
             pass
         finally:
+            self.request._settle(self.encoder)
             log.end()
             self.waiter.end()
 
@@ -3845,10 +3934,11 @@ class _Router:
                 continue
             if served == method:
                 return _Route(endpoint, values, _APIS.get(name, ""))
-            allowed |= {served, "HEAD"} if served == "GET" else {served}
+            if not values or not values[-1].isalpha():  # a word where an id belongs is a route that is not there
+                allowed |= {served, "HEAD"} if served == "GET" else {served}
         if allowed:
             return _Route(_wrong_method, (", ".join(sorted(allowed)),))
-        return _Route(_unknown_route, ())
+        return _Route(_unknown_route, (f"{method} {path}",))
 
 
 @lru_cache(1)
@@ -3864,9 +3954,14 @@ def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
     )
 
 
-def _unknown_route(fake: FakeOpenAI, request: Request) -> NoReturn:
-    served = ", ".join(sorted(fake._router.names, key=lambda route: route.split(" ")[::-1]))
-    raise APIError(404, f"Unknown route: {request.method} {request.path}. Served, also under /v1: {served}.")
+def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
+    nearest = min(fake._router.names, key=lambda name: _distance(name, asked[:99]))
+    words = (
+        f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; the README's table "
+    )
+    raise APIError(
+        404, words + 'of endpoints lists all, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
+    )
 
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
@@ -3908,9 +4003,44 @@ class _StoredChat:
         self.request = request
         self.encoder = encoder
         self.metadata: Any = request.body.get("metadata") or {}
+        self.request_id = "req_" + encoder.ids.hex(32)
+        self.seed = encoder.ids.bits(63)  # there is one, also unasked (R)
 
-    def body(self) -> _JSON:
-        return {**self.encoder.body(), "metadata": self.metadata}
+    def body(self, id: str = "") -> _JSON:
+        """As the API lists it: with what was asked, and less of what was said than the answer had (R)."""
+        told, asked = self.encoder.body(), self.request.body
+        for choice in told["choices"]:
+            message = choice["message"]
+            kept = {"content": message["content"], "role": "assistant", "tool_calls": message.get("tool_calls")}
+            choice["message"] = {**kept, "function_call": None}
+            choice["logprobs"] = choice.get("logprobs")
+        defaults = {"seed": self.seed, "top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0}
+        values = {
+            **{"object": "chat.completion", "request_id": self.request_id, "service_tier": None, **told},
+            **{key: asked.get(key) for key in ("tool_choice", "tools", "response_format")},
+            **{key: default if asked.get(key) is None else asked[key] for key, default in defaults.items()},
+            "frequency_penalty": asked.get("frequency_penalty") or 0.0,
+            "usage": {key: told["usage"][key] for key in ("total_tokens", "completion_tokens", "prompt_tokens")},
+            "input_user": asked.get("user"),
+            "metadata": self.metadata,
+        }
+        return {key: values[key] for key in _STORED_CHAT.split()}
+
+
+_STORED_CHAT = (  # the keys, in order (R)
+    "object id model created request_id tool_choice usage seed top_p temperature presence_penalty frequency_penalty "
+    "system_fingerprint input_user service_tier tools metadata choices response_format"
+)
+
+
+def _stored_message(id: str, message: _JSON) -> _JSON:
+    content, parts = message.get("content"), None
+    if isinstance(content, list):
+        kinds = ("type", "text", "image_url", "input_audio", "file")
+        parts = [{kind: _dict(part).get(kind) for kind in kinds} for part in _list(content)]
+        content = _text_of(content)
+    told = {"id": id, "role": message.get("role"), "content": content, "content_parts": parts}
+    return {**told, "name": message.get("name")}
 
 
 def _digits(text: str, default: int) -> int:
@@ -3922,8 +4052,8 @@ def _query(request: Request) -> dict[str, str]:
     return {key: values[-1] for key, values in parse_qs(request.query).items()}
 
 
-def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
-    """A page of a list: `limit`, `order` and `after` as the query says."""
+def _listing(request: Request, items: Sequence[_JSON], order: str, last: str = "last_id") -> _JSON:
+    """A page of a list: `limit`, `order` and `after` as the query says. `last` of its keys depends on the list (R)."""
     query = _query(request)
     ordered = list(items) if query.get("order", order) == "asc" else list(items)[::-1]
     ids = [item.get("id") for item in ordered]
@@ -3931,53 +4061,38 @@ def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
         ordered = ordered[ids.index(query["after"]) + 1 :]
     limit = max(1, min(_digits(query.get("limit", ""), 20), 100))
     page = ordered[:limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0].get("id") if page else None,
-        "last_id": page[-1].get("id") if page else None,
-        "has_more": len(ordered) > limit,
-    }
+    first_id, last_id = (page[0].get("id"), page[-1].get("id")) if page else (None, None)
+    listing: _JSON = {"object": "list", "data": page, "first_id": first_id}
+    listing |= {"has_more": len(ordered) > limit, "last_id": last_id}
+    return {**listing, last: listing.pop(last)}
 
 
 def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
     chat = fake._chats.get(id)
     if chat is None or not chat.encoder.ended:
-        raise APIError(404, f"Chat completion with id '{id}' not found.")
+        raise APIError(404, f"Completion {id} not found", param="completion_id", code="not_found")
     return chat
 
 
 @_endpoint("GET /chat/completions")
 def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
-    model = parse_qs(request.query).get("model")
+    query = _query(request)
+    wanted = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[")}
     chats = [(chat.request.model, chat.body()) for chat in tuple(fake._chats.values()) if chat.encoder.ended]
-    bodies = [body for asked, body in chats if model is None or asked in model or body["model"] in model]
-    return _listing(request, bodies, "asc")
-
-
-@_endpoint("GET /chat/completions/{id}")
-def _get_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    return _stored_chat(fake, id).body()
-
-
-@_endpoint("POST /chat/completions/{id}")
-def _update_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    chat = _stored_chat(fake, id)
-    chat.metadata = request._parse().get("metadata") or {}
-    return chat.body()
-
-
-@_endpoint("DELETE /chat/completions/{id}")
-def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    _stored_chat(fake, id)
-    fake._chats.pop(id, None)
-    return {"object": "chat.completion.deleted", "id": id, "deleted": True}
+    bodies = [
+        body
+        for asked, body in chats
+        if query.get("model", asked) in (asked, body["model"])
+        and wanted.items() <= {key: str(value) for key, value in body["metadata"].items()}.items()
+    ]
+    return _listing(request, bodies, "desc", "has_more")
 
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages: list[_JSON] = _list(_stored_chat(fake, id).request.body.get("messages"))
-    return _listing(request, [{"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)], "asc")
+    messages = _list(_stored_chat(fake, id).request.body.get("messages"))
+    stored = [_stored_message(f"{id}-{at}", _dict(each)) for at, each in enumerate(messages)]
+    return _listing(request, stored, "asc", "has_more")
 
 
 class _StoredResponse:
@@ -4013,7 +4128,10 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     id = stored.pop("id", None)
     if id is None:
         id = new_id(_ITEM_PREFIXES.get(str(stored["type"]), "msg_"))
-    return {"id": id, **({"status": "completed"} if stored["type"] == "message" else {}), **stored}
+    told = {"id": id, "type": stored.pop("type")}
+    if told["type"] != "reasoning":
+        told["status"] = stored.pop("status", None) or "completed"
+    return {**told, **dict(sorted(stored.items()))}
 
 
 def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
@@ -4074,7 +4192,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
         conversation = encoder.base.get("conversation")
         kept = fake._conversations.get(str(conversation.get("id"))) if conversation else None
         if kept is not None:
-            kept.responses.append(stored)
+            kept.turns.append(stored)
 
     stores = background or body.get("store") is not False
     delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
@@ -4097,13 +4215,6 @@ def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
     if stored.log is None:
         raise APIError(400, "This response cannot be streamed because it was not created with background=true.")
     return _Replay(stored.log, _digits(query.get("starting_after", ""), -1) + 1)
-
-
-@_endpoint("DELETE /responses/{id}")
-def _delete_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    _stored_response(fake, id)
-    fake._responses.pop(id, None)
-    return {"id": id, "object": "response.deleted", "deleted": True}
 
 
 @_endpoint("GET /responses/{id}/input_items")
@@ -4136,14 +4247,15 @@ class _Conversation:
     def __init__(self, created: int, metadata: Any, items: list[Any]) -> None:
         self.created = created
         self.metadata = metadata
-        self.added = items
-        self.responses: list[_StoredResponse] = []
+        self.turns: list[_StoredResponse | list[Any]] = [items]
+        self.deleted: set[str] = set()  # ids of items
 
     def items(self) -> list[Any]:
-        return [
-            *self.added,
-            *(item for each in self.responses if each.over() for item in (*each.input, *each.encoder.output())),
+        turns = [
+            each if isinstance(each, list) else [*each.input, *each.encoder.output()] if each.over() else []
+            for each in self.turns
         ]
+        return [item for turn in turns for item in turn if str(item["id"]) not in self.deleted]
 
     def body(self, id: str) -> _JSON:
         return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
@@ -4156,39 +4268,88 @@ def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
     return conversation
 
 
+def _new_items(fake: FakeOpenAI, body: _JSON) -> list[Any]:
+    """The items that a body puts into a conversation."""
+    items, ids = body.get("items"), fake._ids()
+    if fake.validate and items is not None:
+        _array(_input_item, "an array of input items", high=20)(items, "items", body)  # S
+    return [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _list(items)]
+
+
 @_endpoint("POST /conversations")
 def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse() if request.raw_body else {}
-    ids = fake._ids()
-    items = [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _input_items(body.get("items"))]
-    id = "conv_" + ids.hex(48)
+    items = _new_items(fake, body)
+    id = "conv_" + fake._ids().hex(48)
     conversation = _Conversation(int(fake.clock()), body.get("metadata") or {}, items)
     fake._remember(fake._conversations, id, conversation)
     return conversation.body(id)
 
 
-@_endpoint("GET /conversations/{id}")
-def _get_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    return _conversation_of(fake, id).body(id)
-
-
-@_endpoint("POST /conversations/{id}")
-def _update_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    conversation = _conversation_of(fake, id)
-    conversation.metadata = request._parse().get("metadata") or {}
-    return conversation.body(id)
-
-
-@_endpoint("DELETE /conversations/{id}")
-def _delete_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    _conversation_of(fake, id)
-    fake._conversations.pop(id, None)
-    return {"id": id, "object": "conversation.deleted", "deleted": True}
-
-
 @_endpoint("GET /conversations/{id}/items")
 def _conversation_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     return _listing(request, _conversation_of(fake, id).items(), "desc")
+
+
+@_endpoint("POST /conversations/{id}/items")
+def _add_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    conversation, body = _conversation_of(fake, id), request._parse()
+    if body.get("items") is None:
+        raise _missing("items")
+    items = _new_items(fake, body)
+    conversation.turns.append(items)
+    return _listing(request, items, "asc")
+
+
+def _item_of(conversation: _Conversation, id: str) -> _JSON:
+    for item in conversation.items():
+        if item["id"] == id:
+            return _dict(item)
+    raise APIError(404, f"Item with id '{id}' not found.")
+
+
+@_endpoint("GET /conversations/{id}/items/{item_id}")
+def _get_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _JSON:
+    return _item_of(_conversation_of(fake, id), item_id)
+
+
+@_endpoint("DELETE /conversations/{id}/items/{item_id}")
+def _delete_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _JSON:
+    conversation = _conversation_of(fake, id)
+    conversation.deleted.add(_item_of(conversation, item_id)["id"])
+    return conversation.body(id)
+
+
+# What is stored is fetched, updated and deleted in one way.
+
+
+def _stored_routes(path: str, kind: str, find: Callable[[FakeOpenAI, str], Any], store: str) -> None:
+    def get(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+        return cast(_JSON, find(fake, id).body(id))
+
+    def update(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+        stored, body = find(fake, id), request._parse()
+        if "metadata" not in body:  # what is there would be lost
+            raise _missing("metadata")
+        if fake.validate and body["metadata"] is not None:
+            _metadata(body["metadata"], "metadata", body)
+        stored.metadata = body["metadata"] or {}
+        return cast(_JSON, stored.body(id))
+
+    def delete(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+        find(fake, id)
+        getattr(fake, store).pop(id, None)
+        gone = {"object": f"{kind}.deleted", "id": id}
+        return {**(gone if store == "_chats" else {"id": id, **gone}), "deleted": True}
+
+    for method, function in (("GET", get), ("POST", update), ("DELETE", delete)):
+        if store != "_responses" or method == "DELETE":
+            _endpoint(f"{method} {path}/{{id}}")(function)
+
+
+_stored_routes("/chat/completions", "chat.completion", _stored_chat, "_chats")
+_stored_routes("/conversations", "conversation", _conversation_of, "_conversations")
+_stored_routes("/responses", "response", _stored_response, "_responses")
 
 
 def _model_object(id: str) -> _JSON:
@@ -4205,6 +4366,14 @@ def _get_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     if id not in fake._model_names():
         raise APIError(404, f"The model '{id}' does not exist", param="model", code="model_not_found")
     return _model_object(id)
+
+
+@_endpoint("DELETE /models/{id*}")
+def _delete_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    if not id.startswith("ft:"):  # a fine-tuned one, which the fake need not know
+        _get_model(fake, request, id)
+    fake.models = [name for name in fake._model_names() if name != id]
+    return {"id": id, "object": "model", "deleted": True, "owned_by": "openai-internal"}
 
 
 def _embedding(text: str, dimensions: int) -> list[float]:
@@ -4244,28 +4413,19 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
-_MODERATION = [
-    "harassment",
-    "harassment/threatening",
-    "sexual",
-    "hate",
-    "hate/threatening",
-    "illicit",
-    "illicit/violent",
-    "self-harm/intent",
-    "self-harm/instructions",
-    "self-harm",
-    "sexual/minors",
-    "violence",
-    "violence/graphic",
-]
+_MODERATION = (
+    "harassment harassment/threatening sexual hate hate/threatening illicit illicit/violent self-harm/intent "
+    "self-harm/instructions self-harm sexual/minors violence violence/graphic"
+).split()
 
 
 @_endpoint("POST /moderations")
 def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     """Nothing is ever flagged; a test that wants it flagged gives its own route."""
     body = request._parse()
-    given = _list(body.get("input"))
+    if body.get("input") is None:
+        raise _missing("input")
+    given = _list(body["input"])
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     result = {
         "flagged": False,
@@ -5124,7 +5284,9 @@ class FakeOpenAI:
     - `ttft`, `itl`: seconds to the first token, and between tokens.
     - `models`: what GET /models lists.
     - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
-      what is sent as JSON, or bytes, or an APIError. A {name} in a route stands for any one segment of the path.
+      what is sent as JSON, or bytes, or an iterator of bytes or str that is sent as it comes, or one of these with a
+      status and headers: `(201, {"content-type": "text/csv"}, "a,b")`; or an APIError. `ttft` and `itl` hold there
+      too. A {name} in a route stands for any one segment of the path.
     - `keep`: how many requests are kept in `requests`, answers with `store`, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
@@ -5356,7 +5518,8 @@ class FakeOpenAI:
         self._recent.append(request)
         while len(self._recent) > 12:
             with suppress(IndexError):
-                self._recent.popleft()._encoder = None
+                old = self._recent.popleft()
+                old._settle(old._encoder)
         if self._observe is not None:
             with suppress(Exception):
                 self._observe(request)
@@ -5366,7 +5529,7 @@ class FakeOpenAI:
             return "No request came to the fake."
         lines = ["The last requests to the fake, and its answers:"]
         for request in tuple(self._recent):  # a handler that outlived stop() may end just now
-            said = ", ".join(_short(repr(part)) for part in request._said[:4])
+            said = ", ".join(_short(repr(part)) for part in request.answer[:4])
             lines.append(f"  {request!r} -> {request._status or 'cut'} {_short(request._outcome) or said}")
         return "\n".join(lines)
 
@@ -5417,24 +5580,72 @@ def _route_name(name: str) -> str:
     return name.replace(" /v1/", " /", 1)
 
 
-def _own_route(function: Callable[[Request], object]) -> _Endpoint:
-    """An endpoint from a user's function."""
+class _OwnRoute:
+    """The answer of a user's function to a request for a route of the user's."""
 
-    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> Any:
-        waiter = _Waiter(fake._running(), None, False)
+    def __init__(self, function: Callable[[Request], object], fake: FakeOpenAI, request: Request) -> None:
+        self.function = function
+        self.fake = fake
+        self.request = request
+
+    def send(self, connection: _Connection) -> None:
+        """Answers on a connection."""
+        waiter = _Waiter(connection.server, connection, False)
         try:
-            result: Any = function(request)
+            result: Any = self.function(self.request)
             if hasattr(result, "__await__"):
                 result = waiter.run(result)
             if isinstance(result, APIError):
                 raise result
-            if isinstance(result, bytes):
-                return _HTTPResponse(result, "application/octet-stream")
-            return _HTTPResponse(_utf8(_dumps(result)))
+            status, headers, body = _own_answer(result)
+            if self.fake.ttft:
+                waiter.sleep(self.fake.ttft)
+            if isinstance(body, bytes):
+                connection.send_whole(body, status, "application/octet-stream", fields=headers)
+            else:
+                self._stream(connection, waiter, connection.head(status, _EVENTS, _USUAL, headers), body)
+        except BaseException as error:
+            if isinstance(error, _Gone) or not connection.headed:
+                raise
+            self.request._outcome = self.fake._keep_error(error, self.request)
+            connection.hang_up(False)  # too late for a status
         finally:
             waiter.end()
 
-    return endpoint
+    def _stream(self, connection: _Connection, waiter: _Waiter, head: bytes, body: Any) -> None:
+        """Sends what an iterator gives, each piece as it comes."""
+        pieces = waiter.steps(body) if isinstance(body, AsyncIterator) else body
+        waiter.streams = True
+        waiter.enter(bool)
+        try:
+            for piece in () if self.request.method == "HEAD" else pieces:
+                if head == b"" and self.fake.itl:
+                    waiter.sleep(self.fake.itl)
+                if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
+                    connection.send(head + (_http_chunk(data) if connection.http11 else data))
+                    head = b""
+                waiter.patience()
+            ends = connection.http11 and self.request.method != "HEAD"
+            connection.send(head + (_LAST_CHUNK if ends else b""), last=True)
+        finally:
+            close = getattr(pieces, "close", None)
+            if close is not None:
+                close()
+
+
+def _own_answer(result: Any) -> tuple[int, Mapping[str, str], Any]:
+    """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
+    status, headers, body = result if isinstance(result, tuple) and len(cast(Any, result)) == 3 else (200, {}, result)
+    headers = _header_fields(headers)
+    typed = "content-type" in map(str.lower, headers)
+    if not isinstance(body, (bytes, Iterator, AsyncIterator)):
+        body = body.encode() if isinstance(body, str) and typed else _utf8(_dumps(body))
+        headers = headers if typed else {**headers, "content-type": "application/json"}
+    return status, headers, body
+
+
+def _own_route(function: Callable[[Request], object]) -> _Endpoint:
+    return lambda fake, request, *values: _OwnRoute(function, fake, request)
 
 
 def _preflight(fake: FakeOpenAI, request: Request, path: str) -> _HTTPResponse:
@@ -5609,7 +5820,7 @@ class _ShownServer(FakeOpenAI):
         text = _log_line(request, time.strftime("%H:%M:%S"), self._console.colour)
         if self._verbose:
             text += _shown_conversation(request.messages) if request.api else ""
-            text += _answer_text(request._said)
+            text += _answer_text(request.answer)
             text += self._new_failures()
         self._console.write(text)
 
