@@ -74,7 +74,7 @@ from enum import IntEnum
 from functools import lru_cache
 from http.server import ThreadingHTTPServer
 from importlib import import_module
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
@@ -483,20 +483,12 @@ def _prompts(value: Any) -> list[Any]:
     return [prompts] if prompts and all(type(each) is int for each in prompts) else prompts[:2048]
 
 
-def _form_value(piece: bytes) -> tuple[str, str | tuple[str, bytes]]:
-    """The name of a part of multipart/form-data (RFC 7578), and its text, or its file's name and bytes."""
-    head, _, data = piece.partition(b"\r\n\r\n")
-    found = dict(re.findall(r'\b(name|filename)="([^"]*)"', head.decode("utf-8", "replace")))
-    value = (found["filename"], data) if "filename" in found else data.decode("utf-8", "replace")
-    return found.get("name", ""), value
-
-
 class Request:
     """What the client asked, in one view of all APIs.
 
-    `api` is "chat.completions", "responses", "completions", or "" for other endpoints. `body` is the JSON, decoded; `raw_body` the
-    bytes (after Content-Encoding); `method`, `path`, `query` and `headers` (by name in any case) are the HTTP
-    request's. A Request is kept in `server.requests` after its answer.
+    `api` is "chat.completions", "responses", "completions", or "" for other endpoints. `body` is the JSON, decoded;
+    `raw_body` the bytes (after Content-Encoding); `method`, `path`, `query` and `headers` (by name in any case) are the
+    HTTP request's. A Request is kept in `server.requests` after its answer.
     """
 
     __slots__ = (
@@ -656,12 +648,15 @@ class Request:
 
     @property
     def form(self) -> dict[str, list[Any]]:
-        """The fields of a multipart/form-data body, each a list as parse_qs has it: a str, or a file's (name, bytes)."""
+        """The fields of a multipart/form-data body, each a list as of parse_qs: of str, and of files' (name, bytes)."""
         kind = re.search(r'multipart/form-data;.*\bboundary="?([^";]+)', self.headers.get("content-type", ""))
         pieces = (b"\r\n" + self.raw_body).split(b"\r\n--" + kind[1].encode("latin-1")) if kind else []
         form: dict[str, list[Any]] = {}
-        for name, value in map(_form_value, pieces[1:-1]):
-            form.setdefault(name, []).append(value)
+        for piece in pieces[1:-1]:
+            head, _, data = piece.partition(b"\r\n\r\n")
+            told = dict(re.findall(r'\b(name|filename)="([^"]*)"', head.decode("utf-8", "replace")))
+            value: Any = (told["filename"], data) if "filename" in told else data.decode("utf-8", "replace")
+            form.setdefault(told.get("name", ""), []).append(value)
         return form
 
     @property
@@ -1029,6 +1024,8 @@ def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> None:
 
 
 def _responses_model(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if value is None and holder.get("prompt") is not None:  # R: a prompt has its own
+        return
     if value is None:
         raise _missing(path)
     if value.__class__ is not str:
@@ -1056,6 +1053,35 @@ def _conversation_parameter(value: Any, path: str, holder: dict[str, Any]) -> No
     _conversation_id(value, path, holder)
 
 
+def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
+    """R, I*: in what is strict, objects are closed, and their properties all required."""
+    node, fault = _dict(schema), ""
+    if node.get("type") == "object" or not (context or "$ref" in node):
+        lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
+        if node.get("additionalProperties") is not False:
+            fault = "'additionalProperties' is required to be supplied and to be false."
+        elif lacking:
+            fault = "'required' is required to be supplied and to be an array including every key in properties. "
+            fault += f"Missing '{lacking[0]}'."
+    if fault:
+        raise _bad_request(f"Invalid schema for {of}: In context={context!r}, {fault}", param, code)
+    for key in {"properties", "$defs", "anyOf", "items"} & node.keys():
+        inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
+        for name, each in [((), node[key])] if key == "items" else [((str(name),), each) for name, each in inner]:
+            _closed(each, of, param, code, (*context, key, *name))
+
+
+def _strict(form: _Rule, of: str, key: str, code: str | None, param: str = "") -> _Rule:
+    """A rule, and then the one that a schema is closed where it is strict."""
+
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        form(value, path, holder)
+        if value.get("strict") is True:
+            _closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
+
+    return rule
+
+
 def _moved(new: str) -> _Rule:
     def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
         raise _bad_request(
@@ -1076,12 +1102,14 @@ _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
 _metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # P
 _named = _object({"name": _name})
-_chat_tools = {"function": _object({"function": _named}), "custom": _object({"custom": _named})}  # S, closed: I*
+_function = _strict(_named, "function", "parameters", "invalid_function_parameters")
+_chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
-_named_tools: dict[str, _Rule] = {"function": _named, "custom": _named}  # S; hosted tools pass, as they grow
-_schema = _object({"name": _name, "schema": _any_object})
+_named_tools: dict[str, _Rule] = {"function": _function, "custom": _named}  # S; hosted tools pass, as they grow
+_schema = _strict(_object({"name": _name, "schema": _any_object}), "response_format", "schema", "invalid_json_schema")
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
-_chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _named})}  # S
+_chat_schema = _strict(_named, "response_format", "schema", None, "response_format")
+_chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
 _stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
     "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
@@ -1165,16 +1193,110 @@ _RESPONSES: dict[str, _Rule] = {
     "store": _boolean,  # S
     "service_tier": _enum(*_SERVICE_TIERS, "ultrafast"),  # S
     "top_logprobs": _integer(0, 20),  # S
-    **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
+    **dict.fromkeys(
+        ("access_programs", "background_options", "client_metadata", "context_management", "image"), _anything
+    ),  # S: known
     "conversation": _conversation_parameter,  # P
     "prompt": _object({"id": _any_string}),  # S
     "previous_response_id": _any_string,  # S
 }
 
 
+def _token(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if not 0 <= value <= 100257:  # R
+        words = f"Invalid token in prompt: {value}. Minimum value is 0, maximum value is 100257 (inclusive)."
+        raise _bad_request(words, None)
+
+
+_prompt_tokens = _array(_either("an integer", (int, _token)))
+_prompt = _either("a string or an array of integers", (str, _anything), (int, _token), (list, _prompt_tokens))
+_as_in_chat = (
+    "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
+)
+_COMPLETIONS: dict[str, _Rule] = {  # S; R
+    **{name: _CHAT[name] for name in _as_in_chat.split()},
+    "prompt": _either("one of a string or array", (str, _anything), (list, _array(_prompt))),
+    "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
+    "echo": _boolean, "suffix": _any_string,
+}  # fmt: skip
+
+_ANY_CHAT = r"(chatgpt|gpt-(3\.5-turbo(?!-instruct)|[456])|o[134]).*"
+_INSTRUCT_MODELS = r"(gpt-3\.5-turbo-instruct|davinci-002|babbage-002).*"
+_UNTAKEN = "Unsupported parameter: '{where}' is not supported with this model."
+_EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' model. Supported values are: "
+_ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
+_NO_IMAGE = (
+    "You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+    "['png', 'jpeg', 'gif', 'webp']."
+)
+_NO_FILE = (
+    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/plain;"
+    "base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai.com/docs/"
+    "assistants/tools/file-search#supported-files for supported file types."
+)
+# R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
+_RECORDED: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
+    ("chat.completions", _INSTRUCT_MODELS, "model", "",
+     "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
+    ("chat.completions", r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "",
+     "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
+     None, "model_not_found", 404),
+    ("chat.completions", r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "",
+     _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
+    ("chat.completions", r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", _UNTAKEN, "{where}",
+     "unsupported_parameter", 400),
+    ("chat.completions", r"gpt-4(?!.*search).*", "web_search_options", "",
+     "Web search options not supported with this model.", "{where}", None, 400),
+    ("chat.completions", "o1-mini.*", "messages.[].role", "(system|developer)",
+     "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
+    ("chat.completions", f"(?!.*audio){_ANY_CHAT}", "messages.[].content.[].type", "input_audio",
+     "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value",
+     400),
+    ("chat.completions", ".*", "messages.[].content.[].image_url.url",
+     "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)", _NO_IMAGE, None, "invalid_image_format", 400),
+    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(?!low|medium|high)",
+     _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(?!minimal|low|medium|high)",
+     _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+    ("responses", ".*", "input.[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
+     _NO_FILE, "{where}", "invalid_value", 400),
+    ("responses", ".*", "input.[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
+     "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
+    ("completions", _ANY_CHAT, "model", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model",
+     None, 404),
+    ("completions", "text-embedding-.*", "model", "", "You are not allowed to sample from this model", None, None, 403),
+    ("embeddings", f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "",
+     "You are not allowed to generate embeddings from this model", None, None, 403),
+)  # fmt: skip
+
+
+def _found(value: Any, path: list[str], where: str = "") -> Iterator[tuple[str, Any]]:
+    """The values at a path, "messages.[].role", and where they are."""
+    if not path:
+        yield where, value
+    elif path[0] == "[]":
+        for at, each in enumerate(_list(value)):
+            yield from _found(each, path[1:], f"{where}[{at}]")
+    elif (inner := _dict(value).get(path[0])) is not None:
+        yield from _found(inner, path[1:], f"{where}.{path[0]}".lstrip("."))
+
+
+def _check_recorded(api: str, body: dict[str, Any]) -> None:
+    """Raises what a model, or the API, does not take; other faults come later (R)."""
+    model = _string(body.get("model"))
+    for of, models, path, begin, words, param, code, status in _RECORDED:
+        if of == api and re.fullmatch(models, model):
+            for where, value in _found(body, path.split(".")):
+                if match := re.match(begin, value if isinstance(value, str) else ""):
+                    told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
+                    told |= match.groupdict()
+                    raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
+
+
 _ORDERS = {  # P. The rules; what is looked for before unknown parameters; and where null is as absent.
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
     "responses": (_RESPONSES, ("model",), ("model", "input")),
+    "completions": (_COMPLETIONS, ("model",), ("model",)),
 }
 
 
@@ -1184,6 +1306,7 @@ def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
     for name in first:
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
+    _check_recorded(api, body)
     if strict:
         for name in body:
             if name not in rules:
@@ -1223,10 +1346,11 @@ class _ItemFacts(NamedTuple):
     role: str
 
 
-def _check_conversation(items: list[Any], start: int, reasons: bool = True) -> None:
+def _check_conversation(items: list[Any], start: int, reasons: bool = True, stored: bool = True) -> None:
     """Raises the first fault between input items: items[:start] are stored turns, the rest is the request's `input`.
 
-    `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (R).
+    `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (R). `stored`:
+    whether the response will be: then what belongs to reasoning must be named (R).
     """
     facts = [
         _ItemFacts(_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
@@ -1235,7 +1359,7 @@ def _check_conversation(items: list[Any], start: int, reasons: bool = True) -> N
     _check_ids(facts, start)
     if not any(item.type in _OPAQUE for item in facts):
         _check_calls(facts, start)
-    _check_reasoning(facts, start, reasons)
+    _check_reasoning(facts, start, reasons, stored)
 
 
 def _check_ids(facts: list[_ItemFacts], start: int) -> None:
@@ -1262,7 +1386,7 @@ def _check_calls(facts: list[_ItemFacts], start: int) -> None:
             raise _bad_request(f"No tool output found for function call {item.call_id}.", "input")
 
 
-def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool) -> None:
+def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored: bool) -> None:
     """R, I*: a reasoning item goes with what the model said after it. What has no id is new: nothing belongs to it."""
     before = False  # whether reasoning has come since the user spoke
     for index, item in enumerate(facts):
@@ -1272,7 +1396,7 @@ def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool) -> None
             before = False
         if index < start or not item.id:
             continue
-        if item.type == "reasoning" and _ends_turn(facts, index):
+        if item.type == "reasoning" and _ends_turn(facts, index, stored):
             words = f"Item '{item.id}' of type 'reasoning' was provided without its required following item."
             raise _bad_request(words, "input")
         if item.type == "web_search_call" and reasons and not before:  # the API adds the missing item's id
@@ -1280,12 +1404,13 @@ def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool) -> None
             raise _bad_request(words, "input")
 
 
-def _ends_turn(facts: list[_ItemFacts], index: int) -> bool:
-    """Whether nothing of the model's follows an item."""
+def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
+    """Whether nothing of the model's follows an item; a message without an id is none where it is to be stored."""
     if index + 1 == len(facts):
         return True
     after = facts[index + 1]
-    return after.type.endswith("_output") or after.role not in ("", "assistant")
+    nameless = stored and after.role == "assistant" and not after.id
+    return nameless or after.type.endswith("_output") or after.role not in ("", "assistant")
 
 
 # ---- What a handler answers ------------------------------------------------------------------------------------------
@@ -1749,6 +1874,25 @@ class WebSearch(_Spoken):
 
 
 _Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compaction(_Spoken):
+    """The item that stands for a compacted conversation: the one place that makes it."""
+
+    encrypted_content: str = ""
+
+    _grows = "encrypted_content"
+    _prefix = "cmp_"
+    _in_chat = False
+
+    def _fragments(self) -> Sequence[str]:
+        return ()
+
+    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+        return {"id": item.id, "type": "compaction", "encrypted_content": encoder.secret(item)}
+
+
 _REASONS = ("stop", "length", "tool_calls", "content_filter")
 
 
@@ -2388,7 +2532,9 @@ class _Encoder:
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
         self.asked = request.body
-        model = _string(self.asked.get("model"))
+        model = _string(self.asked.get("model")) or (
+            "gpt-4o" if self.asked.get("prompt") else ""
+        )  # a prompt has its own
         self.ids = ids
         self.created = reply.created if reply.created is not None else created
         self.model = _model(reply.model or model)
@@ -3099,6 +3245,81 @@ class _ResponsesEncoder(_Encoder):
         return self.response(self.status)
 
 
+# ---- Completions (legacy) --------------------------------------------------------------------------------------------
+
+_INSTRUCT = {  # R
+    "gpt-3.5-turbo-instruct": "gpt-3.5-turbo-instruct:20230824-v2",
+    "davinci-002": "davinci:2023-07-21-v2",
+    "babbage-002": "babbage:2023-07-21-v2",
+}
+
+
+class _CompletionsEncoder(_ChatEncoder):
+    """Chat's answer, told as texts. Its choices are n for the first prompt, then n for the next."""
+
+    def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
+        super().__init__(request, reply, ids, created)
+        self.id = reply.id or "cmpl-" + ids.alnum(29)
+        self.model_name = _INSTRUCT.get(self.model_name, self.model_name)
+        n, top = self.asked.get("n"), self.asked.get("logprobs")
+        self.n = len(self.prompt()) * (min(n, 128) if type(n) is int else 1)
+        self.logprobs, self.top_logprobs = (True, min(top, 5)) if type(top) is int else (False, 0)
+        self.ends: dict[int, int] = {}  # how long each choice's text with logprobs is so far
+
+    @override
+    def prompt(self) -> list[Any]:
+        prompts = _prompts(self.asked.get("prompt"))
+        return [{"content": "four" * len(_list(each)) if isinstance(each, list) else each} for each in prompts]
+
+    @override
+    def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+        if isinstance(part, _MessagePart):
+            self.started.add(part.choice)
+            return super().say(part, [text for text in texts if text])
+        self.fold(part, texts)
+        return []
+
+    @override
+    def chunk(self, chunk: Chunk) -> list[_Event]:
+        return _Encoder.chunk(self, chunk)
+
+    def _told(self, choice: _JSON, said: _JSON) -> _JSON:
+        """A choice of Chat's that said this, as a choice of Completions."""
+        index, reason, logprobs = choice["index"], choice["finish_reason"], None
+        if entries := _list(_dict(choice.get("logprobs")).get("content")):
+            tokens: list[str] = [entry["token"] for entry in entries]
+            *offsets, self.ends[index] = accumulate(map(len, tokens), initial=self.ends.get(index, 0))
+            logprobs = {
+                "text_offset": offsets,
+                "token_logprobs": [entry["logprob"] for entry in entries],
+                "tokens": tokens,
+                "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+            }
+        text = said.get("content") or said.get("refusal") or ""
+        reason = "stop" if reason == "tool_calls" else reason
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+
+    @override
+    def _chunk(
+        self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
+    ) -> _JSON:
+        head = {"id": self.id, "object": "text_completion", "created": self.created}
+        if not choices:
+            return {**head, "model": self.model_name, "usage": usage, "choices": []}
+        told = [self._told(choice, choice["delta"]) for choice in choices]
+        return {**head, "choices": told, "model": self.model_name, **({"usage": None} if self.with_usage else {})}
+
+    @override
+    def _usage(self) -> _JSON:
+        return {key: count for key, count in super()._usage().items() if not key.endswith("_details")}
+
+    @override
+    def body(self) -> _JSON:
+        self.close_items()
+        choices = [self._told(choice, choice["message"]) for choice in self._choices()]
+        return {**self._chunk([], usage=self._usage()), "choices": choices}
+
+
 # ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
 
 _VERSION = b"openai-version: 2020-10-01\r\n"
@@ -3502,10 +3723,11 @@ class _Delivery:
         self,
         fake: FakeOpenAI,
         request: Request,
-        make: type[_ChatEncoder | _ResponsesEncoder],
+        make: type[_ChatEncoder | _ResponsesEncoder | _CompletionsEncoder],
         store: Callable[[Any, _Log | None], None] | None = None,
     ) -> None:
         self.fake = fake
+        self.handler = fake.handler
         self.request = request
         self.streamed = request.stream
         self.make = make
@@ -3548,7 +3770,7 @@ class _Delivery:
 
     def _ask(self) -> Reply:
         """What the handler answers. Raises what it raises, and ValueError or TypeError for no fitting answer."""
-        answer: Any = self.fake.handler(self.request)
+        answer: Any = self.handler(self.request)
         if type(answer) is not str and hasattr(answer, "__await__"):
             answer = self.waiter.run(answer)
         reply = _reply(answer)
@@ -3882,7 +4104,11 @@ class _Route(NamedTuple):
     deployment: str | None = None  # Azure's
 
 
-_APIS = {"POST /chat/completions": "chat.completions", "POST /responses": "responses"}
+_APIS = {
+    "POST /chat/completions": "chat.completions",
+    "POST /responses": "responses",
+    "POST /completions": "completions",
+}
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
@@ -3966,7 +4192,7 @@ def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
     name = request.model
-    if name in fake._model_names():
+    if name in fake._model_names() or (not name and request.prompt is not None):
         return
     if request.api == "responses":
         raise APIError(400, f"The requested model '{name}' does not exist.", param="model", code="model_not_found")
@@ -4010,27 +4236,20 @@ class _StoredChat:
         """As the API lists it: with what was asked, and less of what was said than the answer had (R)."""
         told, asked = self.encoder.body(), self.request.body
         for choice in told["choices"]:
-            message = choice["message"]
-            kept = {"content": message["content"], "role": "assistant", "tool_calls": message.get("tool_calls")}
-            choice["message"] = {**kept, "function_call": None}
-            choice["logprobs"] = choice.get("logprobs")
-        defaults = {"seed": self.seed, "top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0}
-        values = {
-            **{"object": "chat.completion", "request_id": self.request_id, "service_tier": None, **told},
-            **{key: asked.get(key) for key in ("tool_choice", "tools", "response_format")},
-            **{key: default if asked.get(key) is None else asked[key] for key, default in defaults.items()},
-            "frequency_penalty": asked.get("frequency_penalty") or 0.0,
-            "usage": {key: told["usage"][key] for key in ("total_tokens", "completion_tokens", "prompt_tokens")},
-            "input_user": asked.get("user"),
-            "metadata": self.metadata,
-        }
-        return {key: values[key] for key in _STORED_CHAT.split()}
+            kept = {key: choice["message"].get(key) for key in ("content", "role", "tool_calls", "function_call")}
+            choice |= {"message": kept, "logprobs": choice.pop("logprobs", None)}
+        usage = {key: told["usage"][key] for key in ("total_tokens", "completion_tokens", "prompt_tokens")}
+        own = {"request_id": self.request_id, "input_user": asked.get("user"), "metadata": self.metadata}
+        set = {key: value for key, value in asked.items() if key in _STORED_CHAT and value is not None}
+        object = {"object": "chat.completion", "usage": usage}
+        return {**_STORED_CHAT, "seed": self.seed, **set, **told, **object, **own}
 
 
-_STORED_CHAT = (  # the keys, in order (R)
-    "object id model created request_id tool_choice usage seed top_p temperature presence_penalty frequency_penalty "
-    "system_fingerprint input_user service_tier tools metadata choices response_format"
-)
+_STORED_CHAT: _JSON = {  # its keys, in order, and what they are unasked (R)
+    "object": "", "id": "", "model": "", "created": 0, "request_id": "", "tool_choice": None, "usage": None, "seed": 0,
+    "top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "system_fingerprint": None,
+    "input_user": None, "service_tier": None, "tools": None, "metadata": None, "choices": None, "response_format": None,
+}  # fmt: skip
 
 
 def _stored_message(id: str, message: _JSON) -> _JSON:
@@ -4038,7 +4257,7 @@ def _stored_message(id: str, message: _JSON) -> _JSON:
     if isinstance(content, list):
         kinds = ("type", "text", "image_url", "input_audio", "file")
         parts = [{kind: _dict(part).get(kind) for kind in kinds} for part in _list(content)]
-        content = _text_of(content)
+        content = _text_of(_list(content))
     told = {"id": id, "role": message.get("role"), "content": content, "content_parts": parts}
     return {**told, "name": message.get("name")}
 
@@ -4180,8 +4399,9 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if history or resolved is not items:
         request._conversation = [*history, *resolved]
     if fake.validate:
-        reasons = _model(request.model).effort is not None
-        _check_conversation([*history, *resolved], len(history), reasons)
+        effort = _dict(body.get("reasoning")).get("effort") or _model(request.model).effort
+        stored = body.get("store") is not False
+        _check_conversation([*history, *resolved], len(history), effort not in (None, "none"), stored)
     if fake.strict:
         _check_model(fake, request)
     background = body.get("background") is True
@@ -4196,6 +4416,8 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
 
     stores = background or body.get("store") is not False
     delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
+    if items and _item_type(_dict(items[-1])) == "compaction_trigger":
+        delivery.handler = Script(_Compaction())
     return delivery.in_background() if background else delivery
 
 
@@ -4230,6 +4452,19 @@ def _cancel_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
         raise APIError(400, "Cannot cancel a synchronous response.")
     stored.log.cancel()
     return stored.body()
+
+
+@_endpoint("POST /responses/compact")
+def _compact_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
+    body = request._parse()
+    for name in ("model", "input") if fake.validate else ():
+        _RESPONSES[name](body.get(name), name, body)
+    items = request._conversation = [*_history(fake, request, body), *_input_items(body.get("input"))]
+    encoder = _ResponsesEncoder(request, Reply(), fake._ids(), int(fake.clock()))
+    encoder.say(_Compaction(), ())
+    users = [_stored_item(item, encoder._id) for item in items if _dict(item).get("role") == "user"]
+    told = {"id": encoder.id, "object": "response.compaction", "created_at": encoder.created}
+    return {**told, "output": [*users, *encoder.output()], "usage": encoder._usage()}
 
 
 @_endpoint("POST /responses/input_tokens")
@@ -4384,6 +4619,14 @@ def _embedding(text: str, dimensions: int) -> list[float]:
     return [round(number / length, 8) for number in raw]
 
 
+@_endpoint("POST /completions")
+def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
+    _checked_body(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
+    return _Delivery(fake, request, _CompletionsEncoder)
+
+
 @_endpoint("POST /embeddings")
 def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse()
@@ -4392,6 +4635,8 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
         raise APIError(400, "you must provide a model parameter")
     if fake.strict:
         _check_model(fake, request)
+    if fake.validate:
+        _check_recorded("embeddings", body)
     if not isinstance(given, (str, list)) or given in ("", []):
         raise APIError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     inputs: list[Any] = [given] if isinstance(given, str) else _list(given)
@@ -4413,10 +4658,10 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
-_MODERATION = (
-    "harassment harassment/threatening sexual hate hate/threatening illicit illicit/violent self-harm/intent "
-    "self-harm/instructions self-harm sexual/minors violence violence/graphic"
-).split()
+_MODERATION = """
+    harassment harassment/threatening sexual hate hate/threatening illicit illicit/violent self-harm/intent
+    self-harm/instructions self-harm sexual/minors violence violence/graphic
+""".split()  # noqa: SIM905
 
 
 @_endpoint("POST /moderations")
@@ -5540,7 +5785,23 @@ def _place(error: BaseException) -> str:
     return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
-_OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "omni-moderation-latest")
+# What GET /models and `strict` know beside _SNAPSHOTS (S, R), in any order.
+_OTHER_MODELS = """
+    gpt-6-astra gpt-6.2-astra gpt-6.1-sol gpt-6.2-sol gpt-6.1-terra gpt-6-sol gpt-6-luna gpt-5.6-terra gpt-5.6-luna
+    gpt-5.5-pro gpt-5.5-pro-2026-04-23 gpt-5.4-nano gpt-5.4-nano-2026-03-17 gpt-5.4-pro gpt-5.3-codex
+    gpt-5.3-chat-latest gpt-5.2-pro gpt-5.2-pro-2025-12-11 gpt-5.2-codex gpt-5.2-chat-latest gpt-5.1-codex
+    gpt-5.1-codex-mini gpt-5.1-codex-max gpt-5.1-mini gpt-5.1-chat-latest gpt-5-codex gpt-5-chat-latest
+    gpt-5-search-api codex-mini-latest gpt-audio gpt-audio-2025-08-28 gpt-audio-1.5 gpt-audio-mini
+    gpt-audio-mini-2025-12-15 gpt-4o-audio-preview gpt-4o-audio-preview-2025-06-03 gpt-4o-mini-audio-preview
+    gpt-4o-mini-audio-preview-2024-12-17 gpt-4o-search-preview gpt-4o-search-preview-2025-03-11
+    gpt-4o-mini-search-preview gpt-4o-mini-search-preview-2025-03-11 gpt-4o-2024-11-20 gpt-4o-2024-05-13
+    chatgpt-4o-latest computer-use-preview computer-use-preview-2025-03-11 o1 o1-2024-12-17 o1-pro o1-pro-2025-03-19
+    o3-pro o3-pro-2025-06-10 o3-deep-research o3-deep-research-2025-06-26 o4-mini-deep-research
+    o4-mini-deep-research-2025-06-26 gpt-4-turbo gpt-4-turbo-2024-04-09 gpt-4-turbo-preview gpt-4-0125-preview
+    gpt-4-1106-preview gpt-4.5-preview gpt-3.5-turbo-1106 gpt-3.5-turbo-16k gpt-3.5-turbo-instruct davinci-002
+    babbage-002 text-embedding-3-small text-embedding-3-large text-embedding-ada-002 omni-moderation-latest
+    omni-moderation-2024-09-26
+""".split()  # noqa: SIM905
 
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
@@ -5580,17 +5841,17 @@ def _route_name(name: str) -> str:
     return name.replace(" /v1/", " /", 1)
 
 
-class _OwnRoute:
+class _OwnRoute(NamedTuple):
     """The answer of a user's function to a request for a route of the user's."""
 
-    def __init__(self, function: Callable[[Request], object], fake: FakeOpenAI, request: Request) -> None:
-        self.function = function
-        self.fake = fake
-        self.request = request
+    function: Callable[[Request], object]
+    fake: FakeOpenAI
+    request: Request
 
     def send(self, connection: _Connection) -> None:
-        """Answers on a connection."""
+        """Answers on a connection; what an iterator gives, piece by piece."""
         waiter = _Waiter(connection.server, connection, False)
+        pieces: Any = ()
         try:
             result: Any = self.function(self.request)
             if hasattr(result, "__await__"):
@@ -5600,52 +5861,48 @@ class _OwnRoute:
             status, headers, body = _own_answer(result)
             if self.fake.ttft:
                 waiter.sleep(self.fake.ttft)
-            if isinstance(body, bytes):
-                connection.send_whole(body, status, "application/octet-stream", fields=headers)
-            else:
-                self._stream(connection, waiter, connection.head(status, _EVENTS, _USUAL, headers), body)
+            if isinstance(body, bytes) or self.request.method == "HEAD":
+                whole = body if isinstance(body, bytes) else b""
+                return connection.send_whole(whole, status, "application/octet-stream", fields=headers)
+            waiter.streams = True
+            waiter.enter(bool)
+            pieces = waiter.steps(body) if hasattr(body, "__anext__") else body
+            connection.send(connection.head(status, _EVENTS, _USUAL, headers))
+            for piece in pieces:
+                if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
+                    connection.send(_http_chunk(data) if connection.http11 else data)
+                waiter.patience()
+            connection.send(_LAST_CHUNK if connection.http11 else b"", last=True)
         except BaseException as error:
             if isinstance(error, _Gone) or not connection.headed:
                 raise
             self.request._outcome = self.fake._keep_error(error, self.request)
             connection.hang_up(False)  # too late for a status
         finally:
+            if hasattr(pieces, "close"):
+                pieces.close()
             waiter.end()
 
-    def _stream(self, connection: _Connection, waiter: _Waiter, head: bytes, body: Any) -> None:
-        """Sends what an iterator gives, each piece as it comes."""
-        pieces = waiter.steps(body) if isinstance(body, AsyncIterator) else body
-        waiter.streams = True
-        waiter.enter(bool)
-        try:
-            for piece in () if self.request.method == "HEAD" else pieces:
-                if head == b"" and self.fake.itl:
-                    waiter.sleep(self.fake.itl)
-                if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
-                    connection.send(head + (_http_chunk(data) if connection.http11 else data))
-                    head = b""
-                waiter.patience()
-            ends = connection.http11 and self.request.method != "HEAD"
-            connection.send(head + (_LAST_CHUNK if ends else b""), last=True)
-        finally:
-            close = getattr(pieces, "close", None)
-            if close is not None:
-                close()
 
-
-def _own_answer(result: Any) -> tuple[int, Mapping[str, str], Any]:
+def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
     """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
-    status, headers, body = result if isinstance(result, tuple) and len(cast(Any, result)) == 3 else (200, {}, result)
+    body: Any = result
+    status, headers = 200, None
+    if type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]:
+        status, headers, body = cast(Any, result)
     headers = _header_fields(headers)
+    if isinstance(body, bytes) or hasattr(body, "__next__") or hasattr(body, "__anext__"):
+        return status, headers, body
     typed = "content-type" in map(str.lower, headers)
-    if not isinstance(body, (bytes, Iterator, AsyncIterator)):
-        body = body.encode() if isinstance(body, str) and typed else _utf8(_dumps(body))
-        headers = headers if typed else {**headers, "content-type": "application/json"}
-    return status, headers, body
+    headers = headers if typed else {**headers, "content-type": "application/json"}
+    return status, headers, body.encode() if isinstance(body, str) and typed else _utf8(_dumps(body))
 
 
 def _own_route(function: Callable[[Request], object]) -> _Endpoint:
-    return lambda fake, request, *values: _OwnRoute(function, fake, request)
+    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
+        return _OwnRoute(function, fake, request)
+
+    return endpoint
 
 
 def _preflight(fake: FakeOpenAI, request: Request, path: str) -> _HTTPResponse:
