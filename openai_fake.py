@@ -649,7 +649,7 @@ class Request:
     @property
     def form(self) -> dict[str, list[Any]]:
         """The fields of a multipart/form-data body, each a list as of parse_qs: of str, and of files' (name, bytes)."""
-        kind = re.search(r'multipart/form-data;.*\bboundary="?([^";]+)', self.headers.get("content-type", ""))
+        kind = re.search(r'(?i)multipart/form-data;.*\bboundary="?([^";]+)', self.headers.get("content-type", ""))
         pieces = (b"\r\n" + self.raw_body).split(b"\r\n--" + kind[1].encode("latin-1")) if kind else []
         form: dict[str, list[Any]] = {}
         for piece in pieces[1:-1]:
@@ -1230,9 +1230,9 @@ _NO_IMAGE = (
     "['png', 'jpeg', 'gif', 'webp']."
 )
 _NO_FILE = (
-    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/plain;"
-    "base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai.com/docs/"
-    "assistants/tools/file-search#supported-files for supported file types."
+    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/"
+    "plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai."
+    "com/docs/assistants/tools/file-search#supported-files for supported file types."
 )
 # R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
 _RECORDED: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
@@ -1254,9 +1254,9 @@ _RECORDED: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ..
      400),
     ("chat.completions", ".*", "messages.[].content.[].image_url.url",
      "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)", _NO_IMAGE, None, "invalid_image_format", 400),
-    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(?!low|medium|high)",
+    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(none|minimal|xhigh|max)$",
      _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(?!minimal|low|medium|high)",
+    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(none|xhigh|max)$",
      _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
     ("responses", ".*", "input.[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
      _NO_FILE, "{where}", "invalid_value", 400),
@@ -3317,7 +3317,8 @@ class _CompletionsEncoder(_ChatEncoder):
     def body(self) -> _JSON:
         self.close_items()
         choices = [self._told(choice, choice["message"]) for choice in self._choices()]
-        return {**self._chunk([], usage=self._usage()), "choices": choices}
+        whole = {**self._chunk([]), "choices": choices}
+        return {**{key: each for key, each in whole.items() if key != "usage"}, "usage": self._usage()}
 
 
 # ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
@@ -4282,8 +4283,8 @@ def _listing(request: Request, items: Sequence[_JSON], order: str, last: str = "
     page = ordered[:limit]
     first_id, last_id = (page[0].get("id"), page[-1].get("id")) if page else (None, None)
     listing: _JSON = {"object": "list", "data": page, "first_id": first_id}
-    listing |= {"has_more": len(ordered) > limit, "last_id": last_id}
-    return {**listing, last: listing.pop(last)}
+    ends = {"has_more": len(ordered) > limit, "last_id": last_id}
+    return listing | (ends if last == "last_id" else dict(reversed(ends.items())))
 
 
 def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
