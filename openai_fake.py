@@ -1193,9 +1193,8 @@ _RESPONSES: dict[str, _Rule] = {
     "store": _boolean,  # S
     "service_tier": _enum(*_SERVICE_TIERS, "ultrafast"),  # S
     "top_logprobs": _integer(0, 20),  # S
-    **dict.fromkeys(
-        ("access_programs", "background_options", "client_metadata", "context_management", "image"), _anything
-    ),  # S: known
+    **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
+    "client_metadata": _anything,  # R: Codex
     "conversation": _conversation_parameter,  # P
     "prompt": _object({"id": _any_string}),  # S
     "previous_response_id": _any_string,  # S
@@ -1210,11 +1209,9 @@ def _token(value: Any, path: str, holder: dict[str, Any]) -> None:
 
 _prompt_tokens = _array(_either("an integer", (int, _token)))
 _prompt = _either("a string or an array of integers", (str, _anything), (int, _token), (list, _prompt_tokens))
-_as_in_chat = (
-    "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
-)
+_same = "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
 _COMPLETIONS: dict[str, _Rule] = {  # S; R
-    **{name: _CHAT[name] for name in _as_in_chat.split()},
+    **{name: _CHAT[name] for name in _same.split()},
     "prompt": _either("one of a string or array", (str, _anything), (list, _array(_prompt))),
     "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
     "echo": _boolean, "suffix": _any_string,
@@ -2532,9 +2529,7 @@ class _Encoder:
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
         self.asked = request.body
-        model = _string(self.asked.get("model")) or (
-            "gpt-4o" if self.asked.get("prompt") else ""
-        )  # a prompt has its own
+        model = _string(self.asked.get("model") or ("gpt-4o" if self.asked.get("prompt") else ""))  # a prompt's own
         self.ids = ids
         self.created = reply.created if reply.created is not None else created
         self.model = _model(reply.model or model)
@@ -3261,17 +3256,16 @@ class _CompletionsEncoder(_ChatEncoder):
         super().__init__(request, reply, ids, created)
         self.id = reply.id or "cmpl-" + ids.alnum(29)
         self.model_name = _INSTRUCT.get(self.model_name, self.model_name)
+        self.head = {"id": self.id, "object": "text_completion", "created": self.created}
         n, top = self.asked.get("n"), self.asked.get("logprobs")
         self.n = len(self.prompt()) * (min(n, 128) if type(n) is int else 1)
         self.logprobs, self.top_logprobs = (True, min(top, 5)) if type(top) is int else (False, 0)
         self.ends: dict[int, int] = {}  # how long each choice's text with logprobs is so far
 
-    @override
     def prompt(self) -> list[Any]:
         prompts = _prompts(self.asked.get("prompt"))
         return [{"content": "four" * len(_list(each)) if isinstance(each, list) else each} for each in prompts]
 
-    @override
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         if isinstance(part, _MessagePart):
             self.started.add(part.choice)
@@ -3279,9 +3273,7 @@ class _CompletionsEncoder(_ChatEncoder):
         self.fold(part, texts)
         return []
 
-    @override
-    def chunk(self, chunk: Chunk) -> list[_Event]:
-        return _Encoder.chunk(self, chunk)
+    chunk = _Encoder.chunk  # a Chunk is what it says
 
     def _told(self, choice: _JSON, said: _JSON) -> _JSON:
         """A choice of Chat's that said this, as a choice of Completions."""
@@ -3289,36 +3281,28 @@ class _CompletionsEncoder(_ChatEncoder):
         if entries := _list(_dict(choice.get("logprobs")).get("content")):
             tokens: list[str] = [entry["token"] for entry in entries]
             *offsets, self.ends[index] = accumulate(map(len, tokens), initial=self.ends.get(index, 0))
-            logprobs = {
-                "text_offset": offsets,
-                "token_logprobs": [entry["logprob"] for entry in entries],
-                "tokens": tokens,
-                "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
-            }
+            numbers = [entry["logprob"] for entry in entries]
+            tops = [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries]
+            logprobs = {"text_offset": offsets, "token_logprobs": numbers, "tokens": tokens, "top_logprobs": tops}
         text = said.get("content") or said.get("refusal") or ""
         reason = "stop" if reason == "tool_calls" else reason
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
-    @override
     def _chunk(
         self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
     ) -> _JSON:
-        head = {"id": self.id, "object": "text_completion", "created": self.created}
         if not choices:
-            return {**head, "model": self.model_name, "usage": usage, "choices": []}
+            return {**self.head, "model": self.model_name, "usage": usage, "choices": []}
         told = [self._told(choice, choice["delta"]) for choice in choices]
-        return {**head, "choices": told, "model": self.model_name, **({"usage": None} if self.with_usage else {})}
+        return {**self.head, "choices": told, "model": self.model_name, **({"usage": None} if self.with_usage else {})}
 
-    @override
     def _usage(self) -> _JSON:
         return {key: count for key, count in super()._usage().items() if not key.endswith("_details")}
 
-    @override
     def body(self) -> _JSON:
         self.close_items()
         choices = [self._told(choice, choice["message"]) for choice in self._choices()]
-        whole = {**self._chunk([]), "choices": choices}
-        return {**{key: each for key, each in whole.items() if key != "usage"}, "usage": self._usage()}
+        return {**self.head, "model": self.model_name, "choices": choices, "usage": self._usage()}
 
 
 # ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
@@ -4105,11 +4089,7 @@ class _Route(NamedTuple):
     deployment: str | None = None  # Azure's
 
 
-_APIS = {
-    "POST /chat/completions": "chat.completions",
-    "POST /responses": "responses",
-    "POST /completions": "completions",
-}
+_APIS = {f"POST /{api.replace('.', '/')}": api for api in ("chat.completions", "responses", "completions")}
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
@@ -4183,12 +4163,9 @@ def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
 
 def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
     nearest = min(fake._router.names, key=lambda name: _distance(name, asked[:99]))
-    words = (
-        f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; the README's table "
-    )
-    raise APIError(
-        404, words + 'of endpoints lists all, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
-    )
+    words = f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; all are in the "
+    words += 'README\'s table of endpoints, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
+    raise APIError(404, words)
 
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
