@@ -1267,23 +1267,25 @@ _RECORDED: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ..
 )  # fmt: skip
 
 
-def _found(value: Any, path: list[str], where: str = "") -> Iterator[tuple[str, Any]]:
-    """The values at a path, "messages.[].role", and where they are."""
+def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]:
+    """The values at a path below a value, ["[]", "role"], and where they are."""
     if not path:
         yield where, value
     elif path[0] == "[]":
         for at, each in enumerate(_list(value)):
             yield from _found(each, path[1:], f"{where}[{at}]")
     elif (inner := _dict(value).get(path[0])) is not None:
-        yield from _found(inner, path[1:], f"{where}.{path[0]}".lstrip("."))
+        yield from _found(inner, path[1:], f"{where}.{path[0]}")
 
 
 def _check_recorded(api: str, body: dict[str, Any]) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    model = _string(body.get("model"))
+    model, turns = _string(body.get("model")), body.get("messages") or body.get("input")
+    parts = [1 for each in _list(turns) if each.__class__ is dict and each.get("content").__class__ is list]
     for of, models, path, begin, words, param, code, status in _RECORDED:
-        if of == api and re.fullmatch(models, model):
-            for where, value in _found(body, path.split(".")):
+        if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
+            name, *rest = path.split(".")
+            for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
                 if match := re.match(begin, value if isinstance(value, str) else ""):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
                     told |= match.groupdict()
@@ -4326,7 +4328,7 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     if id is None:
         id = new_id(_ITEM_PREFIXES.get(str(stored["type"]), "msg_"))
     told = {"id": id, "type": stored.pop("type")}
-    if told["type"] != "reasoning":
+    if str(told["type"]).endswith(("message", "_call", "_output")):  # others have none (R)
         told["status"] = stored.pop("status", None) or "completed"
     return {**told, **dict(sorted(stored.items()))}
 

@@ -2944,6 +2944,9 @@ class StateTest(unittest.TestCase):
             self.assertEqual(list(later.items()), list(told.items()))
             self.assertEqual(list(output), ["id", "type", "status", "call_id", "output"])
             self.assertEqual(get(server, f"{path}/{later['id']}").json, later)
+            silent = {"id": "cmp_1", "type": "compaction", "encrypted_content": "x"}  # has no status
+            self.assertEqual(get(server, path, "POST", {"items": [silent]}).json["data"], [silent])
+            get(server, path + "/cmp_1", "DELETE")
             listed = get(server, path + "?order=asc").json["data"]
             self.assertEqual(listed[-2:], [later, output])
             self.assertEqual([item["content"][0]["text"] for item in listed[:-1]], ["Rain?", "And?", "ok", "Later"])
