@@ -107,6 +107,7 @@ __all__ = [
     "Disconnect",
     "FakeOpenAI",
     "Finish",
+    "Item",
     "Message",
     "Pause",
     "Raw",
@@ -126,6 +127,7 @@ __all__ = [
     "main",
     "non_streaming_response",
     "rate_limit",
+    "recorded",
     "start",
     "streaming_response",
     "text_chunks",
@@ -150,6 +152,7 @@ _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
+_AT_ONCE = 0.1  # seconds in which a handler answers at once, before a background response is told to be queued
 
 _JSON: TypeAlias = "dict[str, Any]"
 
@@ -1232,7 +1235,7 @@ _NO_FILE = (
     "com/docs/assistants/tools/file-search#supported-files for supported file types."
 )
 # R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
-_RECORDED: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
+_REFUSALS: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
     ("chat.completions", _INSTRUCT_MODELS, "model", "",
      "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
     ("chat.completions", r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "",
@@ -1282,7 +1285,7 @@ def _check_recorded(api: str, body: dict[str, Any]) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
     model, turns = _string(body.get("model")), body.get("messages") or body.get("input")
     parts = [1 for each in _list(turns) if each.__class__ is dict and each.get("content").__class__ is list]
-    for of, models, path, begin, words, param, code, status in _RECORDED:
+    for of, models, path, begin, words, param, code, status in _REFUSALS:
         if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
             name, *rest = path.split(".")
             for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
@@ -1432,24 +1435,43 @@ def _tokens(text: str) -> tuple[str, ...]:
     return _split_short(text) if len(text) <= 32 else _split_text(text)
 
 
-def _host(url: str) -> str:
-    return url.partition("://")[2].partition("/")[0] or url
+class _Next(str):
+    """A text that begins the next section of its part: of a Reasoning, the next summary."""
+
+    __slots__ = ()
 
 
-def _citations(text: str, sources: Sequence[str]) -> list[_JSON]:
-    """url_citation annotations, Responses form: where the text names the source, else the whole text."""
-    spans: list[tuple[int, int, str]] = []
-    whole: list[tuple[int, int, str]] = []
-    for url in sources:
-        at = text.find(url)
-        if at >= 0:
-            spans.append((at + len(url), at, url))
-        else:
-            whole.append((len(text), 0, url))
-    return [
-        {"type": "url_citation", "end_index": end, "start_index": begin, "title": _host(url), "url": url}
-        for end, begin, url in sorted(spans) + whole
-    ]
+def _sections(pieces: Iterable[str]) -> list[str]:
+    sections: list[list[str]] = [[]]
+    for piece in pieces:
+        if isinstance(piece, _Next):
+            sections.append([])
+        sections[-1].append(piece)
+    return ["".join(section) for section in sections]
+
+
+def _by_key(value: Mapping[str, Any]) -> _JSON:
+    """`type` first, then the keys in alphabetical order, as the API sends tools, annotations and events (R)."""
+    return {"type": value.get("type"), **{key: value[key] for key in sorted(value) if key != "type"}}
+
+
+def _title(url: str) -> str:
+    """A page's title made up from its URL: the last words of its path, or of its host."""
+    path = url.partition("://")[2].partition("?")[0].rstrip("/")
+    words = re.sub(r"\.\w+$|[-_+.]+", " ", path.rpartition("/")[2]).strip()
+    return words[:1].upper() + words[1:] or url
+
+
+def _citation(text: str, url: str) -> _JSON | None:
+    """The url_citation of a source where the text names it: all of ` ([label](url))`, as the API writes it (R)."""
+    begin = text.find(url)
+    if begin < 0:
+        return None
+    end = begin + len(url)
+    opening = text.rfind("([", 0, begin)
+    if opening >= 0 and text[opening:begin].endswith("](") and text.startswith("))", end):
+        begin, end = opening, end + 2
+    return {"type": "url_citation", "end_index": end, "start_index": begin, "title": _title(url), "url": url}
 
 
 class _Item:
@@ -1458,16 +1480,20 @@ class _Item:
     index = 0  # of a tool call, among its choice's
     id = ""  # Responses: the item's id
     call_id = ""
-    sources: Sequence[str] = ()  # what a message after a web search cites
-    cited = 0  # of them, in the stream so far
+    legacy = False  # a call that answers `functions`
+    section = 0  # that is being said
+    sent = 0  # characters of a text, in the stream so far
     opened = False  # Responses: the events before the first delta are sent
-    form = ""  # of its delta events: see _Deltas
     status = "in_progress"
 
     def __init__(self, part: _Spoken, position: int) -> None:
         self.part = part
         self.pieces: list[str] = []
         self.entries: list[_JSON] = []  # logprobs, one a token, where they were asked for
+        self.annotations: list[_JSON] = []
+        self.cited = 0  # of them, in the stream so far
+        self.sources: list[str] = []  # found by a web search, and not named in the text yet
+        self.forms: dict[int, str] = {}  # of its delta events, by section: see _Deltas
         self.position = position  # output_index in Responses
 
     @property
@@ -1475,12 +1501,13 @@ class _Item:
         return "".join(self.pieces)
 
     def join(self) -> None:
-        """Makes one piece of all, on the thread that adds them: others may read `text` meanwhile, and only read."""
-        self.pieces[:] = [self.text]
+        """Makes few pieces of many, on the thread that adds them: others may read them meanwhile, and only read."""
+        first, *others = _sections(self.pieces)
+        self.pieces[:] = [first, *map(_Next, others)]
 
     @property
     def whole(self) -> _Spoken:
-        return self.part._with(self.text)
+        return self.part._with(self.pieces)
 
 
 class _Part:
@@ -1499,13 +1526,12 @@ class _Spoken(_Part):
     _grows: ClassVar[str]
     _prefix: ClassVar[str]  # of the item's id in Responses
     _padded: ClassVar[bool] = True  # whether Responses obfuscates its deltas
-    _in_chat: ClassVar[bool] = True  # whether Chat Completions has a place for it
+    _in_chat: bool = True  # whether Chat Completions has a place for it
     choice: int = 0
 
     def split(self) -> list[Self]:
         """The fragments that a stream sends: parts of the same kind, word-sized, the first with the name and id."""
-        texts = self._fragments()
-        return [self._with(texts[0]), *map(self._more, texts[1:])] if texts else [self]
+        return list(self._cut(self._fragments()))
 
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
@@ -1515,22 +1541,35 @@ class _Spoken(_Part):
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
-        return self._with(self._string + fragment._string)
+        return self._gather(fragment)._with([*self._pieces, *fragment._pieces])
+
+    def _gather(self, fragment: _Spoken) -> Self:
+        """This part with what a fragment after it has beside its text."""
+        return self
 
     @property
-    def _string(self) -> str:
-        return cast(str, getattr(self, self._grows))
+    def _pieces(self) -> list[str]:
+        return [getattr(self, self._grows)]
 
     def _fragments(self) -> Sequence[str]:
-        return _tokens(self._string)
+        """Its text in word-sized pieces, as a stream sends a part that is alone."""
+        return _tokens(self._pieces[0])
 
-    def _with(self, text: str) -> Self:
-        """This part with another string."""
-        return replace(self, **{self._grows: text})  # type: ignore[type-var]  # what is made are dataclasses
+    def _as_given(self) -> Sequence[str]:
+        """Its text in one piece, as a stream sends a part that is a fragment itself."""
+        return [piece for piece in self._pieces if piece]
+
+    def _with(self, pieces: Sequence[str]) -> Self:
+        """This part with another text."""
+        return replace(self, **{self._grows: "".join(pieces)})  # type: ignore[type-var]  # what is made are dataclasses
 
     def _more(self, text: str) -> Self:
         """A fragment that goes on with this part."""
-        return self._with(text)
+        return self._with([text])
+
+    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
+        """This part as fragments with these texts."""
+        return [self._with(texts[:1]), *map(self._more, texts[1:])] if texts else [self]
 
     def _continues(self, opened: _Spoken) -> bool:
         return type(opened) is type(self) and opened.choice == self.choice
@@ -1558,14 +1597,18 @@ class _Spoken(_Part):
         raise NotImplementedError
 
     def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+        """The events before the deltas of a section: their types, and the keys that are their own."""
         return []
 
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
-        """The type of the delta event, and the keys that are its own."""
         raise NotImplementedError
 
     def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+        """The events after the deltas of a section."""
         return []
+
+
+_PHASES = (None, "commentary", "final_answer")
 
 
 class _MessagePart(_Spoken):
@@ -1577,19 +1620,39 @@ class _MessagePart(_Spoken):
     _type: ClassVar[str]  # of the content part, and of its events
     _key: ClassVar[str]  # of the text in both
     text: str
+    annotations: Sequence[Mapping[str, Any]] = ()
+    logprobs: Sequence[Mapping[str, Any]] | None = None
+    phase: str | None = None
+    id: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.text) is not str or type(self.choice) is not int or self.choice < 0:  # thousands in a stream
             _check_fields(self, text=(self.text, str), choice=(self.choice, int))
+        if self.id is not None:
+            _check_fields(self, id=(self.id, str))
 
     def _fragments(self) -> Sequence[str]:
-        return _tokens(self.text) or ("",)  # an empty text is said too: mirascope waits for a delta
+        return _tokens(self.text) or ("",)
+
+    def _as_given(self) -> Sequence[str]:
+        return (self.text,)
+
+    def _more(self, text: str) -> Self:
+        return type(self)(text, choice=self.choice)  # type: ignore[call-arg]  # both take these
+
+    def _continues(self, opened: _Spoken) -> bool:
+        if type(opened) is not type(self) or opened.choice != self.choice:
+            return False
+        return self.phase in (None, opened.phase) and self.id in (None, opened.id)
 
     def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         content = [self._content_part(item)] if whole else []
-        phase = {"phase": "final_answer"} if encoder.model.phase else {}
-        status = item.status if whole else "in_progress"
-        return {"id": item.id, "type": "message", "status": status, "content": content, **phase, "role": "assistant"}
+        if whole and item.entries and self._type == "output_text":
+            content[0]["logprobs"] = [_rounded(entry) for entry in item.entries]
+        phase = self.phase or ("final_answer" if encoder.model.phase else None)
+        status = item.status if whole else encoder.added_status
+        told: _JSON = {"id": item.id, "type": "message", "status": status, "content": content}
+        return {**told, "phase": phase, "role": "assistant"} if phase else {**told, "role": "assistant"}
 
     def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
         raise NotImplementedError
@@ -1607,37 +1670,103 @@ class _MessagePart(_Spoken):
         ]
 
 
+def _annotation(given: Mapping[str, Any]) -> _JSON:
+    """An annotation in the form of Responses; that of Chat Completions nests it."""
+    kind = given.get("type")
+    if not isinstance(kind, str):
+        raise TypeError(f"an annotation is an object with a type, as url_citation, not {given!r}")
+    inner = given.get(kind)
+    return _by_key({"type": kind, **_dict(inner)} if isinstance(inner, dict) else given)
+
+
+def _entry(given: Mapping[str, Any], top: bool = True) -> _JSON:
+    """A logprobs entry with its keys in the order of Responses; Chat Completions has them otherwise."""
+    token = given.get("token")
+    if not isinstance(token, str):
+        raise TypeError(f"an entry of logprobs has a token and a logprob, not {given!r}")
+    data = given.get("bytes", list(token.encode("utf-8", "replace")))
+    entry: _JSON = {"bytes": data, "logprob": given.get("logprob", 0.0), "token": token}
+    return {**entry, "top_logprobs": [_entry(each, False) for each in given.get("top_logprobs", ())]} if top else entry
+
+
+def _rounded(entry: _JSON) -> _JSON:
+    """An entry as whole items have it (R)."""
+    top = [{**other, "logprob": round(other["logprob"], 6)} for other in entry["top_logprobs"]]
+    return {**entry, "logprob": round(entry["logprob"], 6), "top_logprobs": top}
+
+
 @dataclass(frozen=True, slots=True)
 class Text(_MessagePart):
-    """Text of the answer. A given Text is sent in word-sized deltas; several in a row are one text.
+    """Text of the answer. One that is alone is sent in word-sized deltas; several in a row are one text, a delta each.
 
-    `choice` is the index of the choice that says it (Chat Completions' n).
+    - `choice`: the index of the choice that says it (Chat Completions' n).
+    - `annotations`: objects as the API has them: url_citation, file_citation, ... A stream tells each where it belongs.
+    - `logprobs`: entries with token, logprob, bytes and top_logprobs, sent if asked for; made up if not given.
+    - `phase`: "commentary" or "final_answer"; the model's own if not given. `id`: the message's, in Responses. A Text
+      with another phase or id than the one before it begins a new message.
     """
 
     text: str
     _: KW_ONLY
     choice: int = 0
+    annotations: Sequence[Mapping[str, Any]] = ()
+    logprobs: Sequence[Mapping[str, Any]] | None = None
+    phase: str | None = None
+    id: str | None = None
 
     _type = "output_text"
     _key = "text"
+
+    def __post_init__(self) -> None:
+        _MessagePart.__post_init__(self)
+        if self.annotations:
+            object.__setattr__(self, "annotations", tuple(map(_annotation, self.annotations)))
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
+        if self.phase not in _PHASES:
+            raise ValueError(f"a phase is 'commentary' or 'final_answer', not {self.phase!r}")
+
+    def _fragments(self) -> Sequence[str]:
+        if self.logprobs is not None:
+            tokens = [entry["token"] for entry in self.logprobs]
+            return tokens if "".join(tokens) == self.text else (self.text,)
+        spans = sorted((each["start_index"], each["end_index"]) for each in self.annotations if "start_index" in each)
+        texts: list[str] = []
+        at = 0
+        for begin, end in spans:  # the API does not split a citation (R)
+            if at <= begin < end <= len(self.text):
+                texts += [*_tokens(self.text[at:begin]), self.text[begin:end]]
+                at = end
+        return [*texts, *_tokens(self.text[at:])] or ("",)
+
+    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
+        if self.logprobs is None or len(self.logprobs) != len(texts):
+            return [self._with(texts[:1]), *map(self._more, texts[1:])]
+        pairs = zip(texts, self.logprobs, strict=True)
+        first, *others = (type(self)(text, choice=self.choice, logprobs=[entry]) for text, entry in pairs)
+        return [replace(first, annotations=self.annotations, phase=self.phase, id=self.id), *others]
+
+    def _gather(self, fragment: _Spoken) -> Self:
+        more = cast(Text, fragment)
+        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
+        return replace(self, annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
 
     def _chat_delta(self, item: _Item, text: str) -> _JSON:
         return {"content": text}
 
     def _chat_message(self, item: _Item, message: _JSON) -> None:
-        text = item.text
         before = message["content"] or ""
-        message["content"] = before + text
-        for citation in _citations(text, item.sources) if item.sources else ():
-            begin, end = citation["start_index"] + len(before), citation["end_index"] + len(before)
-            source = {"end_index": end, "start_index": begin, "title": citation["title"], "url": citation["url"]}
-            message["annotations"].append({"type": "url_citation", "url_citation": source})
+        message["content"] = before + item.text
+        for each in item.annotations:
+            if each["type"] == "url_citation":
+                moved = {key: value for key, value in each.items() if key != "type"}
+                for key in ("end_index", "start_index"):
+                    moved[key] = moved.get(key, 0) + len(before)
+                message["annotations"].append({"type": "url_citation", "url_citation": moved})
 
     def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
-        text = item.text if whole else ""
-        annotations = _citations(text, item.sources) if whole else []
-        entries = item.entries if whole else []
-        return {"type": "output_text", "annotations": annotations, "logprobs": entries, "text": text}
+        annotations, text = ([*item.annotations], item.text) if whole else ([], "")
+        return {"type": "output_text", "annotations": annotations, "logprobs": [], "text": text}
 
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
         return "response.output_text.delta", {"content_index": 0, "logprobs": []}
@@ -1645,14 +1774,26 @@ class Text(_MessagePart):
 
 @dataclass(frozen=True, slots=True)
 class Refusal(_MessagePart):
-    """The model refuses, in these words (`message.refusal`; a refusal content part in Responses)."""
+    """The model refuses, in these words (`message.refusal`; a refusal content part in Responses).
+
+    `logprobs`, `phase` and `id` as in Text.
+    """
 
     text: str
     _: KW_ONLY
     choice: int = 0
+    logprobs: Sequence[Mapping[str, Any]] | None = None
+    phase: str | None = None
+    id: str | None = None
 
     _type = "refusal"
     _key = "refusal"
+    _padded = False
+
+    def __post_init__(self) -> None:
+        _MessagePart.__post_init__(self)
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
 
     def _chat_role(self, item: _Item) -> _JSON:
         return {"role": "assistant", "content": None, "refusal": ""}
@@ -1670,48 +1811,106 @@ class Refusal(_MessagePart):
         return "response.refusal.delta", {"content_index": 0}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Reasoning(_Spoken):
     """The model thinks first: a reasoning item in Responses; in Chat Completions only tokens in the usage.
 
-    `encrypted_content` is sent where the request includes `reasoning.encrypted_content`; made up if not given.
+    `Reasoning("...")` has one summary, `Reasoning("...", "...")` two. A Reasoning right after another goes on with its
+    last summary; `Reasoning("", "...")` begins the next. `text` is what was thought (a reasoning_text), where a model
+    shows it; `encrypted_content` is made up if not given; `id` is the item's, and one with another id a new item.
     """
 
-    summary: str = ""
-    _: KW_ONLY
-    encrypted_content: str | None = None
+    summaries: tuple[str, ...]
+    encrypted_content: str | None
+    text: str
+    id: str | None
 
-    _grows = "summary"
     _prefix = "rs_"
     _in_chat = False
 
-    def __post_init__(self) -> None:
-        _check_fields(self, summary=(self.summary, str), encrypted_content=(self.encrypted_content, _WORD))
+    def __init__(
+        self, *summaries: str, encrypted_content: str | None = None, text: str = "", id: str | None = None
+    ) -> None:
+        for summary in summaries:
+            _check_fields(self, summary=(summary, str))
+        _check_fields(self, encrypted_content=(encrypted_content, _WORD), text=(text, str), id=(id, _WORD))
+        for key, value in (
+            ("summaries", summaries if any(summaries) else ()),
+            ("encrypted_content", encrypted_content),
+            ("text", text),
+            ("id", id),
+        ):
+            object.__setattr__(self, key, value)
+
+    @property
+    def summary(self) -> str:
+        """All summaries, one below the other."""
+        return "\n\n".join(self.summaries)
+
+    @property
+    def _pieces(self) -> list[str]:
+        first, *others = self.summaries or ("",)
+        return [first, *map(_Next, others)]
+
+    def _fragments(self) -> Sequence[str]:
+        texts: list[str] = []
+        for piece in self._pieces:
+            cut = _tokens(piece) or ("",)
+            texts += [type(piece)(cut[0]), *cut[1:]]
+        return texts if texts != [""] else ()
+
+    def _as_given(self) -> Sequence[str]:
+        return [piece for piece in self._pieces if piece or isinstance(piece, _Next)]
+
+    def _with(self, pieces: Sequence[str]) -> Reasoning:
+        return Reasoning(*_sections(pieces), encrypted_content=self.encrypted_content, text=self.text, id=self.id)
+
+    def _more(self, text: str) -> Reasoning:
+        return Reasoning("", text) if isinstance(text, _Next) else Reasoning(text)
 
     def _continues(self, opened: _Spoken) -> bool:
-        return isinstance(opened, Reasoning) and self.encrypted_content in (None, opened.encrypted_content)
+        if not isinstance(opened, Reasoning) or self.text:
+            return False
+        return self.encrypted_content in (None, opened.encrypted_content) and self.id in (None, opened.id)
 
     def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        secret = {}
-        if encoder.includes("reasoning.encrypted_content"):  # it differs each time it is sent (R)
-            secret = {"encrypted_content": self.encrypted_content or encoder.secret(item)}
-        summary = [{"type": "summary_text", "text": item.text}] if whole and item.pieces else []
-        return {"id": item.id, "type": "reasoning", "content": [], **secret, "summary": summary}
+        secret = self.encrypted_content or encoder.secret(item)  # it differs each time it is sent (R)
+        summaries = _sections(item.pieces) if whole and item.pieces else []
+        return {
+            "id": item.id,
+            "type": "reasoning",
+            "content": [{"type": "reasoning_text", "text": self.text}] if whole and self.text else [],
+            "encrypted_content": secret,
+            "summary": [{"type": "summary_text", "text": text} for text in summaries],
+        }
+
+    def _thought(self, item: _Item) -> list[tuple[str, _JSON]]:
+        """The events of the text (S; none was recorded)."""
+        where = {"content_index": 0, "item_id": item.id}
+        part = {"type": "reasoning_text", "text": ""}
+        return [
+            ("response.content_part.added", {**where, "part": part}),
+            *(("response.reasoning_text.delta", {**where, "delta": text}) for text in _tokens(self.text)),
+            ("response.reasoning_text.done", {**where, "text": self.text}),
+            ("response.content_part.done", {**where, "part": {**part, "text": self.text}}),
+        ]
 
     def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+        where = {"item_id": item.id, "summary_index": item.section}
         part = {"type": "summary_text", "text": ""}
-        return [("response.reasoning_summary_part.added", {"item_id": item.id, "part": part, "summary_index": 0})]
+        thought = self._thought(item) if self.text and item.section == 0 else []
+        return [*thought, ("response.reasoning_summary_part.added", {**where, "part": part})]
 
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
-        return "response.reasoning_summary_text.delta", {"summary_index": 0}
+        return "response.reasoning_summary_text.delta", {"summary_index": item.section}
 
     def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
         if not item.pieces:
-            return []
-        where = {"item_id": item.id, "summary_index": 0}
+            return self._thought(item) if self.text else []
+        where, text = {"item_id": item.id, "summary_index": item.section}, _sections(item.pieces)[item.section]
         return [
-            ("response.reasoning_summary_text.done", {**where, "text": item.text}),
-            ("response.reasoning_summary_part.done", {**where, "part": {"type": "summary_text", "text": item.text}}),
+            ("response.reasoning_summary_text.done", {**where, "text": text}),
+            ("response.reasoning_summary_part.done", {**where, "part": {"type": "summary_text", "text": text}}),
         ]
 
 
@@ -1723,6 +1922,8 @@ class _Call(_Spoken):
     _type: ClassVar[str]  # of the item in Responses
     name: str
     id: str | None
+    namespace: str | None
+    caller: Mapping[str, Any] | None
 
     def _more(self, text: str) -> Self:
         return replace(self, name="", **{self._grows: text})  # type: ignore[type-var]
@@ -1738,21 +1939,33 @@ class _Call(_Spoken):
         return {"id": item.call_id, "type": self._key, self._key: {"name": self.name, self._grows: text}}
 
     def _chat_role(self, item: _Item) -> _JSON:
-        call = {"index": item.index, **self._chat_call(item, "")}
-        return {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
+        head = cast(_JSON, self._chat_head(item))
+        return {"role": "assistant", "content": None, **head, **({} if item.legacy else {"refusal": None})}
 
     def _chat_head(self, item: _Item) -> _JSON | None:
+        if item.legacy:
+            return {"function_call": {"name": self.name, "arguments": ""}}
         return {"tool_calls": [{"index": item.index, **self._chat_call(item, "")}]}
 
     def _chat_delta(self, item: _Item, text: str) -> _JSON:
+        if item.legacy:
+            return {"function_call": {"arguments": text}}
         return {"tool_calls": [{"index": item.index, self._key: {self._grows: text}}]}
 
     def _chat_message(self, item: _Item, message: _JSON) -> None:
-        message.setdefault("tool_calls", []).append(self._chat_call(item, item.text))
+        if item.legacy:
+            message["function_call"] = {"name": self.name, "arguments": item.text}
+        else:
+            message["tool_calls"].append(self._chat_call(item, item.text))
 
     def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        keys = {self._grows: item.text if whole else "", "call_id": item.call_id, "name": self.name}
-        status = item.status if whole else "in_progress"
+        keys: _JSON = {self._grows: item.text if whole else "", "call_id": item.call_id, "name": self.name}
+        if self.namespace is not None:
+            keys["namespace"] = self.namespace
+        if self.caller is not None:
+            keys["caller"] = _by_key({"type": "program", **self.caller})
+        # What a program calls stays "in_progress" (R).
+        status = item.status if whole and self.caller is None else "in_progress"
         return {"id": item.id, "type": self._type, "status": status, **dict(sorted(keys.items()))}
 
     def _delta(self, item: _Item) -> tuple[str, _JSON]:
@@ -1761,19 +1974,26 @@ class _Call(_Spoken):
     def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
         return [(f"response.{self._type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
 
+    def _check(self, **fields: object) -> None:
+        _check_fields(self, name=(self.name, str), id=(self.id, _WORD), choice=(self.choice, int))
+        _check_fields(self, namespace=(self.namespace, _WORD), caller=(self.caller, (Mapping, type(None))))
+
 
 @dataclass(frozen=True, slots=True, init=False)
 class ToolCall(_Call):
-    """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping.
+    """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping; none are `{}`.
 
     `id` is the call's id (`call_...`), made up where it is not given. A ToolCall with the name "" goes on with the
-    arguments of the call before it, so that a live Stream can send them piece by piece.
+    arguments of the call before it, so that a live Stream can send them piece by piece, after `ToolCall(name, "")`.
+    Responses also tells the `namespace` of the function, and the `caller`, as {"caller_id": "call_..."}: a program's.
     """
 
     name: str
     arguments: str
     id: str | None
     choice: int
+    namespace: str | None
+    caller: Mapping[str, Any] | None
     _ours: bool = field(init=False, repr=False, compare=False)  # the JSON is: its spaces may follow the API's habit
 
     _grows = "arguments"
@@ -1784,17 +2004,20 @@ class ToolCall(_Call):
     def __init__(  # by hand: `arguments` takes more than it is
         self,
         name: str,
-        arguments: str | Mapping[str, object] = "",
+        arguments: str | Mapping[str, object] = "{}",
         *,
         id: str | None = None,
         choice: int = 0,
+        namespace: str | None = None,
+        caller: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_fields(self, name=(name, str), arguments=(arguments, (str, Mapping)), id=(id, _WORD))
-        _check_fields(self, choice=(choice, int))
+        _check_fields(self, arguments=(arguments, (str, Mapping)))
         ours = not isinstance(arguments, str)
         text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
-        for key, value in (("name", name), ("arguments", text), ("id", id), ("choice", choice), ("_ours", ours)):
+        values = (name, text, id, choice, namespace, caller, ours)
+        for key, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, key, value)
+        self._check()
 
     def _spaced(self) -> ToolCall:
         """This call among several, whose arguments the API writes with spaces (R), unless the text was given."""
@@ -1805,99 +2028,315 @@ class ToolCall(_Call):
 
 @dataclass(frozen=True, slots=True)
 class CustomToolCall(_Call):
-    """The model calls a custom tool, whose input is free text. `id` and "" as a name: as in ToolCall."""
+    """The model calls a custom tool, whose input is free text. The other fields, and "" as a name: as in ToolCall."""
 
     name: str
     input: str = ""
     _: KW_ONLY
     id: str | None = None
     choice: int = 0
+    namespace: str | None = None
+    caller: Mapping[str, Any] | None = None
 
     _grows = "input"
     _prefix = "ctc_"
     _key = "custom"
     _type = "custom_tool_call"
-    _padded = False
 
     def __post_init__(self) -> None:
-        _check_fields(self, name=(self.name, str), input=(self.input, str), id=(self.id, _WORD))
-        _check_fields(self, choice=(self.choice, int))
+        _check_fields(self, input=(self.input, str))
+        self._check()
 
 
-@dataclass(frozen=True, slots=True)
-class WebSearch(_Spoken):
-    """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
+class _Made(NamedTuple):
+    """A value of an item that is made up where it is not given: random characters after a prefix."""
 
-    `sources` are URLs. The text after it cites them: a url_citation where the text names the URL, else over all of it.
-    A model that reasons says a Reasoning first; who sends the items back without it gets the API's 400.
+    prefix: str
+    length: int
+    hex: bool = False
+
+
+_CALL_ID = _Made("call_", 24)
+_SECRET = _Made("gAAAAAB", 160)
+
+
+class _ItemType(NamedTuple):
+    """What the API does with items of a type (R). The keys of an item are `id`, `type`, `status`, then alphabetical."""
+
+    prefix: str  # of the id
+    keys: Mapping[str, Any] = {}  # that are there also where they are not given
+    added: Mapping[str, Any] | None = {}  # by path, what output_item.added has instead; None: it has no such keys
+    steps: str = ""  # the events of its own, see _steps
+    status: str | None = "completed"
+    asked: tuple[str, str] = ("", "")  # the path of what only `include` asks for, and its name there
+
+
+# In the steps of an item, `a` is the event response.TYPE.a; `b.delta < key` tells the key's text in one piece, and
+# `b.delta << key` in many; `b.done = key` tells it whole. {end} is "failed" for an item that has failed.
+# fmt: off
+_CALLED: _JSON = {"call_id": _CALL_ID}
+_STAGES = "in_progress, searching, completed"
+_ITEM_TYPES: dict[str, _ItemType] = {
+    "apply_patch_call": _ItemType(
+        "apc_", _CALLED, {"operation.diff": ""},
+        "apply_patch_call_operation_diff.delta << operation.diff, "
+        "apply_patch_call_operation_diff.done = operation.diff"),
+    "apply_patch_call_output": _ItemType("apco_", _CALLED),
+    "code_interpreter_call": _ItemType(
+        "ci_", {"code": "", "container_id": _Made("cntr_", 48, hex=True), "outputs": []}, {"code": "", "outputs": []},
+        "in_progress, code_interpreter_call_code.delta << code, code_interpreter_call_code.done = code, interpreting, "
+        "completed", asked=("outputs", "code_interpreter_call.outputs")),
+    "compaction": _ItemType("cmp_", {"encrypted_content": _SECRET}, status=None),
+    "computer_call": _ItemType("cu_", {**_CALLED, "pending_safety_checks": []}),
+    "file_search_call": _ItemType("fs_", {"queries": [], "results": []}, {"queries": [], "results": None}, _STAGES,
+                                  asked=("results", "file_search_call.results")),
+    "image_generation_call": _ItemType(
+        "ig_", {}, None, "in_progress, generating, partial_image * partial_images, completed"),
+    "local_shell_call": _ItemType("lsh_", _CALLED, {"action.command": []}),
+    "mcp_approval_request": _ItemType("mcpr_", status=None),
+    "mcp_call": _ItemType(
+        "mcp_", {"approval_request_id": None, "arguments": "", "error": None, "output": None},
+        {"arguments": "", "error": None, "output": None},
+        "in_progress, mcp_call_arguments.delta < arguments, mcp_call_arguments.done = arguments, {end}"),
+    "mcp_list_tools": _ItemType("mcpl_", {"tools": []}, {"tools": []}, "in_progress, {end}", status=None),
+    "program": _ItemType("cm_", {**_CALLED, "fingerprint": _SECRET}, {"code": ""}, status=None),
+    "program_output": _ItemType("cmo_", _CALLED, {"result": "", "status": "completed"}),
+    "shell_call": _ItemType(
+        "sh_", _CALLED, {"action": {"commands": [], "max_output_length": None, "timeout_ms": None}},
+        "shell_call_command * action.commands"),
+    "shell_call_output": _ItemType(
+        "sho_", {**_CALLED, "max_output_length": None, "output": []}, {"output": [], "status": "completed"},
+        "shell_call_output_content * output"),
+    "tool_search_call": _ItemType("tsc_", {"call_id": None, "execution": "server"}, {"arguments": {}}),
+    "tool_search_output": _ItemType("tso_", {"call_id": None, "execution": "server"}),
+    "web_search_call": _ItemType("ws_", {}, {"action": {"type": "search"}}, _STAGES,
+                                 asked=("action.sources", "web_search_call.action.sources")),
+}
+# fmt: on
+_ANY_ITEM = _ItemType("item_")
+
+
+def _at(value: Any, path: str) -> Any:
+    """What is at a path in an object, as operation.diff; None where nothing is."""
+    for key in path.split("."):
+        value = _dict(value).get(key)
+    return value
+
+
+def _put(value: _JSON, path: str, new: Any) -> _JSON:
+    """A copy of an object with something else at a path, if anything is there."""
+    key, _, rest = path.partition(".")
+    if key not in value:
+        return value
+    return {**value, key: _put(_dict(value[key]), rest, new) if rest else new}
+
+
+def _typed_first(key: str, value: Any) -> Any:
+    """A value of an item, its keys as the API orders them; `arguments` are the model's own."""
+    return _by_key(cast(_JSON, value)) if key != "arguments" and "type" in _dict(value) else value
+
+
+def _joined(value: Any) -> str:
+    """A text that may be given in the pieces that a stream sends of it."""
+    return "".join(cast("Sequence[str]", value)) if isinstance(value, (list, tuple)) else value
+
+
+def _steps(kind: str, steps: str, fields: Mapping[str, Any], end: str) -> Iterator[tuple[str, _JSON]]:
+    """The events of an item's own, as its row names them: their types, and the keys that are their own."""
+    for step in filter(None, steps.format(end=end).split(", ")):
+        name, sign, path = (*step.split(" "), "", "")[:3]
+        value = _at(fields, path) if path else None
+        if sign == "*":
+            yield from _REPEATED_STEPS[name](value or [])
+        elif not sign:
+            yield f"response.{kind}.{name}", {}
+        elif value is None:  # a deleted file has no diff
+            continue
+        elif sign == "=":
+            yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
+        else:
+            given: Sequence[Any] = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else [value]
+            for text in _tokens(value) if sign == "<<" and isinstance(value, str) else given:
+                yield f"response.{name}", {"delta": text}
+
+
+def _partial_images(images: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, image in enumerate(images):
+        told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
+        yield "response.image_generation_call.partial_image", {**told, "partial_image_index": index}
+
+
+def _shell_commands(commands: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, command in enumerate(commands):
+        where = {"command_index": index, "item_id": None}  # these have no item_id (R)
+        yield "response.shell_call_command.added", {**where, "command": ""}
+        for text in _tokens(command) if isinstance(command, str) else command:
+            yield "response.shell_call_command.delta", {**where, "delta": text}
+        yield "response.shell_call_command.done", {**where, "command": _joined(command)}
+
+
+def _shell_outputs(outputs: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, output in enumerate(outputs):
+        for stream in ("stdout", "stderr"):
+            if text := _dict(output).get(stream):
+                yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
+        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(outputs)}
+
+
+_REPEATED_STEPS: dict[str, Callable[[Sequence[Any]], Iterator[tuple[str, _JSON]]]] = {
+    "partial_image": _partial_images,
+    "shell_call_command": _shell_commands,
+    "shell_call_output_content": _shell_outputs,
+}
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Item(_Spoken):
+    """Any output item of Responses, by its type and the API's own keys: `Item("mcp_call", name="search", ...)`.
+
+    What is not given is made up where the API always has it (ids, `call_id`, `status`). Types that are known have their
+    own events in a stream; others are added and done. A text that a stream sends in pieces (the code of
+    code_interpreter_call, ...) may be a list of these pieces. Chat Completions has no place for items, but for one:
+    `Item("audio", data=..., transcript=...)` is `message.audio` there, and nothing in Responses.
     """
 
-    query: str
-    _: KW_ONLY
-    sources: Sequence[str] = ()
-    id: str | None = None
+    type: str
+    fields: Mapping[str, Any]
 
-    _grows = "query"
-    _prefix = "ws_"
-    _in_chat = False
+    def __init__(self, type: str, **fields: Any) -> None:
+        _check_fields(self, type=(type, str))
+        if type in ("message", "function_call", "custom_tool_call", "reasoning"):
+            raise ValueError(
+                f"Item({type!r}): what the model says is Text, Refusal, ToolCall, CustomToolCall, Reasoning"
+            )
+        object.__setattr__(self, "type", type)
+        object.__setattr__(self, "fields", fields)
 
-    def __post_init__(self) -> None:
-        _check_fields(self, query=(self.query, str), id=(self.id, _WORD))
-        if isinstance(self.sources, str):
-            raise TypeError(f"WebSearch wants a list of URLs for sources, not {self.sources!r}")
-        object.__setattr__(self, "sources", tuple(self.sources))
-        for url in self.sources:
-            _check_fields(self, sources=(url, str))
+    @override
+    def __hash__(self) -> int:
+        return hash(self.type)  # the values of fields may be lists
+
+    @property
+    def _row(self) -> _ItemType:
+        return _ITEM_TYPES.get(self.type, _ANY_ITEM)
+
+    @property
+    def _prefix(self) -> str:  # type: ignore[override]
+        return self._row.prefix
+
+    @property
+    def _in_chat(self) -> bool:  # type: ignore[override]
+        return self.type == "audio"
+
+    @property
+    def id(self) -> str | None:
+        """The item's id, where it was given."""
+        return self.fields.get("id")
+
+    @property
+    def searches(self) -> bool:
+        """Whether this is a search of the web, as the API counts them."""
+        return self.type == "web_search_call" and _at(self.fields, "action.type") in (None, "search")
+
+    @property
+    def _pieces(self) -> list[str]:
+        return []
 
     def _fragments(self) -> Sequence[str]:
         return ()
 
-    def _with(self, text: str) -> WebSearch:
+    def _with(self, pieces: Sequence[str]) -> Self:
         return self
 
     def _continues(self, opened: _Spoken) -> bool:
         return False
 
     def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        action: _JSON = {"type": "search"}
-        if whole:
-            action.update(queries=[self.query], query=self.query)
-        if whole and encoder.includes("web_search_call.action.sources"):
-            action["sources"] = [{"type": "url", "url": url} for url in self.sources]
-        status = "completed" if whole else "in_progress"
-        return {"id": item.id, "type": "web_search_call", "status": status, "action": action}
+        row = self._row
+        fields: _JSON = {**({"status": row.status} if row.status else {}), **row.keys, **self.fields}
+        for key, value in fields.items():
+            if isinstance(value, _Made):
+                fields[key] = encoder.made(item, key, value)
+        for path in re.findall(r"delta <<? ([\w.]+)", row.steps):
+            fields = _put(fields, path, _joined(_at(fields, path)))
+        if self.type == "shell_call":
+            fields = _put(fields, "action.commands", [_joined(each) for each in _list(_at(fields, "action.commands"))])
+        fields.pop("partial_images", None)
+        if not whole:
+            for path, value in {"status": "in_progress", **(row.added or {})}.items():
+                fields = _put(fields, path, value)
+            if row.added is None:
+                fields = {"status": fields["status"]}
+        path, name = row.asked
+        if path and not encoder.includes(name):
+            holder, _, key = path.rpartition(".")
+            kept = {each: value for each, value in _dict(_at(fields, holder)).items() if each != key}
+            fields = _put(fields, holder, kept) if holder else _put(fields, path, None)
+        status = {"status": fields.pop("status")} if "status" in fields else {}
+        told = {key: _typed_first(key, fields[key]) for key in sorted(fields) if key != "id"}
+        return {"id": item.id, "type": self.type, **status, **told}
 
     def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
-        steps = ("in_progress", "searching", "completed")
-        return [(f"response.web_search_call.{step}", {"item_id": item.id}) for step in steps]
+        failed = self.fields.get("status") == "failed" or self.fields.get("error") is not None
+        steps = _steps(self.type, self._row.steps, self.fields, "failed" if failed else "completed")
+        told = [(kind, {"item_id": item.id, **fields}) for kind, fields in steps]
+        if self.type == "image_generation_call":
+            shown = {
+                key: self.fields[key]
+                for key in ("background", "output_format", "quality", "size")
+                if key in self.fields
+            }
+            told = [(kind, {**shown, **each} if "partial_image_index" in each else each) for kind, each in told]
+        return [(kind, {key: value for key, value in each.items() if value is not None}) for kind, each in told]
 
 
-_Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
+class WebSearch(Item):
+    """The model searches the web: a web_search_call item in Responses, nothing of its own in Chat Completions.
+
+    `query` is one or several; `sources` are URLs. The text after it cites them: where it names them, best as
+    `([label](url))`, or as a whole. Other actions are an Item: `Item("web_search_call", action={...})`. A model that
+    reasons says a Reasoning first; who sends the items back without it gets the API's 400.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, query: str | Sequence[str], *, sources: Sequence[str] = (), id: str | None = None) -> None:
+        queries = [query] if isinstance(query, str) else list(query)
+        if isinstance(sources, str):
+            raise TypeError(f"WebSearch wants a list of URLs for sources, not {sources!r}")
+        _check_fields(self, id=(id, _WORD))
+        for each in queries:
+            _check_fields(self, query=(each, str))
+        for url in sources:
+            _check_fields(self, sources=(url, str))
+        pages = [{"type": "url", "url": url} for url in sources]
+        action = {"type": "search", "queries": queries, "query": queries[0], "sources": pages}
+        super().__init__("web_search_call", **({} if id is None else {"id": id}), action=action)
+
+    @property
+    def query(self) -> str:
+        """The first query."""
+        return cast(str, self.fields["action"]["query"])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The URLs."""
+        return tuple(page["url"] for page in self.fields["action"]["sources"])
+
+    @override
+    def __repr__(self) -> str:
+        return f"WebSearch({self.query!r}, sources={self.sources!r}, id={self.id!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class _Compaction(_Spoken):
-    """The item that stands for a compacted conversation: the one place that makes it."""
-
-    encrypted_content: str = ""
-
-    _grows = "encrypted_content"
-    _prefix = "cmp_"
-    _in_chat = False
-
-    def _fragments(self) -> Sequence[str]:
-        return ()
-
-    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        return {"id": item.id, "type": "compaction", "encrypted_content": encoder.secret(item)}
-
-
-_REASONS = ("stop", "length", "tool_calls", "content_filter")
+_Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
+_REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 
 
 @dataclass(frozen=True, slots=True)
 class Finish(_Part):
-    """Why the answer ends. Without it: "tool_calls" where tools were called, else "stop"."""
+    """Why the answer ends. Without it: "tool_calls" where tools were called ("function_call" if they were `functions`),
+    else "stop".
+    """
 
     reason: _Reason
     _: KW_ONLY
@@ -1916,7 +2355,8 @@ class Finish(_Part):
 class Usage(_Part):
     """The tokens that the answer says it used. Without it they are estimated from the texts.
 
-    `cached_tokens` are among the prompt's tokens, `reasoning_tokens` among the completion's.
+    `cached_tokens` are among the prompt's tokens, `reasoning_tokens` among the completion's. `details` are the others
+    that the API tells of both: {"prompt": {"audio_tokens": 3}, "completion": {"accepted_prediction_tokens": 5}}.
     """
 
     prompt_tokens: int
@@ -1924,10 +2364,14 @@ class Usage(_Part):
     _: KW_ONLY
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
         _check_fields(self, prompt_tokens=(self.prompt_tokens, int), completion_tokens=(self.completion_tokens, int))
         _check_fields(self, cached_tokens=(self.cached_tokens, int), reasoning_tokens=(self.reasoning_tokens, int))
+        for side, tokens in self.details.items():
+            if side not in ("prompt", "completion"):
+                raise ValueError(f'Usage has details of "prompt" and "completion", not {side!r}: {tokens!r}')
 
     @property
     def total_tokens(self) -> int:
@@ -1979,20 +2423,26 @@ class Raw(_Part):
 
 @dataclass(frozen=True, slots=True)
 class StreamError(_Part):
-    """The answer fails here. A stream gets the API's in-stream error; a request for JSON a 500 with these fields."""
+    """The answer fails here. A stream gets the API's in-stream error; a request for JSON a 500 with these fields.
+
+    Responses tells it twice, in an `error` event and in response.failed; `event=False` leaves the first out.
+    """
 
     message: str
     _: KW_ONLY
     type: str = "server_error"
     code: str | None = None
     param: str | None = None
+    event: bool = True
 
     def __post_init__(self) -> None:
         _check_fields(self, message=(self.message, str), type=(self.type, str))
         _check_fields(self, code=(self.code, _WORD), param=(self.param, _WORD))
 
     def _act(self, answer: _Delivery) -> None:
-        answer.fail(APIError(500, self.message, type=self.type, code=self.code, param=self.param))
+        error = APIError(500, self.message, type=self.type, code=self.code, param=self.param)
+        answer.encoder.error_event = self.event
+        answer.fail(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2025,9 +2475,11 @@ def _part(value: object) -> _Part:
 class Reply:
     """An answer with its envelope: what is said, and the id, model, time and headers around it.
 
-    `created` is in unix seconds. `ttft` and `itl` are the seconds before the first token and between tokens, in
-    place of the server's. `only="stream"` or `only="json"` refuses the other kind of request with a 500. Raises
-    TypeError for an id, model or time of another type, ValueError for headers that could not be sent.
+    `created` is in unix seconds. `extra` are top-level keys of the answer's JSON, in place of what the server says:
+    `{"service_tier": "scale"}`, `{"store": False}`, `{"moderation": {...}}`. `ttft` and `itl` are the seconds before
+    the first token and between tokens, in place of the server's. `only="stream"` or `only="json"` refuses the other
+    kind of request with a 500. Raises TypeError for an id, model or time of another type, ValueError for headers that
+    could not be sent.
     """
 
     def __init__(
@@ -2037,6 +2489,7 @@ class Reply:
         model: str | None = None,
         created: int | None = None,
         headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
         only: Literal["stream", "json"] | None = None,
         ttft: float | None = None,
         itl: float | None = None,
@@ -2049,9 +2502,11 @@ class Reply:
         self.model = model
         self.created = created
         self.headers = _header_fields(headers) if headers else {}
+        self.extra = extra or {}
         self.only = only
         self.ttft = ttft
         self.itl = itl
+        self._fragments = False  # whether all parts are fragments, sent as given
 
     def _known(self) -> list[_Part] | None:
         """The parts, where they are all known before anything is sent; None where they come in time."""
@@ -2077,6 +2532,11 @@ def _reply(answer: Any) -> Reply:
     if answer is None:
         raise ValueError("handler returned empty response")
     kind: str = type(answer).__name__
+    if isinstance(answer, Mapping) or hasattr(answer, "model_dump"):
+        try:
+            return recorded(cast(object, answer))
+        except ValueError as error:
+            raise TypeError(f"handler returned {kind}, which is no answer: {error}") from None
     if isinstance(answer, Completion):
         return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
     if isinstance(answer, (str, _Part, Stream, AsyncIterable)) or (
@@ -2346,6 +2806,340 @@ def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     )
 
 
+# ---- Answers in the API's own JSON -----------------------------------------------------------------------------------
+
+
+def recorded(data: object) -> Reply:
+    """An answer from the API's own JSON of either API: what was recorded is said again, in the form that is asked for.
+
+    `data` is a chat.completion or a response, as a dict, as JSON text or bytes, or as the official SDK's object; or an
+    event stream: the bytes that `curl -N` printed, or a list of its chunks or events, whose deltas are kept. Ids, model
+    and time are the recorded ones; what echoes the request (tools, temperature, ...) is the new request's. Raises
+    ValueError, which says where, for what cannot be said again.
+    """
+    value = _plain_json(data)
+    try:
+        if isinstance(value, list):
+            events = [_dict(event) for event in _list(value)]
+            chat = any("choices" in event for event in events)
+            return _recorded_chunks(events) if chat else _recorded_events(events)
+        read = _RECORDED.get(_string(_dict(value).get("object")))
+        if read is None:
+            raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
+        return read(_dict(value))
+    except ValueError as error:
+        raise ValueError(f"recorded(...) cannot say this again: {error}") from None
+
+
+def _plain_json(data: Any) -> Any:
+    """Dicts and lists, from text, bytes, or objects that have `model_dump`, as pydantic's have."""
+    if isinstance(data, (bytes, bytearray)):
+        data = data.decode()
+    if isinstance(data, str):
+        text = data.strip().removeprefix("\ufeff")
+        if text[:1] in ("{", "["):
+            return json.loads(text)
+        lines = [line[5:].strip() for line in re.split(r"\r\n|\r|\n", text) if line.startswith("data:")]
+        if not lines:
+            raise ValueError(f"recorded(...) wants JSON or an event stream, not {_short(repr(data))}")
+        return [json.loads(line) for line in lines if line != "[DONE]"]
+    if isinstance(data, (list, tuple)):
+        return [_plain_json(each) for each in cast("Sequence[Any]", data)]
+    dump = getattr(data, "model_dump", None)
+    return dump(mode="json", exclude_unset=True) if callable(dump) else data
+
+
+def _only(value: Any, known: str, path: str) -> _JSON:
+    """A JSON object with no other keys than these that say something. Raises ValueError for others."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no object: {_short(repr(value))}")
+    found = cast(_JSON, value)
+    for key, each in found.items():
+        if key not in known.split() and each not in (None, [], {}):
+            raise ValueError(f"{path}.{key} is nothing that an answer is known to say: {_short(repr(each))}")
+    return found
+
+
+def _recorded_usage(usage: Any, names: Sequence[str]) -> list[_Part]:
+    """The Usage of a usage object, whose keys have these names: the prompt's tokens, and the completion's."""
+    if usage is None:
+        return []
+    told = _only(
+        usage,
+        f"{names[0]}_tokens {names[1]}_tokens total_tokens {names[0]}_tokens_details {names[1]}_tokens_details",
+        "usage",
+    )
+    prompt, completion = (dict(_dict(told.get(f"{name}_tokens_details"))) for name in names)
+    cached, reasoning = prompt.pop("cached_tokens", 0), completion.pop("reasoning_tokens", 0)
+    return [
+        Usage(
+            told[f"{names[0]}_tokens"],
+            told.get(f"{names[1]}_tokens", 0),
+            cached_tokens=cached or 0,
+            reasoning_tokens=reasoning or 0,
+            details={side: each for side, each in (("prompt", prompt), ("completion", completion)) if each},
+        )
+    ]
+
+
+_CHAT_KEYS = "id object created model choices usage service_tier system_fingerprint moderation obfuscation"
+_MESSAGE_KEYS = "role content refusal annotations audio tool_calls function_call"
+
+
+def _recorded_chat(body: _JSON) -> Reply:
+    """Reads a completion: a stream of one chunk, whose deltas are the messages."""
+    choices: list[Any] = []
+    for choice in map(_dict, _list(body.get("choices"))):
+        said = {key: value for key, value in _dict(choice.get("message")).items() if key != "role"}
+        choices.append({**{key: value for key, value in choice.items() if key != "message"}, "delta": said})
+    reply = _recorded_chunks([{**body, "choices": choices}], "message")
+    reply._fragments = False
+    return reply
+
+
+def _recorded_chunks(chunks: list[_JSON], holder: str = "delta") -> Reply:
+    envelope: _JSON = {}
+    parts: list[_Part] = []
+    audio: _JSON = {}
+    for at, chunk in enumerate(chunks):
+        path = f"chunk {at}" if holder == "delta" else "the completion"
+        if "error" in chunk:
+            parts.append(_recorded_error(chunk["error"], True))
+            continue
+        envelope = {**_only(chunk, _CHAT_KEYS, path), **envelope}
+        envelope["moderation"] = chunk.get("moderation", envelope.get("moderation"))
+        for number, each in enumerate(_list(chunk.get("choices"))):
+            where = f"{path}.choices[{number}]"
+            choice = _only(each, "index delta logprobs finish_reason", where)
+            _only(choice.get("delta", {}), _MESSAGE_KEYS, f"{where}.{holder}")
+            _read_delta(choice, parts, audio, f"{where}.{holder}")
+        parts += _recorded_usage(chunk.get("usage"), ("prompt", "completion"))
+    if audio:
+        parts.insert(0, Item("audio", **audio))
+    kept = ("service_tier", "system_fingerprint", "moderation")
+    extra = {
+        key: value for key, value in envelope.items() if key in kept and (value is not None or key != "moderation")
+    }
+    id, model, created = envelope.get("id"), envelope.get("model"), envelope.get("created")
+    reply = Reply(*parts, id=id, model=model, created=created, extra=extra)
+    reply._fragments = True
+    return reply
+
+
+def _read_delta(choice: _JSON, parts: list[_Part], audio: _JSON, path: str) -> None:
+    """Adds to the parts what a delta, or a message, says."""
+    delta, index = _dict(choice.get("delta")), choice.get("index", 0)
+    for key, say in (("content", Text), ("refusal", Refusal)):
+        text = delta.get(key)
+        if text or (text is not None and "role" not in delta):  # else it opens the choice, and says nothing yet
+            logprobs = _dict(choice.get("logprobs")).get(key) or None
+            parts.append(say(text, choice=index, logprobs=logprobs))
+    if delta.get("annotations"):
+        last = max((at for at, part in enumerate(parts) if isinstance(part, Text)), default=-1)
+        if last < 0:
+            raise ValueError(f"{path}.annotations come before any text")
+        parts[last] = replace(cast(Text, parts[last]), annotations=delta["annotations"])
+    for key, value in _dict(delta.get("audio")).items():
+        audio[key] = audio[key] + value if key in ("data", "transcript") and key in audio else value
+    calls = _list(delta.get("tool_calls"))
+    for call in [*calls, {"function": delta["function_call"]}] if delta.get("function_call") else calls:
+        kind, key, make = (
+            ("custom", "input", CustomToolCall) if "custom" in call else ("function", "arguments", ToolCall)
+        )
+        about = call.get(kind)
+        if not isinstance(about, dict):
+            raise ValueError(f"{path}.tool_calls has what is no call: {_short(repr(call))}")
+        name, text = _dict(about).get("name") or "", _dict(about).get(key) or ""
+        parts.append(make(name, text, id=call.get("id"), choice=index))
+    if choice.get("finish_reason"):
+        parts.append(Finish(choice["finish_reason"], choice=index))
+
+
+def _recorded_error(error: Any, event: bool) -> StreamError:
+    told = _dict(error)
+    code = told.get("code")
+    kind = told.get("type") or "server_error"
+    return StreamError(_string(told.get("message")), type=kind, code=code, param=told.get("param"), event=event)
+
+
+def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
+    """What surrounds the output of a response: why it ended, its usage, and what is not the request's echo."""
+    reason = _dict(body.get("incomplete_details")).get("reason")
+    if body.get("status") == "incomplete":
+        finish = next((finish for finish, each in _INCOMPLETE.items() if each == reason), None)
+        if finish is None:
+            raise ValueError(f"incomplete_details.reason is not known: {reason!r}")
+        parts = [*parts, Finish(cast(_Reason, finish))]
+    if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
+        parts = [*parts, _recorded_error(body.get("error"), False)]
+    parts += _recorded_usage(body.get("usage"), ("input", "output"))
+    extra = {key: value for key, value in body.items() if key not in _ECHOED and value is not None}
+    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=body.get("created_at"), extra=extra)
+
+
+# Keys of a response that come from its request, or from what is said. All others are told as they were.
+_ECHO = """
+    id object created_at status background billing completed_at conversation error frequency_penalty incomplete_details
+    instructions max_output_tokens max_tool_calls metadata model output output_text parallel_tool_calls presence_penalty
+    previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning safety_identifier
+    temperature text tool_choice tools top_logprobs top_p truncation usage user
+"""
+_ECHOED = frozenset(_ECHO.split())
+
+
+def _recorded_response(body: _JSON) -> Reply:
+    parts = [
+        part for at, item in enumerate(_list(body.get("output"))) for part in _recorded_item(item, f"output[{at}]")
+    ]
+    return _response_reply(body, parts)
+
+
+def _recorded_item(value: Any, path: str) -> list[_Part]:
+    """The parts of a whole output item."""
+    item = _dict(value)
+    kind = item.get("type")
+    if kind == "message":
+        _only(item, "id type status content phase role", path)
+        about: _JSON = {"id": item.get("id"), "phase": item.get("phase")}
+        contents = _list(item.get("content"))
+        if len(contents) != 1:
+            raise ValueError(f"{path}.content has {len(contents)} parts, where the API's messages have one")
+        content = _dict(contents[0])
+        if content.get("type") == "refusal":
+            return [Refusal(content.get("refusal", ""), **about)]
+        _only(content, "type annotations logprobs text", f"{path}.content[0]")
+        notes = content.get("annotations") or ()
+        return [Text(content.get("text", ""), annotations=notes, logprobs=content.get("logprobs") or None, **about)]
+    if kind == "reasoning":
+        _only(item, "id type status content encrypted_content summary", path)
+        summaries = [_dict(each).get("text", "") for each in _list(item.get("summary"))]
+        thought = "".join(_dict(each).get("text", "") for each in _list(item.get("content")))
+        return [Reasoning(*summaries, encrypted_content=item.get("encrypted_content"), text=thought, id=item.get("id"))]
+    if kind in _CALL_TYPES:
+        make, key = _CALL_TYPES[kind]
+        _only(item, f"id type status call_id name namespace caller {key}", path)
+        call_id, caller = item.get("call_id"), item.get("caller")
+        return [make(item["name"], item[key], id=call_id, namespace=item.get("namespace"), caller=caller)]
+    if not isinstance(kind, str):
+        raise ValueError(f"{path} is no output item: {_short(repr(value))}")
+    return [Item(**item)]
+
+
+_CALL_TYPES: dict[Any, tuple[type[ToolCall | CustomToolCall], str]] = {
+    "function_call": (ToolCall, "arguments"),
+    "custom_tool_call": (CustomToolCall, "input"),
+}
+# Events that repeat what others say, or only tell how far an item has come.
+_REPEATS = re.compile(
+    r"response\.(created|queued|in_progress|content_part\.(added|done)|reasoning_summary_part\.(added|done)"
+    r"|\w+\.done|\w+\.(in_progress|searching|generating|interpreting|completed|failed)|shell_call_command\.added)"
+)
+
+
+class _RecordedItem:
+    """An item of a recorded stream, as its events tell it."""
+
+    def __init__(self, item: _JSON) -> None:
+        self.item = item
+        self.parts: list[_Part] = []
+        self.pieces: dict[str, list[Any]] = {}  # of texts that grow, by the event's name
+
+    def grow(self, event: _JSON, name: str) -> None:
+        """Takes in a delta."""
+        kind, delta = self.item.get("type"), event["delta"]
+        opens = not self.parts
+        if kind == "message":
+            make = Refusal if name == "refusal" else Text
+            part = make(delta, logprobs=event.get("logprobs") or None)
+            self.parts.append(replace(part, **self._about()) if opens else part)
+        elif kind == "reasoning" and name == "reasoning_summary_text":
+            begins_next = not opens and event.get("summary_index") != self.item.get("section")
+            self.item["section"] = event.get("summary_index")
+            secret, id = (self.item.get("encrypted_content"), self.item.get("id")) if opens else (None, None)
+            self.parts.append(Reasoning(*([""] if begins_next else []), delta, encrypted_content=secret, id=id))
+        elif kind in _CALL_TYPES:
+            if opens:
+                self.parts += _recorded_item({**self.item, _CALL_TYPES[kind][1]: ""}, "output_item.added")
+            self.parts.append(_CALL_TYPES[kind][0]("", delta))
+        elif kind != "reasoning":  # its text is told whole
+            self.pieces.setdefault(name, []).append((event.get("command_index"), delta))
+
+    def _about(self) -> _JSON:
+        return {"id": self.item.get("id"), "phase": self.item.get("phase")}
+
+    def annotate(self, annotation: _JSON) -> None:
+        """Takes in an annotation, where it belongs: behind what was said."""
+        if not self.parts:
+            self.parts.append(replace(Text(""), **self._about()))
+        last = cast(Text, self.parts[-1])
+        self.parts[-1] = replace(last, annotations=(*last.annotations, annotation))
+
+    def done(self, item: _JSON, path: str) -> None:
+        """Takes in the whole item."""
+        whole = _recorded_item(item, path)
+        if not self.parts:
+            self.parts = whole
+        elif isinstance(whole[0], Reasoning) and whole[0].text:
+            first = cast(Reasoning, self.parts[0])
+            rest = {"encrypted_content": first.encrypted_content, "id": first.id}
+            self.parts[0] = Reasoning(*first.summaries, text=whole[0].text, **rest)
+        for name, pieces in self.pieces.items():
+            fields = dict(cast(Item, self.parts[0]).fields)
+            if name == "shell_call_command":
+                commands = [
+                    [text for index, text in pieces if index == at] for at in range(len(fields["action"]["commands"]))
+                ]
+                fields = _put(fields, "action.commands", commands)
+            for path in re.findall(rf"{name}\.delta <<? ([\w.]+)", cast(Item, self.parts[0])._row.steps):
+                fields = _put(fields, path, [text for _, text in pieces])
+            if name == "partial_image":
+                fields["partial_images"] = [image for _, image in pieces]
+            self.parts = [Item(item["type"], **fields)]
+
+
+def _recorded_events(events: list[_JSON]) -> Reply:
+    items: dict[Any, _RecordedItem] = {}
+    response: _JSON = {}
+    errors: list[_Part] = []
+    for at, event in enumerate(events):
+        kind, path = _string(event.get("type")), f"event {at}"
+        name = kind.removeprefix("response.").rpartition(".")[0]
+        response = event.get("response") or response
+        item = items.get(event.get("output_index"))
+        if kind == "response.output_item.added":
+            items[event["output_index"]] = _RecordedItem(dict(event["item"]))
+        elif kind == "response.output_item.done":
+            items.setdefault(event["output_index"], _RecordedItem({})).done(event["item"], f"{path}.item")
+        elif kind == "error":
+            errors.append(_recorded_error(event.get("error", event), True))
+        elif item is not None and kind == "response.output_text.annotation.added":
+            item.annotate(event["annotation"])
+        elif item is not None and kind == "response.image_generation_call.partial_image":
+            told = {
+                key: event[key]
+                for key in ("background", "output_format", "partial_image_b64", "quality", "size")
+                if key in event
+            }
+            item.pieces.setdefault("partial_image", []).append((None, told))
+        elif item is not None and kind.endswith(".delta"):
+            item.grow(event, name)
+        elif not _REPEATS.fullmatch(kind) and kind not in (
+            "response.completed",
+            "response.incomplete",
+            "response.failed",
+        ):
+            raise ValueError(f"{path} is of a type that is not known here: {kind!r}")
+    if not items:
+        return _recorded_response(response)
+    parts = [part for index in sorted(items) for part in items[index].parts]
+    reply = _response_reply(response, [*parts, *errors])
+    reply._fragments = True
+    return reply
+
+
+_RECORDED: dict[str, Callable[[_JSON], Reply]] = {"chat.completion": _recorded_chat, "response": _recorded_response}
+
+
 # ---- What both encoders share ----------------------------------------------------------------------------------------
 
 _ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -2381,44 +3175,37 @@ class _Model(NamedTuple):
     """What the API's answers show of a model's family (R)."""
 
     logprobs: bool = False  # chat: the key is there, null, when nobody asked
-    fingerprint: bool = False  # chat: fp_..., else null
+    fingerprint: str | None = None  # chat: "fp_" for fp_..., "" or null
     service_tier: bool = True
     forced_stop: bool = False  # chat: a forced call finishes with "stop"
     cache_writes: bool = False  # chat: usage tells cache_write_tokens
+    audio: bool = False  # chat: usage tells text and image tokens
     effort: str | None = "medium"  # Responses: of a reasoning model; None for the others
     context: str | None = "current_turn"
     top_p: float = 1.0
-    retention: str = "in_memory"
+    retention: str | None = "in_memory"
     phase: bool = False
+    programs: bool = False  # Responses tells access_programs
 
 
-_SNAPSHOTS = {
-    "gpt-3.5-turbo": "gpt-3.5-turbo-0125",
-    "gpt-4": "gpt-4-0613",
-    "gpt-4.1": "gpt-4.1-2025-04-14",
-    "gpt-4.1-mini": "gpt-4.1-mini-2025-04-14",
-    "gpt-4.1-nano": "gpt-4.1-nano-2025-04-14",
-    "gpt-4o": "gpt-4o-2024-08-06",
-    "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
-    "gpt-5": "gpt-5-2025-08-07",
-    "gpt-5-mini": "gpt-5-mini-2025-08-07",
-    "gpt-5-nano": "gpt-5-nano-2025-08-07",
-    "gpt-5-pro": "gpt-5-pro-2025-10-06",
-    "gpt-5.1": "gpt-5.1-2025-11-13",
-    "gpt-5.2": "gpt-5.2-2025-12-11",
-    "gpt-5.4": "gpt-5.4-2026-03-05",
-    "gpt-5.4-mini": "gpt-5.4-mini-2026-03-17",
-    "gpt-5.5": "gpt-5.5-2026-04-23",
-    "gpt-5.6": "gpt-5.6-sol",
-    "o1-mini": "o1-mini-2024-09-12",
-    "o3": "o3-2025-04-16",
-    "o3-mini": "o3-mini-2025-01-31",
-    "o4-mini": "o4-mini-2025-04-16",
-}
+# The dated model that an alias stands for; a name with a dash at its end is the alias's with that added (R).
+_ALIASES = """
+        gpt-3.5-turbo -0125; gpt-4 -0613; gpt-4-turbo-preview gpt-4-0125-preview; gpt-4.5-preview -2025-02-27;
+        gpt-4-vision-preview gpt-4-1106-vision-preview; gpt-4.1 -2025-04-14; gpt-4.1-mini -2025-04-14;
+        gpt-4.1-nano -2025-04-14; gpt-4o -2024-08-06; gpt-4o-audio-preview -2025-06-03; gpt-4o-mini -2024-07-18;
+        gpt-4o-mini-audio-preview -2024-12-17; gpt-4o-mini-search-preview -2025-03-11;
+        gpt-4o-search-preview -2025-03-11; gpt-5 -2025-08-07; gpt-5-mini -2025-08-07; gpt-5-nano -2025-08-07;
+        gpt-5-pro -2025-10-06; gpt-5.1 -2025-11-13; gpt-5.2 -2025-12-11; gpt-5.4 -2026-03-05; gpt-5.4-mini -2026-03-17;
+        gpt-5.4-nano -2026-03-17; gpt-5.5 -2026-04-23; gpt-5.6 -sol; gpt-audio -2025-08-28; gpt-audio-mini -2025-12-15;
+        computer-use-preview -2025-03-11; o1-mini -2024-09-12; o3 -2025-04-16; o3-mini -2025-01-31; o4-mini -2025-04-16
+"""
+_PAIRS = (pair.split() for pair in _ALIASES.split(";"))
+_SNAPSHOTS = {alias: alias + name if name.startswith("-") else name for alias, name in _PAIRS}
 
 _CLASSIC: dict[str, Any] = {"logprobs": True, "forced_stop": True, "effort": None, "context": None}
-_AUDIO: dict[str, Any] = {"fingerprint": True, "effort": None, "context": None}
-_SEARCH: dict[str, Any] = {**_AUDIO, "service_tier": False}
+_OMNI: dict[str, Any] = {**_CLASSIC, "fingerprint": "fp_"}
+_AUDIO: dict[str, Any] = {"fingerprint": "fp_", "audio": True, "effort": None, "context": None}
+_SEARCH: dict[str, Any] = {"fingerprint": "", "service_tier": False, "effort": None, "context": None}
 _LATE: dict[str, Any] = {"top_p": 0.98, "retention": "24h"}
 # By the beginning of the name, first match; a model of an unknown name is like gpt-4o, but for forced calls.
 _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -2428,21 +3215,24 @@ _FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gpt-audio", _AUDIO),
     ("gpt-4o-search", _SEARCH),
     ("gpt-4o-mini-search", _SEARCH),
-    ("gpt-4o", {**_CLASSIC, "fingerprint": True}),
-    ("gpt-4.1", {**_CLASSIC, "fingerprint": True}),
+    ("gpt-4o", _OMNI),
+    ("gpt-4.1", _OMNI),
     ("gpt-4", _CLASSIC),
+    ("gpt-6", {**_LATE, "context": "all_turns", "phase": True, "cache_writes": True, "programs": True}),
     ("gpt-5.6", {**_LATE, "context": "all_turns", "phase": True, "cache_writes": True}),
     ("gpt-5.5", {**_LATE, "phase": True}),
     ("gpt-5.4", {**_LATE, "effort": "none", "phase": True}),
-    ("gpt-5.3-codex", {"phase": True}),
+    ("gpt-5.3-codex", {**_LATE, "phase": True}),
     ("gpt-5.2", {**_LATE, "effort": "none"}),
+    ("gpt-5.1-codex-max", {"top_p": 0.985, "effort": "none"}),
     ("gpt-5.1", {"effort": "none"}),
     ("gpt-5", {}),
-    ("o3-mini", {"fingerprint": True}),
+    ("computer-use", {"retention": None}),
+    ("o3-mini", {"fingerprint": "fp_"}),
     ("o1", {}),
     ("o3", {}),
     ("o4", {}),
-    ("", {**_CLASSIC, "fingerprint": True, "forced_stop": False}),
+    ("", {**_OMNI, "forced_stop": False}),
 )
 
 
@@ -2481,10 +3271,11 @@ class _Deltas:
     The first of an item is encoded with slots in their places; that frame is the form of all others.
     """
 
-    __slots__ = ("first", "item", "make", "texts")
+    __slots__ = ("first", "item", "make", "section", "texts")
 
     def __init__(self, item: _Item, texts: Sequence[str], first: int, make: Callable[[str, str, Any], _JSON]) -> None:
         self.item = item
+        self.section = item.section
         self.texts = texts
         self.first = first  # number of the first event
         self.make = make  # (text, padding, number) -> event
@@ -2498,11 +3289,11 @@ class _Deltas:
 
     def frames(self, frame: Callable[[_Event], str]) -> Iterator[str]:
         """What `frame` gives for each of the events, at a fifth of the time."""
-        form = self.item.form
+        form = self.item.forms.get(self.section, "")
         if not form:
             form = frame(self.make(*_SLOTS)).replace("%", "%%")
             form = form.replace(f'"{_SLOTS[0]}"', "%(text)s").replace(_SLOTS[1], "%(padding)s")
-            self.item.form = form = form.replace(f'"{_SLOTS[2]}"', "%(number)d")
+            self.item.forms[self.section] = form = form.replace(f'"{_SLOTS[2]}"', "%(number)d")
         for number, text in enumerate(self.texts, self.first):
             at = number * 37 & 1023
             padding = _POOL[at : at + (-len(text) & 15)]
@@ -2527,12 +3318,14 @@ class _Encoder:
     parallel = False  # several calls are known to come
     logprobs = False
     top_logprobs = 0
+    error_event = True  # Responses: an error is told before response.failed
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
         self.asked = request.body
-        model = _string(self.asked.get("model") or ("gpt-4o" if self.asked.get("prompt") else ""))  # a prompt's own
+        model = _string(self.asked.get("model")) or ("gpt-4o" if self.asked.get("prompt") else "")  # the prompt's own
         self.ids = ids
+        self.extra = reply.extra
         self.created = reply.created if reply.created is not None else created
         self.model = _model(reply.model or model)
         self.model_name = reply.model or _SNAPSHOTS.get(model, model)
@@ -2540,7 +3333,7 @@ class _Encoder:
         self.items: list[_Item] = []
         self.open: dict[int, _Item] = {}  # the item that each choice is saying
         self.finish: dict[int, str] = {}
-        self.sources: list[str] = []  # found by web searches, and not cited yet
+        self.sources: list[str] = []  # found by web searches, before the text that may cite them
 
     def ask_logprobs(self, asked: bool) -> None:
         """Takes note of whether logprobs are asked for, and how many of other tokens."""
@@ -2554,13 +3347,32 @@ class _Encoder:
         if item is None or not part._continues(item.part):
             item, ended, new = self._new_item(part), item, True
             if ended is not None:
-                ended.status = "completed"
+                self._finish(ended, "completed")
         if texts:
             item.pieces += texts
-            self.tokens += len(texts)
-            if self.logprobs and isinstance(part, _MessagePart):
-                item.entries += [_logprobs(text, self.top_logprobs) for text in texts if text]
+            self.tokens += sum(len(_tokens(text)) for text in texts)
+            if isinstance(part, _MessagePart):
+                if self.logprobs:
+                    item.entries += [entry for entries in self.entries(part, texts) for entry in entries]
+                if part.annotations or item.sources:
+                    self._annotate(item, part)
         return item, ended, new
+
+    def entries(self, part: _MessagePart, texts: Sequence[str]) -> list[list[_JSON]]:
+        """The logprobs entries of each text: the part's own, or made up."""
+        if part.logprobs is None:
+            return [[_logprobs(text, self.top_logprobs)] if text else [] for text in texts]
+        given = [_dict(entry) for entry in part.logprobs]
+        return [[entry] for entry in given] if len(given) == len(texts) else [given, *([] for _ in texts[1:])]
+
+    def _annotate(self, item: _Item, part: _MessagePart) -> None:
+        """Adds a part's annotations to its item, and the sources that its text has come to name."""
+        item.annotations += map(_dict, part.annotations)
+        item.join()
+        found = [(url, citation) for url in item.sources if (citation := _citation(item.text, url)) is not None]
+        item.annotations += [citation for _, citation in sorted(found, key=lambda each: each[1]["end_index"])]
+        named = {url for url, _ in found}
+        item.sources = [url for url in item.sources if url not in named]
 
     def _new_item(self, part: _Spoken) -> _Item:
         if isinstance(part, _Call) and not part.name:
@@ -2592,7 +3404,7 @@ class _Encoder:
         events: list[_Event] = []
         for part in chunk._parts():
             if isinstance(part, _Spoken):
-                events += self.say(part, [part.text] if isinstance(part, Text) else part._fragments())
+                events += self.say(part, part._as_given())
             elif isinstance(part, Finish):
                 self.finish[part.choice] = part.reason
         self.usage = chunk.usage or self.usage
@@ -2618,10 +3430,17 @@ class _Encoder:
         self.ended = True
         cut = any(reason in _INCOMPLETE for reason in self.finish.values())
         for item in self.items:
-            if len(item.pieces) > 1:
-                item.join()
             if item.status == "in_progress":
-                item.status = "incomplete" if cut else "completed"
+                self._finish(item, "incomplete" if cut else "completed")
+
+    def _finish(self, item: _Item, status: str) -> None:
+        item.status = status
+        if len(item.pieces) > 1:
+            item.join()
+        for url in item.sources:  # that the text does not name: they stand for all of it
+            whole = {"end_index": len(item.text), "start_index": 0, "title": _title(url), "url": url}
+            item.annotations.append({"type": "url_citation", **whole})
+        item.sources = []
 
     def tally(self) -> Usage:
         """The usage that was given, or an estimate."""
@@ -2648,9 +3467,13 @@ class _ChatEncoder(_Encoder):
         super().__init__(request, reply, ids, created)
         asked, model = self.asked, self.model
         self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
-        self.fingerprint = _fingerprint(self.model_name) if model.fingerprint else None
+        self.fingerprint: Any = model.fingerprint and _fingerprint(self.model_name)
         tier = asked.get("service_tier") or "default"
-        self.tier = {"service_tier": _TIERS.get(str(tier), "default")} if model.service_tier else {}
+        self.tier: _JSON = {"service_tier": _TIERS.get(str(tier), "default")} if model.service_tier else {}
+        if self.extra:
+            self.fingerprint = self.extra.get("system_fingerprint", self.fingerprint)
+            self.tier = {"service_tier": self.extra["service_tier"]} if "service_tier" in self.extra else self.tier
+        self.legacy = bool(asked.get("functions")) and not asked.get("tools")
         n = asked.get("n")
         self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
         if asked.get("logprobs") is True:
@@ -2669,6 +3492,7 @@ class _ChatEncoder(_Encoder):
         part = item.part
         if isinstance(part, _Call):
             item.call_id = part.id or "call_" + self.ids.alnum(24)
+            item.legacy = self.legacy and isinstance(part, ToolCall)
             item.index = self.calls.get(part.choice, 0)
             self.calls[part.choice] = item.index + 1
 
@@ -2718,10 +3542,13 @@ class _ChatEncoder(_Encoder):
         # A text that goes on with what a Chunk said still needs its role; a call has been named.
         opens = new or (part.choice not in self.started and isinstance(part, _MessagePart))
         events = self._opening(item) if opens else []
-        return events + self._deltas(item, texts) if texts else events
+        return events + self._deltas(item, part, texts) if texts else events
 
     def _opening(self, item: _Item) -> list[_Event]:
         part, choice = item.part, item.part.choice
+        if isinstance(part, Item):  # audio
+            self.started.add(choice)
+            return [self._choice(choice, delta) for delta in _audio_deltas(_audio(part, self))]
         head = part._chat_head(item)
         if choice in self.started:
             return [] if head is None else [self._choice(choice, head)]
@@ -2735,15 +3562,14 @@ class _ChatEncoder(_Encoder):
             return None
         return {"content": None, "refusal": []} if isinstance(part, Refusal) else {"content": [], "refusal": None}
 
-    def _deltas(self, item: _Item, texts: Sequence[str]) -> list[_Event]:
+    def _deltas(self, item: _Item, said: _Spoken, texts: Sequence[str]) -> list[_Event]:
         part, choice = item.part, item.part.choice
-        if self.logprobs and isinstance(part, _MessagePart):
-            kind = "refusal" if isinstance(part, Refusal) else "content"
+        if self.logprobs and isinstance(said, _MessagePart):
+            kind = "refusal" if isinstance(said, Refusal) else "content"
             empty = {"content": None, "refusal": None}
-            entries = [[_chat_logprobs(_logprobs(text, self.top_logprobs))] if text else [] for text in texts]
             return [
-                self._choice(choice, part._chat_delta(item, text), {**empty, kind: entry})
-                for text, entry in zip(texts, entries, strict=True)
+                self._choice(choice, part._chat_delta(item, text), {**empty, kind: [*map(_chat_logprobs, entries)]})
+                for text, entries in zip(texts, self.entries(said, texts), strict=True)
             ]
 
         def make(text: str, padding: str, number: Any) -> _JSON:
@@ -2777,7 +3603,7 @@ class _ChatEncoder(_Encoder):
         calls: list[_JSON] = []
         for each in choice.tool_calls:
             call = replace(each, choice=choice.index)
-            item, _, _ = self.fold(call, call._fragments())
+            item, _, _ = self.fold(call, call._as_given())
             head = call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
             calls.append({"index": item.index, **head})
         if calls:
@@ -2795,7 +3621,7 @@ class _ChatEncoder(_Encoder):
         self.model_name = chunk.model or self.model_name
         if (self.id, self.created, self.model_name) != before:
             for item in self.open.values():
-                item.form = ""  # it has the envelope as it was
+                item.forms.clear()  # they have the envelope as it was
 
     def end(self) -> list[_Event]:
         self.close_items()
@@ -2808,13 +3634,19 @@ class _ChatEncoder(_Encoder):
                 nothing = Text("", choice=choice)
                 role = nothing._chat_role(_Item(nothing, 0))
                 events.append(self._choice(choice, role, self._no_logprobs(nothing)))
-        if any(item.sources for item in self.items):
+        if any(item.annotations for item in self.items):
             cited = {body["index"]: body["message"]["annotations"] for body in self._choices()}
             events += [self._choice(choice, {"annotations": each}) for choice, each in cited.items() if each]
         going = [choice for choice in choices if choice not in self.finished]
         events += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
         if self.with_usage:
             events.append(self._chunk([], usage=self._usage()))
+        if moderation := self._moderation():
+            events.append({**self._chunk([], padding=""), **moderation})
+        for item in self.items:
+            if isinstance(item.part, Item) and item.part._in_chat:
+                expires: _JSON = {"audio": {"expires_at": _audio(item.part, self)["expires_at"]}}
+                events.append(self._chunk([{"index": item.part.choice, "delta": expires}]))
         return [*events, "[DONE]"]
 
     def fail(self, error: APIError) -> list[_Event]:
@@ -2827,6 +3659,8 @@ class _ChatEncoder(_Encoder):
             return self.finish[choice]
         if choice not in self.calls:
             return "stop"
+        if self.legacy:
+            return "function_call"
         forced = _dict(self.asked.get("tool_choice")).get("type") in ("function", "custom")
         return "stop" if forced and self.model.forced_stop else "tool_calls"
 
@@ -2841,18 +3675,24 @@ class _ChatEncoder(_Encoder):
         return [self._whole_choice(choice, spoken) for choice, spoken in items.items()]
 
     def _whole_choice(self, choice: int, items: list[_Item]) -> _JSON:
-        message: _JSON = {"role": "assistant", "content": None, "refusal": None, "annotations": []}
+        message: _JSON = {"role": "assistant", "content": None}
         if choice in self.calls:
-            message = {"role": "assistant", "content": None, "tool_calls": [], "refusal": None, "annotations": []}
+            message["function_call" if self.legacy else "tool_calls"] = []
+        message.update(refusal=None, annotations=[])
         logprobs: _JSON | None = None
         for item in items:
+            if isinstance(item.part, Item):
+                message["audio"] = _audio(item.part, self)
+                message["annotations"] = message.pop("annotations")  # after it
+                continue
             item.part._chat_message(item, message)
             if self.logprobs and isinstance(item.part, _MessagePart):
                 kind = "refusal" if isinstance(item.part, Refusal) else "content"
                 logprobs = logprobs or {"content": None, "refusal": None}
                 logprobs[kind] = (logprobs[kind] or []) + [_chat_logprobs(entry) for entry in item.entries]
-        if choice not in self.calls and message["content"] is None and message["refusal"] is None:
+        if not items:
             message["content"] = ""
+            logprobs = {"content": [], "refusal": None} if self.logprobs else None
         entry: _JSON = {"index": choice, "message": message}
         if self.logprobs or self.model.logprobs:
             entry["logprobs"] = logprobs
@@ -2865,18 +3705,35 @@ class _ChatEncoder(_Encoder):
         if self.model.cache_writes:
             prompt["cache_write_tokens"] = 0
         prompt["audio_tokens"] = 0
+        completion: _JSON = {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        }
+        if self.model.audio:
+            prompt.update(text_tokens=usage.prompt_tokens, image_tokens=0)
+            completion["text_tokens"] = usage.completion_tokens
+        prompt.update(usage.details.get("prompt", {}))
+        completion.update(usage.details.get("completion", {}))
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
             "prompt_tokens_details": prompt,
-            "completion_tokens_details": {
-                "reasoning_tokens": usage.reasoning_tokens,
-                "audio_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
-            },
+            "completion_tokens_details": completion,
         }
+
+    def _moderation(self) -> _JSON:
+        """The key of moderation, where the request asks for it."""
+        given = self.extra.get("moderation")
+        asked = _dict(self.asked.get("moderation"))
+        if given is None and not asked:
+            return {}
+        model = _string(asked.get("model")) or "omni-moderation-latest"
+        result = {"type": "moderation_result", "model": model, **_moderation_result()}
+        results = {"type": "moderation_results", "model": model, "results": [result]}
+        return {"moderation": given or {"input": results, "output": results}}
 
     def body(self) -> _JSON:
         self.close_items()
@@ -2886,16 +3743,52 @@ class _ChatEncoder(_Encoder):
             "created": self.created,
             "model": self.model_name,
             "choices": self._choices(),
+            **self._moderation(),
             "usage": self._usage(),
             **self.tier,
             "system_fingerprint": self.fingerprint,
         }
 
 
+def _audio(part: Item, encoder: _ChatEncoder) -> _JSON:
+    """A message's audio, with what was not given."""
+    id = "audio_" + hashlib.sha256(encoder.id.encode("utf-8", "replace")).hexdigest()[:32]
+    told = {"id": id, "data": "", "expires_at": encoder.created + 3600, "transcript": "", **part.fields}
+    return {key: _joined(told[key]) if key in ("data", "transcript") else told[key] for key in told}
+
+
+def _audio_deltas(audio: _JSON) -> Iterator[_JSON]:
+    """The deltas of audio: its transcript, and its sound in pieces of 25,600 characters (R)."""
+    yield {"role": "assistant", "refusal": None}
+    first, *texts = _tokens(audio["transcript"]) or ("",)
+    yield {"content": None, "audio": {"id": audio["id"], "transcript": first}}
+    yield from ({"audio": {"transcript": text}} for text in texts)
+    data = audio["data"]
+    told: _JSON = {"role": "assistant", "content": None, "refusal": None}
+    yield {**told, "audio": {"id": audio["id"], "data": data[:25_600]}}
+    yield from ({"audio": {"data": data[at : at + 25_600]}} for at in range(25_600, len(data), 25_600))
+
+
 def _chat_logprobs(entry: _JSON) -> _JSON:
     """A logprobs entry in the order that Chat Completions has."""
     top = [{key: other[key] for key in ("token", "logprob", "bytes")} for other in entry["top_logprobs"]]
     return {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry["bytes"], "top_logprobs": top}
+
+
+_MODERATION = (
+    "harassment", "harassment/threatening", "sexual", "hate", "hate/threatening", "illicit", "illicit/violent",
+    "self-harm/intent", "self-harm/instructions", "self-harm", "sexual/minors", "violence", "violence/graphic",
+)  # fmt: skip
+
+
+def _moderation_result() -> _JSON:
+    """What moderation finds: nothing is ever flagged, unless the handler says so."""
+    return {
+        "flagged": False,
+        "categories": dict.fromkeys(_MODERATION, False),
+        "category_scores": dict.fromkeys(_MODERATION, 1e-06),
+        "category_applied_input_types": {name: ["text"] for name in _MODERATION},
+    }
 
 
 def _fingerprint(model: str) -> str:
@@ -2916,24 +3809,42 @@ _NO_IMAGES = {
     "output_tokens_details": {"image_tokens": 0, "text_tokens": 0},
     "total_tokens": 0,
 }
-_WEB_SEARCH = {  # what a web_search tool echoes where the request is silent (R)
-    "return_token_budget": "default",
-    "search_content_types": ["text"],
-    "search_context_size": "medium",
-    "user_location": {"type": "approximate", "city": None, "country": "US", "region": None, "timezone": None},
-}
 _NOWHERE = {"type": "approximate", "city": None, "country": None, "region": None, "timezone": None}
+_SEARCHED = {"search_context_size": "medium", "user_location": {**_NOWHERE, "country": "US"}}
+# What the echo of a tool tells where the request is silent (R).
 _TOOL_DEFAULTS: dict[str, _JSON] = {
-    "web_search": _WEB_SEARCH,
-    "web_search_preview": _WEB_SEARCH,
+    "custom": {"description": None, "format": {"type": "text"}},
     "file_search": {
         "filters": None,
         "max_num_results": 20,
         "ranking_options": {"ranker": "auto", "score_threshold": 0.0},
     },
-    "mcp": {"allowed_tools": None, "headers": None, "server_description": None},
+    "image_generation": {
+        "background": "auto",
+        "model": "gpt-image-1",
+        "moderation": "auto",
+        "n": 1,
+        "output_compression": 100,
+        "output_format": "png",
+        "quality": "auto",
+        "size": "auto",
+    },
+    "mcp": {"allowed_tools": None, "headers": None, "require_approval": "always", "server_description": None},
     "tool_search": {"description": None, "parameters": None},
+    "web_search": {"return_token_budget": "default", "search_content_types": ["text"], **_SEARCHED},
+    "web_search_preview": _SEARCHED,
 }
+_NOT_ECHOED = {  # though asked (R)
+    "image_generation": ("action", "input_fidelity", "input_image_mask", "partial_images"),
+    "web_search": ("external_web_access",),
+}
+_TOOL_ORDER = {
+    "programmatic_tool_calling": 0,
+    "function": 1,
+    "custom": 3,
+    "tool_search": 4,
+    "namespace": 5,
+}  # hosted: 2
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _RESPONSE_ID = r"resp_[0-9a-f]{50}"
 
@@ -2946,46 +3857,116 @@ def _strict_schema(schema: Any) -> Any:
         return schema
     strict = {key: _strict_schema(value) for key, value in _dict(schema).items()}
     if strict.get("type") == "object":
-        strict["additionalProperties"] = False
+        strict.setdefault("additionalProperties", False)
         if isinstance(strict.get("properties"), dict):
             strict["required"] = list(strict["properties"])
     return strict
 
 
-def _by_key(value: _JSON) -> _JSON:
-    """`type` first, then the keys in alphabetical order, as the API sends tools and events."""
-    return {"type": value.get("type"), **{key: value[key] for key in sorted(value) if key != "type"}}
+def _function_echo(tool: _JSON) -> _JSON:
+    strict = tool.get("strict", ...)
+    parameters = tool.get("parameters")
+    told = {**tool, "description": tool.get("description") or None, "output_schema": tool.get("output_schema")}
+    told["parameters"] = _strict_schema(parameters) if strict is ... else parameters
+    told["strict"] = True if strict is ... else bool(strict)
+    return _by_key(told)
 
 
-def _tool_echo(value: object) -> object:
+def _mcp_echo(told: _JSON) -> None:
+    if "authorization" in told:
+        told["authorization"] = "<redacted>"
+    if isinstance(told["headers"], dict):
+        told["headers"] = dict.fromkeys(_dict(told["headers"]), "<redacted>")
+    if isinstance(told["allowed_tools"], dict):
+        told["allowed_tools"] = {"read_only": None, **told["allowed_tools"]}
+    if isinstance(asked := told["require_approval"], dict):
+        told["require_approval"] = {
+            when: {"read_only": None, **asked[when]} if when in asked else None for when in ("always", "never")
+        }
+
+
+def _tool_echo(value: object) -> _JSON:
     tool = _dict(value)
-    if tool.get("type") == "function":
-        strict = tool.get("strict")
-        parameters = tool.get("parameters")
-        told = {**tool, "description": tool.get("description"), "output_schema": tool.get("output_schema")}
-        told["parameters"] = _strict_schema(parameters) if strict is None else parameters
-        told["strict"] = True if strict is None else strict
-        return _by_key(told)
-    defaults = _TOOL_DEFAULTS.get(_string(tool.get("type")), {})
-    told = {**defaults, **{key: each for key, each in tool.items() if each is not None or key not in defaults}}
+    kind = _string(tool.get("type"))
+    if kind == "function":
+        return _function_echo(tool)
+    defaults = _TOOL_DEFAULTS.get(kind, {})
+    asked = {key: each for key, each in tool.items() if key not in _NOT_ECHOED.get(kind, ())}
+    told = {**defaults, **{key: each for key, each in asked.items() if each is not None or key not in defaults}}
     if isinstance(told.get("user_location"), dict):
         told["user_location"] = {**_NOWHERE, **_dict(told["user_location"])}
+    if kind == "mcp":
+        _mcp_echo(told)
+    if kind == "custom":
+        told["format"] = _by_key(_dict(told["format"]))
+    if kind == "namespace":
+        told["tools"] = [_tool_echo(each) for each in _list(told.get("tools"))]
     return _by_key(told)
+
+
+def _own_namespace(function: _JSON) -> _JSON:
+    tools = [{key: value for key, value in function.items() if key != "defer_loading"}]
+    return {"type": "namespace", "description": function["description"], "name": function.get("name"), "tools": tools}
+
+
+def _tools_echo(body: _JSON, late: bool) -> list[_JSON]:
+    """The tools as the response tells them: in the API's order, and as the input has found them (R).
+
+    A deferred function that a tool search in the input has found is a namespace of its own, and so is what the input's
+    additional_tools bring; `late` models have these as they are.
+    """
+    items = [_dict(item) for item in _list(body.get("input"))]
+    found = {
+        _dict(tool).get("name")
+        for item in items
+        if item.get("type") == "tool_search_output"
+        for tool in _list(item.get("tools"))
+    }
+    told = [_tool_echo(tool) for tool in _list(body.get("tools"))]
+    for tool in told:
+        if tool["type"] == "namespace":  # what was found in it stands beside it
+            inner = [each for each in tool["tools"] if each.get("defer_loading") and each.get("name") in found]
+            tool["tools"] += [tool for each in inner for tool in _own_namespace(each)["tools"]]
+    added = [
+        _tool_echo(tool)
+        for item in items
+        if item.get("type") == "additional_tools"
+        for tool in _list(item.get("tools"))
+    ]
+    deferred = [tool for tool in told if tool.get("defer_loading") and tool.get("name") in found]
+    told = [tool for tool in told if tool not in deferred] + [_own_namespace(tool) for tool in deferred]
+    told += added if late else [_own_namespace(tool) for tool in added if tool["type"] == "function"]
+    return sorted(told, key=lambda tool: _TOOL_ORDER.get(tool["type"], 2))
 
 
 def _text_echo(value: object) -> _JSON:
     asked = _dict(value)
     form = _dict(asked.get("format")) or {"type": "text"}
     if form.get("type") == "json_schema":
-        strict = form.get("strict")
+        strict, schema = form.get("strict"), _dict(form.get("schema"))
         form = {
             "type": "json_schema",
             "description": form.get("description"),
             "name": form.get("name"),
-            "schema": form.get("schema"),
+            "schema": {key: value for key, value in schema.items() if key != "$schema"},
             "strict": True if strict is None else strict,
         }
     return {"format": form, "verbosity": asked.get("verbosity") or "medium"}
+
+
+def _prompt_echo(value: _JSON) -> _JSON:
+    variables = value.get("variables")
+    if isinstance(variables, dict):
+        variables = {
+            name: {"type": "input_text", "text": each} if isinstance(each, str) else each
+            for name, each in _dict(variables).items()
+        }
+    return {"id": value.get("id"), "variables": variables, "version": value.get("version")}
+
+
+_WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
+# What a response tells only when it is over; `extra` changes the others from the beginning.
+_FINAL = {"billing", "completed_at", "error", "incomplete_details", "moderation", "service_tier", "tool_usage", "usage"}
 
 
 class _ResponsesEncoder(_Encoder):
@@ -3006,6 +3987,8 @@ class _ResponsesEncoder(_Encoder):
         self.include: list[Any] = _list(asked.get("include"))
         self.ask_logprobs("message.output_text.logprobs" in self.include or asked.get("logprobs") is True)
         self.status = "queued" if self.background else "in_progress"
+        pro = _dict(asked.get("reasoning")).get("mode") == "pro"
+        self.added_status = "completed" if pro else "in_progress"  # of a message in output_item.added (R)
         self.base = self._echo(asked)
 
     def prompt(self) -> list[Any]:
@@ -3017,17 +4000,25 @@ class _ResponsesEncoder(_Encoder):
     def name_item(self, item: _Item) -> None:
         part = item.part
         item.id = self._id(part._prefix)
-        if isinstance(part, WebSearch) and part.id:
-            item.id = part.id
         if isinstance(part, _Call):
             item.call_id = part.id or "call_" + self.ids.alnum(24)
+        elif given := getattr(part, "id", None):
+            item.id = given
+
+    def made(self, item: _Item, key: str, value: _Made) -> str:
+        """A value of an item that was not given: the same each time, but for secrets."""
+        if value is _SECRET:
+            return self.secret(item)
+        seed = int.from_bytes(hashlib.sha256(f"{item.id} {key}".encode("utf-8", "replace")).digest(), "big")
+        ids = _Ids(random.Random(seed).getrandbits)
+        return value.prefix + (ids.hex(value.length) if value.hex else ids.alnum(value.length))
 
     def includes(self, what: str) -> bool:
         return what in self.include
 
     def secret(self, item: _Item) -> str:
         """Made-up encrypted content: other letters each time it is sent (R)."""
-        seed = f"{item.id} {self.number}".encode()
+        seed = f"{item.id} {self.number}".encode("utf-8", "replace")
         digest = b"".join(hashlib.sha512(seed + bytes([part])).digest() for part in range(2))
         return "gAAAAAB" + b2a_base64(digest, newline=False).decode().replace("+", "-").replace("/", "_")
 
@@ -3044,10 +4035,12 @@ class _ResponsesEncoder(_Encoder):
             return float(value) if type(value) is int else value  # the API's are floats: 1.0 (R)
 
         asked = _dict(body.get("reasoning"))
-        reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
-        if model.context is not None:
-            reasoning["mode"] = "standard"
-        reasoning["summary"] = asked.get("summary")
+        context, summary, tier = asked.get("context"), asked.get("summary"), told("service_tier", "auto")
+        reasoning: _JSON = {"context": model.context if context in (None, "auto") else context}
+        reasoning["effort"] = asked.get("effort") or model.effort
+        if model.effort is not None:
+            reasoning["mode"] = asked.get("mode") or "standard"
+        reasoning["summary"] = "detailed" if summary == "auto" else summary
         conversation = told("conversation")
         if isinstance(conversation, str):
             conversation = {"id": conversation}
@@ -3056,6 +4049,7 @@ class _ResponsesEncoder(_Encoder):
             "object": "response",
             "created_at": self.created,
             "status": "in_progress",
+            **({"access_programs": told("access_programs", {"cyber": "standard"})} if model.programs else {}),
             "background": self.background,
             "billing": {"payer": "developer"},
             "completed_at": None,
@@ -3067,24 +4061,26 @@ class _ResponsesEncoder(_Encoder):
             "max_output_tokens": told("max_output_tokens"),
             "max_tool_calls": told("max_tool_calls"),
             "model": self.model_name,
-            "moderation": told("moderation"),
+            "moderation": None,
             "output": [],
             "parallel_tool_calls": told("parallel_tool_calls", True),
             "presence_penalty": number("presence_penalty", 0.0),
             "previous_response_id": told("previous_response_id"),
-            **({"prompt": body["prompt"]} if body.get("prompt") is not None else {}),
+            **({"prompt": _prompt_echo(_dict(body["prompt"]))} if body.get("prompt") is not None else {}),
             "prompt_cache_key": told("prompt_cache_key"),
             **({"prompt_cache_options": body["prompt_cache_options"]} if told("prompt_cache_options") else {}),
             "prompt_cache_retention": told("prompt_cache_retention", model.retention),
             "reasoning": reasoning,
             "safety_identifier": told("safety_identifier"),
-            "service_tier": told("service_tier", "auto"),
+            "service_tier": "priority" if tier == "fast" else tier,
             "store": told("store", True),
             "temperature": number("temperature", 1.0),
             "text": _text_echo(body.get("text")),
-            "tool_choice": told("tool_choice", "auto"),
+            "tool_choice": _by_key(choice)
+            if (choice := _dict(body.get("tool_choice")))
+            else told("tool_choice", "auto"),
             "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}},
-            "tools": [_tool_echo(tool) for tool in _list(body.get("tools"))],
+            "tools": _tools_echo(body, late=model.context == "all_turns"),
             "top_logprobs": told("top_logprobs", 0),
             "top_p": number("top_p", model.top_p),
             "truncation": told("truncation", "disabled"),
@@ -3101,34 +4097,70 @@ class _ResponsesEncoder(_Encoder):
     def response(self, status: str) -> _JSON:
         """The response object as it stands, with that status."""
         response = {**self.base, "status": status}
+        over = status in ("completed", "incomplete")
         if status in ("queued", "in_progress"):
             del response["billing"]
-            return response
-        tier = response["service_tier"]
-        response["service_tier"] = _TIERS.get(_string(tier), "default")
         if status == "completed":
             response["completed_at"] = self.created
-        if status != "failed":
+        if over:
+            response["service_tier"] = _TIERS.get(_string(response["service_tier"]), "default")
+            response["moderation"] = self._moderation()
+        if over or status == "cancelled":
             response["output"] = self.output()
             response["usage"] = self._usage()
-            searches = sum(1 for item in self.items if isinstance(item.part, WebSearch))
+            searches = sum(isinstance(item.part, Item) and item.part.searches for item in self.items)
             response["tool_usage"] = {"image_gen": _NO_IMAGES, "web_search": {"num_requests": searches}}
         if status == "incomplete":
             reason = next(reason for reason in self.finish.values() if reason in _INCOMPLETE)
             response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
+        given = {key: value for key, value in self.extra.items() if over or key not in _FINAL}
+        if given:
+            given.pop("system_fingerprint", None)  # Chat Completions'
+            response.update(given)
+            first = ("id", "object", "created_at", "status")
+            others = sorted(key for key in response if key not in (*first, "metadata"))
+            response = {key: response[key] for key in (*first, *others, "metadata")}
         return response
+
+    def _moderation(self) -> _JSON | None:
+        asked = _dict(self.asked.get("moderation"))
+        if not asked:
+            return None
+        model = _string(asked.get("model")) or "omni-moderation-latest"
+        found = _moderation_result()
+        result = _by_key({"type": "moderation_result", "model": model, **found})
+        return {"input": result, "output": result}
 
     def output(self) -> list[_JSON]:
         """The items, as they stand."""
-        return [item.part._item(item, self, True) for item in self.items]
+        return [self.item(item, True) for item in self.items]
+
+    def item(self, item: _Item, whole: bool) -> _JSON:
+        """An item: whole, or as it is added."""
+        told = item.part._item(item, self, whole)
+        metadata = self.asked.get("client_metadata")
+        if isinstance(metadata, dict) and told["type"] in _WITH_METADATA:  # Codex sends it, and gets it so (R 19)
+            turn = {"turn_id": _dict(metadata).get("turn_id") or _uuid4(_Ids(random.Random(self.id).getrandbits))}
+            told["internal_chat_message_metadata_passthrough"] = turn
+            first = [key for key in ("id", "type", "status") if key in told]
+            others = sorted(key for key in told if key not in first)
+            told = {**{key: told[key] for key in (*first, *others)}, "metadata": turn}
+        return told
 
     def _usage(self) -> _JSON:
         usage = self.tally()
         return {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": usage.cached_tokens},
+            "input_tokens_details": {
+                "cache_write_tokens": 0,
+                "cached_tokens": usage.cached_tokens,
+                **usage.details.get("prompt", {}),
+            },
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "output_tokens_details": {
+                "reasoning_tokens": usage.reasoning_tokens,
+                **usage.details.get("completion", {}),
+            },
             "total_tokens": usage.total_tokens,
         }
 
@@ -3157,23 +4189,49 @@ class _ResponsesEncoder(_Encoder):
         if ended is not None:
             events += self._close(ended)
         if new:
-            added = item.part._item(item, self, False)
-            events.append(self._event("response.output_item.added", {"item": added, "output_index": item.position}))
-        if texts:
-            if not item.opened:
-                item.opened = True
-                events += self._placed(item, item.part._opening(item))
-            events += self._deltas(item, texts)
-        return events
+            added = {"item": self.item(item, False), "output_index": item.position}
+            events.append(self._event("response.output_item.added", added))
+        for at, text in enumerate(texts):
+            if isinstance(text, _Next):  # the sections of a Reasoning, one after another
+                return [*events, *self._grow(item, part, texts[:at]), *self._next_section(item, part, texts[at:])]
+        return events + self._grow(item, part, texts) if texts else events
+
+    def _next_section(self, item: _Item, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+        events: list[_Event] = []
+        if item.opened:
+            events += self._placed(item, item.part._closing(item))
+            item.section += 1
+            item.opened = False
+        later = next((at for at, text in enumerate(texts) if at and isinstance(text, _Next)), len(texts))
+        events += self._grow(item, part, [str(texts[0]), *texts[1:later]])
+        return events + self._next_section(item, part, texts[later:]) if later < len(texts) else events
+
+    def _grow(self, item: _Item, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+        """The events of texts within a section."""
+        if not texts:
+            return []
+        events: list[_Event] = []
+        if not item.opened:
+            item.opened = True
+            events += self._placed(item, item.part._opening(item))
+        return events + self._deltas(item, part, [text for text in texts if text])  # an empty one has no delta (R)
 
     def _placed(self, item: _Item, events: list[tuple[str, _JSON]]) -> list[_Event]:
-        return [self._event(kind, {**fields, "output_index": item.position}) for kind, fields in events]
+        placed: list[_Event] = []
+        padded = self.obfuscated and item.part._padded
+        for kind, fields in events:
+            event = {**fields, "output_index": item.position}
+            delta = event.get("delta")
+            if padded and isinstance(delta, str) and kind != "response.reasoning_text.delta":  # of that none is known
+                event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
+            placed.append(self._event(kind, event))
+        return placed
 
-    def _deltas(self, item: _Item, texts: Sequence[str]) -> list[_Event]:
+    def _deltas(self, item: _Item, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         kind, fields = item.part._delta(item)
         fields.update(item_id=item.id, output_index=item.position)
-        if (self.logprobs or item.sources) and isinstance(item.part, Text):
-            return self._careful_deltas(item, texts, kind, fields)
+        if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
+            return self._text_deltas(item, part, texts, kind, fields)
 
         def make(text: str, padding: str, number: Any) -> _JSON:
             event = {**fields, "delta": text, "sequence_number": number}
@@ -3182,38 +4240,42 @@ class _ResponsesEncoder(_Encoder):
             return {"type": kind, **{key: event[key] for key in sorted(event)}}
 
         first, self.number = self.number, self.number + len(texts)
-        return [_Deltas(item, texts, first, make)]
+        return [_Deltas(item, texts, first, make)] if texts else []
 
-    def _careful_deltas(self, item: _Item, texts: Sequence[str], kind: str, fields: _JSON) -> list[_Event]:
-        """Deltas of a text with logprobs, or with citations between them."""
+    def _text_deltas(self, item: _Item, part: Text, texts: Sequence[str], kind: str, fields: _JSON) -> list[_Event]:
+        """Deltas of a text with logprobs, or with annotations between them."""
         events: list[_Event] = []
-        item.join()
-        before = item.text
-        said = before[: len(before) - sum(map(len, texts))]
-        for text in texts:
+        for text, entries in zip(texts, self.entries(part, texts), strict=True):
             event = {**fields, "delta": text}
             if self.logprobs:
-                event["logprobs"] = [_logprobs(text, self.top_logprobs)] if text else []
-            if self.obfuscated:
-                event["obfuscation"] = _obfuscation(self.number, -len(text) & 15)
-            events.append(self._event(kind, event))
-            said += text
-            found = [each for each in _citations(said, item.sources) if each["url"] in said]
-            events += self._cite(item, found)
+                event["logprobs"] = entries
+            events += self._placed(item, [(kind, event)])
+            item.sent += len(text)
+            events += self._annotations(item, item.sent)
         return events
 
-    def _cite(self, item: _Item, citations: list[_JSON]) -> list[_Event]:
-        new = citations[item.cited :]
-        fields = [{"annotation": each, "annotation_index": at} for at, each in enumerate(new, item.cited)]
-        item.cited += len(new)
-        where = {"content_index": 0, "item_id": item.id}
-        return self._placed(item, [("response.output_text.annotation.added", {**each, **where}) for each in fields])
+    def _annotations(self, item: _Item, sent: float) -> list[_Event]:
+        """The annotations whose place has come, in a text of which so much is sent."""
+        events: list[_Event] = []
+        while item.cited < len(item.annotations):
+            annotation = item.annotations[item.cited]
+            place: float = annotation.get("index") or annotation.get("end_index") or 0
+            if annotation["type"] == "container_file_citation":  # these come after the text (R)
+                place = math.inf
+            if place > sent:
+                break
+            where: _JSON = {"content_index": 0, "item_id": item.id, "annotation_index": item.cited}
+            events += self._placed(
+                item, [("response.output_text.annotation.added", {**where, "annotation": annotation})]
+            )
+            item.cited += 1
+        return events
 
     def _close(self, item: _Item) -> list[_Event]:
-        events = self._cite(item, _citations(item.text, item.sources)) if item.sources else []
+        events = self._annotations(item, math.inf)
         events += self._placed(item, item.part._closing(item))
-        done = item.part._item(item, self, True)
-        events.append(self._event("response.output_item.done", {"item": done, "output_index": item.position}))
+        done = {"item": self.item(item, True), "output_index": item.position}
+        events.append(self._event("response.output_item.done", done))
         return events
 
     def end(self) -> list[_Event]:
@@ -3231,7 +4293,9 @@ class _ResponsesEncoder(_Encoder):
         events = self.begin()
         self.base["error"] = {"code": error.code or error.type, "message": error.message}
         told = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
-        return [*events, self._event("error", {"error": told}), self._lifecycle("failed")]
+        if self.error_event:
+            events.append(self._event("error", {"error": told}))
+        return [*events, self._lifecycle("failed")]
 
     def abandon(self) -> None:
         self.status = "cancelled"  # as the API calls it when a connection is closed
@@ -3734,26 +4798,48 @@ class _Delivery:
             self.waiter.end()
 
     def in_background(self) -> _JSON | _Replay:
-        """Answers at once that the response is queued, and makes it on a thread of its own."""
+        """Answers at once that the response is queued, and makes it on a thread of its own.
+
+        A handler that answers at once too says the id, the model and the time, as for any other answer.
+        """
         server = self.fake._running()
         self.waiter = _Waiter(server, None, True)
         log = _Log(self.waiter)
-        self._begin(Reply(), log)
-        self.sink = _LogSink(self.encoder, log)
-        self.sink.write(self.encoder.begin())
-        queued = cast(_ResponsesEncoder, self.encoder).response("queued")
-        server.run(lambda: self._work(log))
-        return _Replay(log, 0) if self.streamed else queued
+        asked: queue.SimpleQueue[Reply | BaseException] = queue.SimpleQueue()
+        begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def _work(self, log: _Log) -> None:
+        def work() -> None:
+            try:
+                try:
+                    answer: Reply | BaseException = self._ask()
+                except BaseException as error:
+                    answer = error
+                asked.put(answer)
+                if begun.get():
+                    try:
+                        self._carry(answer)
+                    finally:
+                        self.request._settle(self.encoder)
+            except _Gone:
+                pass
+            finally:
+                log.end()
+                self.waiter.end()
+
+        server.run(work)
+        reply: Reply | BaseException = Reply()
+        with suppress(queue.Empty):
+            reply = asked.get(timeout=_AT_ONCE)
         try:
-            self._carry(None)
-        except _Gone:
-            pass
-        finally:
-            self.request._settle(self.encoder)
-            log.end()
-            self.waiter.end()
+            self._begin(reply if isinstance(reply, Reply) else Reply(), log)
+            self.sink = _LogSink(self.encoder, log)
+            self.sink.write(self.encoder.begin())
+            queued = cast(_ResponsesEncoder, self.encoder).response("queued")
+        except BaseException:
+            begun.put(False)
+            raise
+        begun.put(True)
+        return _Replay(log, 0) if self.streamed else queued
 
     def _ask(self) -> Reply:
         """What the handler answers. Raises what it raises, and ValueError or TypeError for no fitting answer."""
@@ -3776,10 +4862,12 @@ class _Delivery:
         if self.store is not None:
             self.store(self.encoder, log)
 
-    def _carry(self, reply: Reply | None) -> None:
+    def _carry(self, reply: Reply | BaseException) -> None:
         """Says all parts. An error that comes too late for a status is told in the stream."""
         try:
-            self._say_all(self._ask() if reply is None else reply)
+            if isinstance(reply, BaseException):
+                raise reply
+            self._say_all(reply)
         except BaseException as error:
             self.encoder.abandon()
             if isinstance(error, _Gone) or not self.sink.begun:
@@ -3801,7 +4889,7 @@ class _Delivery:
         known = reply._known()
         if known is not None and (len(known) > 1 or self.encoder.n > 1):
             known = _arranged(known, self.encoder)
-        parts = self._coming(reply.parts) if known is None else _runs(known)
+        parts = self._coming(reply.parts) if known is None else _runs(known, reply._fragments)
         told = False
         try:
             for part, texts in parts:
@@ -3821,10 +4909,9 @@ class _Delivery:
         self.sink.end()
 
     def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
-        pieces = [(part, texts[:1]), *((part._more(text), (text,)) for text in texts[1:])]
-        for piece, text in pieces:
+        for fragment in part._cut(texts):
             self._pace()
-            self.sink.write(self.encoder.say(piece, text))
+            self.sink.write(self.encoder.say(fragment, fragment._as_given()))
 
     def _pace(self) -> None:
         """Waits for the time of the next token."""
@@ -3863,7 +4950,11 @@ class _Delivery:
     def _coming(self, contents: Iterable[_Content]) -> Generator[tuple[_Part, Sequence[str]]]:
         for content in contents:
             for part in self._source(content):
-                yield part, part._fragments() if isinstance(part, _Spoken) else ()
+                alone = isinstance(content, (str, _Part, Completion))
+                if isinstance(part, _Spoken):
+                    yield part, part._fragments() if alone else part._as_given()
+                else:
+                    yield part, ()
 
     def _source(self, content: Any) -> Iterator[_Part]:
         if isinstance(content, Stream):
@@ -3937,6 +5028,12 @@ def _arranged(parts: list[_Part], encoder: _Encoder) -> list[_Part]:
         encoder.parallel = True
         if isinstance(encoder, _ChatEncoder):
             parts = [part._spaced() if isinstance(part, ToolCall) else part for part in parts]
+    if encoder.model.phase and calls:  # what is said before a call is commentary (R)
+        last = max(at for at, part in enumerate(parts) if isinstance(part, _Call))
+        parts = [
+            replace(part, phase="commentary") if isinstance(part, Text) and part.phase is None and at < last else part
+            for at, part in enumerate(parts)
+        ]
     if encoder.n > 1 and not any(getattr(part, "choice", 0) or isinstance(part, Chunk) for part in parts):
         parts = list(_repeated(parts, encoder.n))
     return parts
@@ -3952,17 +5049,47 @@ def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
             yield part
 
 
-def _runs(parts: Iterable[_Part]) -> Generator[tuple[_Part, Sequence[str]]]:
-    """Each part with its texts; Texts of one choice in a row go together, as many as are encoded together."""
-    run: list[Text] = []
-    for part in (*parts, None):
-        if run and (type(part) is not Text or part.choice != run[0].choice or len(run) == _RUN):
-            yield run[0], [text for each in run for text in each._fragments()]
-            run = []
-        if type(part) is Text:
-            run.append(part)
-        elif part is not None:
-            yield part, part._fragments() if isinstance(part, _Spoken) else ()
+def _runs(parts: Sequence[_Part], given: bool) -> Generator[tuple[_Part, Sequence[str]]]:
+    """Each part with its texts. One that is alone in its item is cut into words; fragments of one are sent as given.
+
+    Plain Texts in a row go together: they encode faster so.
+    """
+    fragments = range(len(parts)) if given else _fragments_of_items(parts)
+    run: Text | None = None
+    texts: list[str] = []
+    for at, part in enumerate(parts):
+        said: Sequence[str] = ()
+        if isinstance(part, _Spoken):
+            said = part._as_given() if at in fragments else part._fragments()
+        plain = type(part) is Text and not (part.annotations or part.logprobs)
+        if run is not None and plain and cast(Text, part)._continues(run):
+            texts += said
+            continue
+        if run is not None:
+            yield run, texts
+            run = None
+        if plain:
+            run, texts = cast(Text, part), [*said]
+        else:
+            yield part, said
+    if run is not None:
+        yield run, texts
+
+
+def _fragments_of_items(parts: Sequence[_Part]) -> set[int]:
+    """The positions of parts that make an item together with another."""
+    fragments: set[int] = set()
+    last: dict[int, tuple[int, _Spoken]] = {}  # by choice: the part before, and the one that opened its item
+    for at, part in enumerate(parts):
+        if not isinstance(part, _Spoken):
+            continue
+        before, opened = last.get(part.choice, (at, part))
+        if before != at and part._continues(opened):
+            fragments |= {before, at}
+            last[part.choice] = at, opened
+        else:
+            last[part.choice] = at, part
+    return fragments
 
 
 class _Log:
@@ -4397,7 +5524,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     stores = background or body.get("store") is not False
     delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
     if items and _item_type(_dict(items[-1])) == "compaction_trigger":
-        delivery.handler = Script(_Compaction())
+        delivery.handler = Script(Item("compaction"))
     return delivery.in_background() if background else delivery
 
 
@@ -4441,7 +5568,7 @@ def _compact_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
         _RESPONSES[name](body.get(name), name, body)
     items = request._conversation = [*_history(fake, request, body), *_input_items(body.get("input"))]
     encoder = _ResponsesEncoder(request, Reply(), fake._ids(), int(fake.clock()))
-    encoder.say(_Compaction(), ())
+    encoder.say(Item("compaction"), ())
     users = [_stored_item(item, encoder._id) for item in items if _dict(item).get("role") == "user"]
     told = {"id": encoder.id, "object": "response.compaction", "created_at": encoder.created}
     return {**told, "output": [*users, *encoder.output()], "usage": encoder._usage()}
@@ -4638,12 +5765,6 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
-_MODERATION = """
-    harassment harassment/threatening sexual hate hate/threatening illicit illicit/violent self-harm/intent
-    self-harm/instructions self-harm sexual/minors violence violence/graphic
-""".split()  # noqa: SIM905
-
-
 @_endpoint("POST /moderations")
 def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     """Nothing is ever flagged; a test that wants it flagged gives its own route."""
@@ -4652,12 +5773,7 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
         raise _missing("input")
     given = _list(body["input"])
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
-    result = {
-        "flagged": False,
-        "categories": dict.fromkeys(_MODERATION, False),
-        "category_scores": dict.fromkeys(_MODERATION, 1e-06),
-        "category_applied_input_types": {name: ["text"] for name in _MODERATION},
-    }
+    result = _moderation_result()
     model = _string(body.get("model")) or "omni-moderation-latest"
     id = "modr-" + fake._ids().alnum(29)
     return {"id": id, "model": model, "results": [result] * max(1, texts)}
@@ -4885,7 +6001,7 @@ def _check_beginning(data: bytearray, seen: int) -> int:
         raise _Refused(400, "A line of the head does not end with CR LF.")
     if data.count(b"\r\n") > _MAX_FIELDS + 1:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
-    if len(data) > _MAX_HEAD:
+    if len(data) > _MAX_HEAD + (2 if data.endswith(b"\r\n\r") else 0):  # what ends the head does not count
         raise _Refused(431, f"The head of the request is larger than {_MAX_HEAD} bytes.")
     return end
 
@@ -5313,9 +6429,9 @@ class _Server(ThreadingHTTPServer):
             now = time.monotonic()
             sweep = min(sweep, now + self.sweep) if self.sockets else math.inf
             until = min(sweep, resume)
-            events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
-            if self.stopping:
+            if self.stopping:  # before the select: its wake-up may have been read together with another
                 return
+            events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
             for key, _ in events:
                 if key.fileobj is listener:
                     if not self._accept():
