@@ -6884,19 +6884,14 @@ def _place(error: BaseException) -> str:
 # What GET /models and `strict` know beside _SNAPSHOTS (S, R), in any order.
 _OTHER_MODELS = """
     gpt-6-astra gpt-6.2-astra gpt-6.1-sol gpt-6.2-sol gpt-6.1-terra gpt-6-sol gpt-6-luna gpt-5.6-terra gpt-5.6-luna
-    gpt-5.5-pro gpt-5.5-pro-2026-04-23 gpt-5.4-nano gpt-5.4-nano-2026-03-17 gpt-5.4-pro gpt-5.3-codex
-    gpt-5.3-chat-latest gpt-5.2-pro gpt-5.2-pro-2025-12-11 gpt-5.2-codex gpt-5.2-chat-latest gpt-5.1-codex
-    gpt-5.1-codex-mini gpt-5.1-codex-max gpt-5.1-mini gpt-5.1-chat-latest gpt-5-codex gpt-5-chat-latest
-    gpt-5-search-api codex-mini-latest gpt-audio gpt-audio-2025-08-28 gpt-audio-1.5 gpt-audio-mini
-    gpt-audio-mini-2025-12-15 gpt-4o-audio-preview gpt-4o-audio-preview-2025-06-03 gpt-4o-mini-audio-preview
-    gpt-4o-mini-audio-preview-2024-12-17 gpt-4o-search-preview gpt-4o-search-preview-2025-03-11
-    gpt-4o-mini-search-preview gpt-4o-mini-search-preview-2025-03-11 gpt-4o-2024-11-20 gpt-4o-2024-05-13
-    chatgpt-4o-latest computer-use-preview computer-use-preview-2025-03-11 o1 o1-2024-12-17 o1-pro o1-pro-2025-03-19
-    o3-pro o3-pro-2025-06-10 o3-deep-research o3-deep-research-2025-06-26 o4-mini-deep-research
-    o4-mini-deep-research-2025-06-26 gpt-4-turbo gpt-4-turbo-2024-04-09 gpt-4-turbo-preview gpt-4-0125-preview
-    gpt-4-1106-preview gpt-4.5-preview gpt-3.5-turbo-1106 gpt-3.5-turbo-16k gpt-3.5-turbo-instruct davinci-002
-    babbage-002 text-embedding-3-small text-embedding-3-large text-embedding-ada-002 omni-moderation-latest
-    omni-moderation-2024-09-26
+    gpt-5.5-pro gpt-5.5-pro-2026-04-23 gpt-5.4-pro gpt-5.3-codex gpt-5.3-chat-latest gpt-5.2-pro gpt-5.2-pro-2025-12-11
+    gpt-5.2-codex gpt-5.2-chat-latest gpt-5.1-codex gpt-5.1-codex-mini gpt-5.1-codex-max gpt-5.1-mini
+    gpt-5.1-chat-latest gpt-5-codex gpt-5-chat-latest gpt-5-search-api codex-mini-latest gpt-audio-1.5
+    gpt-4o-2024-11-20 gpt-4o-2024-05-13 chatgpt-4o-latest o1 o1-2024-12-17 o1-pro o1-pro-2025-03-19 o3-pro
+    o3-pro-2025-06-10 o3-deep-research o3-deep-research-2025-06-26 o4-mini-deep-research
+    o4-mini-deep-research-2025-06-26 gpt-4-turbo gpt-4-turbo-2024-04-09 gpt-4-1106-preview gpt-3.5-turbo-1106
+    gpt-3.5-turbo-16k gpt-3.5-turbo-instruct davinci-002 babbage-002 text-embedding-3-small text-embedding-3-large
+    text-embedding-ada-002 omni-moderation-latest omni-moderation-2024-09-26
 """.split()  # noqa: SIM905
 
 _NO_KEY = (
