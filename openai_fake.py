@@ -4308,11 +4308,8 @@ class _ResponsesEncoder(_Encoder):
 
 # ---- Completions (legacy) --------------------------------------------------------------------------------------------
 
-_INSTRUCT = {  # R
-    "gpt-3.5-turbo-instruct": "gpt-3.5-turbo-instruct:20230824-v2",
-    "davinci-002": "davinci:2023-07-21-v2",
-    "babbage-002": "babbage:2023-07-21-v2",
-}
+_INSTRUCT = {f"{name}-002": f"{name}:2023-07-21-v2" for name in ("davinci", "babbage")}  # R
+_INSTRUCT["gpt-3.5-turbo-instruct"] = "gpt-3.5-turbo-instruct:20230824-v2"
 
 
 class _CompletionsEncoder(_ChatEncoder):
