@@ -5516,10 +5516,9 @@ def _delete_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _
     return conversation.body(id)
 
 
-# What is stored is fetched, updated and deleted in one way.
-
-
 def _stored_routes(path: str, kind: str, find: Callable[[FakeOpenAI, str], Any], store: str) -> None:
+    """What is stored is fetched, updated and deleted in one way."""
+
     def get(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
         return cast(_JSON, find(fake, id).body(id))
 
