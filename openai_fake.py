@@ -5563,6 +5563,14 @@ def _get_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     return _model_object(id)
 
 
+@_endpoint("DELETE /models/{id*}")
+def _delete_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    if not id.startswith("ft:"):  # a fine-tuned one, which the fake need not know
+        _get_model(fake, request, id)
+    fake.models = [name for name in fake._model_names() if name != id]
+    return {"id": id, "object": "model", "deleted": True, "owned_by": "openai-internal"}
+
+
 def _embedding(text: str, dimensions: int) -> list[float]:
     """A unit vector made from a text: the same for the same text, on every machine."""
     digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)

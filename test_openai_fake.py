@@ -3900,6 +3900,16 @@ class EndpointTest(unittest.TestCase):
                 )
                 self.assertEqual(request.form, form)
 
+    def test_delete_models(self) -> None:
+        """A model that is listed, or fine-tuned, is deleted, and then is unknown as others are."""
+        with FakeOpenAI(models=["m", "n"]) as server:
+            for id in ("m", "ft:gpt-4o-mini:acme::x"):
+                gone = {"id": id, "object": "model", "deleted": True, "owned_by": "openai-internal"}
+                self.assertEqual(get(server, "/models/" + id, "DELETE").json, gone)
+            answer = get(server, "/models/m", "DELETE")
+            self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+            self.assertEqual([each["id"] for each in get(server, "/models").json["data"]], ["n"])
+
     def test_models_of_today(self) -> None:
         """GET /models and `strict` know the models that real requests name."""
         names = "gpt-5.6-terra gpt-4o-2024-11-20 gpt-5.4-nano gpt-5-codex o3-pro gpt-6-astra gpt-audio-1.5 gpt-4o"
