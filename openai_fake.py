@@ -5218,9 +5218,37 @@ class _StoredChat:
         self.request = request
         self.encoder = encoder
         self.metadata: Any = request.body.get("metadata") or {}
+        self.request_id = "req_" + encoder.ids.hex(32)
+        self.seed = encoder.ids.bits(63)  # there is one, also unasked (R)
 
     def body(self, id: str = "") -> _JSON:
-        return {**self.encoder.body(), "metadata": self.metadata}
+        """As the API lists it: with what was asked, and less of what was said than the answer had (R)."""
+        told, asked = self.encoder.body(), self.request.body
+        for choice in told["choices"]:
+            kept = {key: choice["message"].get(key) for key in ("content", "role", "tool_calls", "function_call")}
+            choice |= {"message": kept, "logprobs": choice.pop("logprobs", None)}
+        usage = {key: told["usage"][key] for key in ("total_tokens", "completion_tokens", "prompt_tokens")}
+        own = {"request_id": self.request_id, "input_user": asked.get("user"), "metadata": self.metadata}
+        set = {key: value for key, value in asked.items() if key in _STORED_CHAT and value is not None}
+        object = {"object": "chat.completion", "usage": usage}
+        return {**_STORED_CHAT, "seed": self.seed, **set, **told, **object, **own}
+
+
+_STORED_CHAT: _JSON = {  # its keys, in order, and what they are unasked (R)
+    "object": "", "id": "", "model": "", "created": 0, "request_id": "", "tool_choice": None, "usage": None, "seed": 0,
+    "top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "system_fingerprint": None,
+    "input_user": None, "service_tier": None, "tools": None, "metadata": None, "choices": None, "response_format": None,
+}  # fmt: skip
+
+
+def _stored_message(id: str, message: _JSON) -> _JSON:
+    content, parts = message.get("content"), None
+    if isinstance(content, list):
+        kinds = ("type", "text", "image_url", "input_audio", "file")
+        parts = [{kind: _dict(part).get(kind) for kind in kinds} for part in _list(content)]
+        content = _text_of(_list(content))
+    told = {"id": id, "role": message.get("role"), "content": content, "content_parts": parts}
+    return {**told, "name": message.get("name")}
 
 
 def _digits(text: str, default: int) -> int:
@@ -5271,7 +5299,7 @@ def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     messages = _list(_stored_chat(fake, id).request.body.get("messages"))
-    stored = [{"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)]
+    stored = [_stored_message(f"{id}-{at}", _dict(each)) for at, each in enumerate(messages)]
     return _listing(request, stored, "asc", "has_more")
 
 

@@ -3588,6 +3588,59 @@ class StateTest(unittest.TestCase):
                 expected_error = {**words, "param": "completion_id", "code": "not_found"}
                 self.assertEqual((answer.status, answer.error), (404, expected_error))
 
+    def test_a_stored_chat_is_listed_as_recorded(self) -> None:
+        """A stored chat is what was asked and what was said, with the keys, order and defaults of the API's."""
+        asked: dict[str, Any] = {
+            "temperature": 0.5,
+            "user": "me",
+            "seed": 7,
+            "tools": [CHAT_CALL],
+            "tool_choice": "auto",
+        }
+        call_made = ToolCall("f", {}, id="call_1")
+        with FakeOpenAI(lambda request: call_made, clock=lambda: CLOCK) as server:
+            made = call(server, chat(store=True, **asked)).json
+            plain = call(server, chat(store=True)).json
+            stored = get(server, "/chat/completions/" + made["id"]).json
+            bare = get(server, "/chat/completions/" + plain["id"]).json
+        keys = (
+            "object id model created request_id tool_choice usage seed top_p temperature presence_penalty "
+            "frequency_penalty system_fingerprint input_user service_tier tools metadata choices response_format"
+        )
+        self.assertEqual([list(stored), list(bare)], [keys.split()] * 2)
+        self.assertEqual(list(stored["usage"]), ["total_tokens", "completion_tokens", "prompt_tokens"])
+        told = {"content": None, "role": "assistant", "tool_calls": made["choices"][0]["message"]["tool_calls"]}
+        [choice] = stored["choices"]
+        self.assertEqual(list(choice), ["index", "message", "finish_reason", "logprobs"])
+        self.assertEqual(choice["message"], {**told, "function_call": None})
+        self.assertEqual({**{key: stored[key] for key in asked if key in stored}, "user": stored["input_user"]}, asked)
+        defaults = {"top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        nulls = dict.fromkeys(("tool_choice", "tools", "input_user", "response_format"))
+        self.assertEqual({key: bare[key] for key in (*defaults, *nulls)}, {**defaults, **nulls})
+        self.assertEqual((type(bare["seed"]), bare["request_id"][:4], bare["metadata"]), (int, "req_", {}))
+
+    def test_stored_messages(self) -> None:
+        """A stored chat's messages are its request's, with their texts, content parts and names, in pages."""
+        image = {"url": "https://a.example/x.png"}
+        parts = [{"type": "text", "text": "What"}, {"type": "image_url", "image_url": image}]
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "name": "Ann", "content": parts}]
+        with FakeOpenAI(lambda request: "ok") as server:
+            id = call(server, chat(messages=messages, store=True)).json["id"]
+            path = f"/chat/completions/{id}/messages"
+            page = get(server, path).json
+            self.assertEqual(list(page), ["object", "data", "first_id", "last_id", "has_more"])
+            empty = dict.fromkeys(("type", "text", "image_url", "input_audio", "file"))
+            expected = [
+                {"id": f"{id}-0", "role": "system", "content": "Be brief.", "content_parts": None, "name": None},
+                {"id": f"{id}-1", "role": "user", "content": "What", "name": "Ann", "content_parts": [
+                    {**empty, "type": "text", "text": "What"}, {**empty, "type": "image_url", "image_url": image}]},
+            ]  # fmt: skip
+            self.assertEqual(page["data"], expected)
+            self.assertEqual(list(page["data"][1]), ["id", "role", "content", "content_parts", "name"])
+            self.assertEqual(get(server, path + f"?order=desc&after={id}-1").json["data"], expected[:1])
+            end: dict[str, Any] = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+            self.assertEqual(get(server, path + f"?after={id}-1").json, end)
+
     def test_updates_need_metadata(self) -> None:
         """An update that says no metadata is refused and erases nothing; null says that there are none."""
         with FakeOpenAI() as server:
