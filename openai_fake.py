@@ -1056,6 +1056,35 @@ def _conversation_parameter(value: Any, path: str, holder: dict[str, Any]) -> No
     _conversation_id(value, path, holder)
 
 
+def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
+    """R, I*: in what is strict, objects are closed, and their properties all required."""
+    node, fault = _dict(schema), ""
+    if node.get("type") == "object" or not (context or "$ref" in node):
+        lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
+        if node.get("additionalProperties") is not False:
+            fault = "'additionalProperties' is required to be supplied and to be false."
+        elif lacking:
+            fault = "'required' is required to be supplied and to be an array including every key in properties. "
+            fault += f"Missing '{lacking[0]}'."
+    if fault:
+        raise _bad_request(f"Invalid schema for {of}: In context={context!r}, {fault}", param, code)
+    for key in {"properties", "$defs", "anyOf", "items"} & node.keys():
+        inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
+        for name, each in [((), node[key])] if key == "items" else [((str(name),), each) for name, each in inner]:
+            _closed(each, of, param, code, (*context, key, *name))
+
+
+def _strict(form: _Rule, of: str, key: str, code: str | None, param: str = "") -> _Rule:
+    """A rule, and then the one that a schema is closed where it is strict."""
+
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        form(value, path, holder)
+        if value.get("strict") is True:
+            _closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
+
+    return rule
+
+
 def _moved(new: str) -> _Rule:
     def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
         raise _bad_request(
@@ -1076,12 +1105,14 @@ _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
 _metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # P
 _named = _object({"name": _name})
-_chat_tools = {"function": _object({"function": _named}), "custom": _object({"custom": _named})}  # S, closed: I*
+_function = _strict(_named, "function", "parameters", "invalid_function_parameters")
+_chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
-_named_tools: dict[str, _Rule] = {"function": _named, "custom": _named}  # S; hosted tools pass, as they grow
-_schema = _object({"name": _name, "schema": _any_object})
+_named_tools: dict[str, _Rule] = {"function": _function, "custom": _named}  # S; hosted tools pass, as they grow
+_schema = _strict(_object({"name": _name, "schema": _any_object}), "response_format", "schema", "invalid_json_schema")
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
-_chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _named})}  # S
+_chat_schema = _strict(_named, "response_format", "schema", None, "response_format")
+_chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
 _stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
     "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",

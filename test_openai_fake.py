@@ -3131,8 +3131,64 @@ class RefusalTest(unittest.TestCase):
             self.assertEqual(call(server, responses() | more).status, 200)
 
 
+LOOSE: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "string"}}}
+CLOSED: dict[str, Any] = {**LOOSE, "additionalProperties": False, "required": ["a", "b"]}
+UNCLOSED = "'additionalProperties' is required to be supplied and to be false."
+LACKING = "'required' is required to be supplied and to be an array including every key in properties. Missing 'b'."
+
+
+def strict_function(schema: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+
+
 class RecordedRefusalTest(unittest.TestCase):
-    """What was recorded to be refused, or to be taken."""
+    """Refusals that were recorded, with the nearest body that is taken."""
+
+    chat: ClassVar[list[tuple[dict[str, Any], int, str, str | None, str | None, dict[str, Any]]]] = [
+        ({"tools": [strict_function(LOOSE)]}, 400, f"Invalid schema for function 'f': In context=(), {UNCLOSED}",
+         "tools[0].function.parameters", "invalid_function_parameters", {"tools": [strict_function(CLOSED)]}),
+        ({"tools": [strict_function(None)]}, 400, f"Invalid schema for function 'f': In context=(), {UNCLOSED}",
+         "tools[0].function.parameters", "invalid_function_parameters",
+         {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": LOOSE}}},
+         400, f"Invalid schema for response_format 'n': In context=(), {UNCLOSED}", "response_format", None,
+         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": False, "schema": LOOSE}}}),
+    ]  # fmt: skip
+    responses: ClassVar[list[tuple[dict[str, Any], int, str, str | None, str | None, dict[str, Any]]]] = [
+        ({"text": {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": LOOSE}}}, 400,
+         f"Invalid schema for response_format 'n': In context=(), {UNCLOSED}", "text.format.schema",
+         "invalid_json_schema", {"text": {"format": {"type": "json_schema", "name": "n", "schema": LOOSE}}}),
+        ({"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {**CLOSED, "required": ["a"]}}]},
+         400, f"Invalid schema for function 'f': In context=(), {LACKING}", "tools[0].parameters",
+         "invalid_function_parameters", {"tools": [{"type": "function", "name": "f", "parameters": LOOSE}]}),
+    ]  # fmt: skip
+
+    def test_each(self) -> None:
+        """Each is refused with its status, words, param and code, in a stream too; the nearest body is taken."""
+        with FakeOpenAI(lambda request: "ok") as server:
+            for api, cases in (("chat.completions", self.chat), ("responses", self.responses)):
+                for bad, status, words, param, code, good in cases:
+                    with self.subTest(name=f"{api} {bad}"):
+                        answer = call(server, {**BODIES[api](), **bad, "stream": True}, PATHS[api])
+                        told = tuple(answer.error[key] for key in ("message", "param", "code"))
+                        self.assertEqual((answer.status, told), (status, (words, param, code)))
+                        self.assertEqual(call(server, {**BODIES[api](), **good}, PATHS[api]).status, 200)
+
+    def test_closed_schemas(self) -> None:
+        """A strict schema is closed all the way down, and the fault says where it is not."""
+        nested = {"type": "array", "items": {"anyOf": [{"type": "null"}, LOOSE]}}
+        for name, schema, context in (
+            ("root", LOOSE, "()"),
+            ("property", {**CLOSED, "properties": {"a": {}, "b": LOOSE}}, "('properties', 'b')"),
+            ("deep", {**CLOSED, "properties": {"a": nested}}, "('properties', 'a', 'items', 'anyOf', '1')"),
+            ("definition", {**CLOSED, "$defs": {"D": LOOSE}}, "('$defs', 'D')"),
+        ):
+            with self.subTest(name=name):
+                fault = _fault("chat.completions", chat(tools=[strict_function(schema)]), False)
+                words = f"Invalid schema for function 'f': In context={context}, {UNCLOSED}"
+                self.assertEqual(fault and fault.message, words)
+        for schema in ({"$ref": "#/$defs/D", "$defs": {"D": CLOSED}}, {**CLOSED, "properties": {"a": 7}, "items": []}):
+            self.assertIsNone(_fault("chat.completions", chat(tools=[strict_function(schema)]), False))
 
     def test_a_prompt_has_its_model(self) -> None:
         """With a stored prompt the model may be absent: the answer names one."""
