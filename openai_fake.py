@@ -1204,13 +1204,96 @@ _RESPONSES: dict[str, _Rule] = {
 }
 
 
+def _token(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if not 0 <= value <= 100257:  # R
+        words = f"Invalid token in prompt: {value}. Minimum value is 0, maximum value is 100257 (inclusive)."
+        raise _bad_request(words, None)
+
+
+_prompt_tokens = _array(_either("an integer", (int, _token)))
+_prompt = _either("a string or an array of integers", (str, _anything), (int, _token), (list, _prompt_tokens))
 _same = "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
 _COMPLETIONS: dict[str, _Rule] = {  # S; R
     **{name: _CHAT[name] for name in _same.split()},
-    "prompt": _either("one of a string or array", (str, _anything), (list, _anything)),
+    "prompt": _either("one of a string or array", (str, _anything), (list, _array(_prompt))),
     "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
     "echo": _boolean, "suffix": _any_string,
 }  # fmt: skip
+
+_ANY_CHAT = r"(chatgpt|gpt-(3\.5-turbo(?!-instruct)|[456])|o[134]).*"
+_INSTRUCT_MODELS = r"(gpt-3\.5-turbo-instruct|davinci-002|babbage-002).*"
+_UNTAKEN = "Unsupported parameter: '{where}' is not supported with this model."
+_EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' model. Supported values are: "
+_ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
+_NO_IMAGE = (
+    "You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+    "['png', 'jpeg', 'gif', 'webp']."
+)
+_NO_FILE = (
+    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/"
+    "plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai."
+    "com/docs/assistants/tools/file-search#supported-files for supported file types."
+)
+# R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
+_REFUSALS: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
+    ("chat.completions", _INSTRUCT_MODELS, "model", "",
+     "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
+    ("chat.completions", r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "",
+     "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
+     None, "model_not_found", 404),
+    ("chat.completions", r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "",
+     _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
+    ("chat.completions", r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", _UNTAKEN, "{where}",
+     "unsupported_parameter", 400),
+    ("chat.completions", r"gpt-4(?!.*search).*", "web_search_options", "",
+     "Web search options not supported with this model.", "{where}", None, 400),
+    ("chat.completions", "o1-mini.*", "messages.[].role", "(system|developer)",
+     "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
+    ("chat.completions", f"(?!.*audio){_ANY_CHAT}", "messages.[].content.[].type", "input_audio",
+     "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value",
+     400),
+    ("chat.completions", ".*", "messages.[].content.[].image_url.url",
+     "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)", _NO_IMAGE, None, "invalid_image_format", 400),
+    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(none|minimal|xhigh|max)$",
+     _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(none|xhigh|max)$",
+     _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+    ("responses", ".*", "input.[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
+     _NO_FILE, "{where}", "invalid_value", 400),
+    ("responses", ".*", "input.[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
+     "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
+    ("completions", _ANY_CHAT, "model", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model",
+     None, 404),
+    ("completions", "text-embedding-.*", "model", "", "You are not allowed to sample from this model", None, None, 403),
+    ("embeddings", f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "",
+     "You are not allowed to generate embeddings from this model", None, None, 403),
+)  # fmt: skip
+
+
+def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]:
+    """The values at a path below a value, ["[]", "role"], and where they are."""
+    if not path:
+        yield where, value
+    elif path[0] == "[]":
+        for at, each in enumerate(_list(value)):
+            yield from _found(each, path[1:], f"{where}[{at}]")
+    elif (inner := _dict(value).get(path[0])) is not None:
+        yield from _found(inner, path[1:], f"{where}.{path[0]}")
+
+
+def _check_recorded(api: str, body: dict[str, Any]) -> None:
+    """Raises what a model, or the API, does not take; other faults come later (R)."""
+    model, turns = _string(body.get("model")), body.get("messages") or body.get("input")
+    parts = [1 for each in _list(turns) if each.__class__ is dict and each.get("content").__class__ is list]
+    for of, models, path, begin, words, param, code, status in _REFUSALS:
+        if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
+            name, *rest = path.split(".")
+            for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
+                if match := re.match(begin, value if isinstance(value, str) else ""):
+                    told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
+                    told |= match.groupdict()
+                    raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
+
 
 _ORDERS = {  # P. The rules; what is looked for before unknown parameters; and where null is as absent.
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
@@ -1225,6 +1308,7 @@ def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
     for name in first:
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
+    _check_recorded(api, body)
     if strict:
         for name in body:
             if name not in rules:
@@ -5654,6 +5738,8 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
         raise APIError(400, "you must provide a model parameter")
     if fake.strict:
         _check_model(fake, request)
+    if fake.validate:
+        _check_recorded("embeddings", body)
     if not isinstance(given, (str, list)) or given in ("", []):
         raise APIError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     inputs: list[Any] = [given] if isinstance(given, str) else _list(given)

@@ -3131,20 +3131,52 @@ class RefusalTest(unittest.TestCase):
             self.assertEqual(call(server, responses() | more).status, 200)
 
 
+PNG = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAA"
 LOOSE: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "string"}}}
 CLOSED: dict[str, Any] = {**LOOSE, "additionalProperties": False, "required": ["a", "b"]}
 UNCLOSED = "'additionalProperties' is required to be supplied and to be false."
 LACKING = "'required' is required to be supplied and to be an array including every key in properties. Missing 'b'."
+MIME = (
+    "Invalid file data: 'input[0].content[0].file_data'. Expected a base64-encoded data URL with a valid file MIME "
+    "type (e.g. 'data:text/plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type 'audio/mpeg'. Please see "
+    "https://platform.openai.com/docs/assistants/tools/file-search#supported-files for supported file types."
+)
 
 
 def strict_function(schema: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
 
 
+def by_part(part: Any) -> list[Any]:
+    return [{"role": "user", "content": [part]}]
+
+
 class RecordedRefusalTest(unittest.TestCase):
     """Refusals that were recorded, with the nearest body that is taken."""
 
     chat: ClassVar[list[tuple[dict[str, Any], int, str, str | None, str | None, dict[str, Any]]]] = [
+        ({"model": "davinci-002"}, 404, ("This is not a chat model and thus not supported in the v1/chat/completions "
+         "endpoint. Did you mean to use v1/completions?"), "model", None, {"model": "davinci"}),
+        ({"model": "gpt-3.5-turbo-0613"}, 404, ("The model `gpt-3.5-turbo-0613` has been deprecated, learn more here: "
+         "https://platform.openai.com/docs/deprecations"), None, "model_not_found", {"model": "gpt-3.5-turbo-0125"}),
+        ({"model": "gpt-5-nano", "max_tokens": 0, "messages": [{"role": "user", "content": None}]}, 400,
+         "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+         "max_tokens", "unsupported_parameter", {"model": "gpt-4o", "max_tokens": 1}),
+        ({"model": "gpt-5-mini", "stop": "x"}, 400, "Unsupported parameter: 'stop' is not supported with this model.",
+         "stop", "unsupported_parameter", {"model": "gpt-4.1", "stop": "x"}),
+        ({"web_search_options": {}}, 400, "Web search options not supported with this model.", "web_search_options",
+         None, {"model": "gpt-4o-search-preview", "web_search_options": {}}),
+        ({"model": "o1-mini", "messages": [{"role": "system", "content": "x"}]}, 400,
+         "Unsupported value: 'messages[0].role' does not support 'system' with this model.", "messages[0].role",
+         "unsupported_value", {"messages": [{"role": "system", "content": "x"}]}),
+        ({"messages": by_part({"type": "input_audio", "input_audio": {}})}, 400,
+         "Invalid 'messages[0]'. Content blocks are expected to be either text or image_url type.", "messages[0]",
+         "invalid_value",
+         {"model": "gpt-4o-audio-preview", "messages": by_part({"type": "input_audio", "input_audio": {}})}),
+        ({"messages": by_part({"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}})}, 400,
+         ("You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+         "['png', 'jpeg', 'gif', 'webp']."), None, "invalid_image_format",
+         {"messages": by_part({"type": "image_url", "image_url": {"url": PNG}})}),
         ({"tools": [strict_function(LOOSE)]}, 400, f"Invalid schema for function 'f': In context=(), {UNCLOSED}",
          "tools[0].function.parameters", "invalid_function_parameters", {"tools": [strict_function(CLOSED)]}),
         ({"tools": [strict_function(None)]}, 400, f"Invalid schema for function 'f': In context=(), {UNCLOSED}",
@@ -3161,6 +3193,15 @@ class RecordedRefusalTest(unittest.TestCase):
         ({"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {**CLOSED, "required": ["a"]}}]},
          400, f"Invalid schema for function 'f': In context=(), {LACKING}", "tools[0].parameters",
          "invalid_function_parameters", {"tools": [{"type": "function", "name": "f", "parameters": LOOSE}]}),
+        ({"model": "o4-mini", "reasoning": {"effort": "minimal"}}, 400, ("Unsupported value: 'minimal' is not "
+         "supported with the 'o4-mini' model. Supported values are: 'low', 'medium', and 'high'."), "reasoning.effort",
+         "unsupported_value", {"model": "gpt-5", "reasoning": {"effort": "minimal"}}),
+        ({"input": by_part({"type": "input_file", "file_url": "https://a.example/x.mp3?y"})}, 400,
+         "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file",
+         {"input": by_part({"type": "input_file", "file_url": "https://a.example/x.pdf"})}),
+        ({"input": by_part({"type": "input_file", "file_data": "data:audio/mpeg;base64,AAAA"})}, 400, MIME,
+         "input[0].content[0].file_data", "invalid_value",
+         {"input": by_part({"type": "input_file", "file_data": "data:application/pdf;base64,AAAA"})}),
     ]  # fmt: skip
 
     def test_each(self) -> None:
@@ -3173,6 +3214,9 @@ class RecordedRefusalTest(unittest.TestCase):
                         told = tuple(answer.error[key] for key in ("message", "param", "code"))
                         self.assertEqual((answer.status, told), (status, (words, param, code)))
                         self.assertEqual(call(server, {**BODIES[api](), **good}, PATHS[api]).status, 200)
+            answer = get(server, "/embeddings", "POST", {"model": "gpt-4o", "input": "x"})
+            words = "You are not allowed to generate embeddings from this model"
+            self.assertEqual((answer.status, answer.error["message"], answer.error["param"]), (403, words, None))
 
     def test_closed_schemas(self) -> None:
         """A strict schema is closed all the way down, and the fault says where it is not."""
@@ -4161,8 +4205,13 @@ class CompletionsTest(unittest.TestCase):
         """What Completions refuses is refused in its words; what it takes, and strict too, passes."""
         cases: list[tuple[dict[str, Any], int, str, str | None]] = [
             ({"model": None}, 400, "you must provide a model parameter", None),
+            ({"model": "gpt-4o"}, 404, ("This is a chat model and not supported in the v1/completions endpoint. "
+             "Did you mean to use v1/chat/completions?"), "model"),
+            ({"model": "text-embedding-3-small"}, 403, "You are not allowed to sample from this model", None),
             ({"max_tokens": -1}, 400, ("Invalid 'max_tokens': integer below minimum value. Expected a value >= 0, "
              "but got -1 instead."), "max_tokens"),
+            ({"prompt": [1, 123456]}, 400, ("Invalid token in prompt: 123456. Minimum value is 0, maximum value is "
+             "100257 (inclusive)."), None),
             ({"prompt": {}}, 400, ("Invalid type for 'prompt': expected one of a string or array, but got an object "
              "instead."), "prompt"),
         ]  # fmt: skip
