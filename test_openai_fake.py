@@ -2079,6 +2079,19 @@ class RecordedTest(unittest.TestCase):
             with self.subTest(seed=seed):
                 self.check(random_answer(rng) or "x")
 
+    @needs_hypothesis
+    def test_any_answer(self) -> None:
+        """For the answers that hypothesis thinks of."""
+        from hypothesis import given, settings
+        from hypothesis import strategies as st
+
+        @settings(max_examples=25, deadline=None, database=None)
+        @given(st.randoms(use_true_random=False))
+        def law(rng: random.Random) -> None:
+            self.check(random_answer(rng) or "x")
+
+        law()
+
     def test_choices(self) -> None:
         """Several choices are read as such."""
         answer = [Text("One", choice=0), Text("Two", choice=1), Finish("length", choice=1)]
@@ -2146,6 +2159,8 @@ class RecordedTest(unittest.TestCase):
             ({"object": "list"}, "no chat.completion"),
             ({}, "no chat.completion"),
             ("hello", "JSON or an event stream"),
+            ({"object": "chat.completion", "choices": 5, "usage": {"prompt_tokens": "x"}}, "usage|prompt_tokens"),
+            ({"object": "response", "output": [{"type": "function_call"}]}, "a key is missing: 'name'"),
         ):
             with self.subTest(value=value):
                 self.assertRaisesRegex(ValueError, words, recorded, value)
