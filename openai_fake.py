@@ -4226,11 +4226,11 @@ class _CompletionsEncoder(_ChatEncoder):
         return [{"content": "four" * len(_list(each)) if isinstance(each, list) else each} for each in prompts]
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        if isinstance(part, _MessagePart):
-            self.started.add(part.choice)
-            return super().say(part, [text for text in texts if text])
-        self.fold(part, texts)
-        return []
+        if not isinstance(part, _MessagePart):  # there is no place for others
+            return []
+        self.started.add(part.choice)
+        plain = replace(part, annotations=()) if isinstance(part, Text) else part
+        return super().say(plain, [text for text in texts if text])
 
     chunk = _Encoder.chunk  # a Chunk is what it says
 
@@ -4244,7 +4244,6 @@ class _CompletionsEncoder(_ChatEncoder):
             tops = [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries]
             logprobs = {"text_offset": offsets, "token_logprobs": numbers, "tokens": tokens, "top_logprobs": tops}
         text = said.get("content") or said.get("refusal") or ""
-        reason = "stop" if reason == "tool_calls" else reason
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(
