@@ -146,8 +146,8 @@ _MAX_DEPTH = 200  # of JSON in requests: Python gives up at 1,000 frames, and so
 _MAX_CHUNK_LINE = 4 << 10  # bytes of a chunk's size with its extensions, or of a trailer; as Go has it
 _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
-_FIRST_BATCH = 8 << 10  # so many at first: the beginning of a long answer goes out at once, a short one in one piece
-_RUN = 256  # Texts in a row that are encoded together; their events fill a batch
+_FIRST_BATCH = 24 << 10  # so many at first: a long answer begins at once, a short one goes out in one piece
+_RUN = 64  # deltas that are encoded together, before it is looked whether they fill a batch
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
@@ -1493,7 +1493,7 @@ class _Item:
         self.annotations: list[_JSON] = []
         self.cited = 0  # of them, in the stream so far
         self.sources: list[str] = []  # found by a web search, and not named in the text yet
-        self.forms: dict[int, str] = {}  # of its delta events, by section: see _Deltas
+        self.forms: dict[int, tuple[str, list[str]]] = {}  # of its delta events, by section: see _Deltas
         self.position = position  # output_index in Responses
 
     @property
@@ -2827,8 +2827,9 @@ def recorded(data: object) -> Reply:
         if read is None:
             raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
         return read(_dict(value))
-    except ValueError as error:
-        raise ValueError(f"recorded(...) cannot say this again: {error}") from None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        missing = "a key is missing: " if isinstance(error, KeyError) else ""
+        raise ValueError(f"recorded(...) cannot say this again: {missing}{error}") from None
 
 
 def _plain_json(data: Any) -> Any:
@@ -2854,8 +2855,9 @@ def _only(value: Any, known: str, path: str) -> _JSON:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no object: {_short(repr(value))}")
     found = cast(_JSON, value)
+    said = (*known.split(), "parsed", "parsed_arguments")  # these the SDK makes of what came
     for key, each in found.items():
-        if key not in known.split() and each not in (None, [], {}):
+        if key not in said and each not in (None, [], {}):
             raise ValueError(f"{path}.{key} is nothing that an answer is known to say: {_short(repr(each))}")
     return found
 
@@ -2974,7 +2976,8 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
     extra = {key: value for key, value in body.items() if key not in _ECHOED and value is not None}
-    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=body.get("created_at"), extra=extra)
+    created = body.get("created_at")  # of the SDK a float
+    return Reply(*parts, id=body.get("id"), model=body.get("model"), created=created and int(created), extra=extra)
 
 
 # Keys of a response that come from its request, or from what is said. All others are told as they were.
@@ -3287,23 +3290,32 @@ class _Deltas:
             for number, text in enumerate(self.texts, self.first)
         ]
 
-    def frames(self, frame: Callable[[_Event], str]) -> Iterator[str]:
-        """What `frame` gives for each of the events, at a fifth of the time."""
-        form = self.item.forms.get(self.section, "")
-        if not form:
-            form = frame(self.make(*_SLOTS)).replace("%", "%%")
-            form = form.replace(f'"{_SLOTS[0]}"', "%(text)s").replace(_SLOTS[1], "%(padding)s")
-            self.item.forms[self.section] = form = form.replace(f'"{_SLOTS[2]}"', "%(number)d")
-        for number, text in enumerate(self.texts, self.first):
-            at = number * 37 & 1023
-            padding = _POOL[at : at + (-len(text) & 15)]
-            yield form % {"text": _quote(text), "padding": padding, "number": number}
+    def frames(self, frame: Callable[[_Event], str]) -> Iterator[list[str]]:
+        """What `frame` gives for each of the events, some at a time, at a fifth of the time that it would take."""
+        form, order = self.item.forms.get(self.section) or self._form(frame)
+        for at in range(0, len(self.texts), _RUN):
+            texts = self.texts[at : at + _RUN]
+            numbers = range(self.first + at, self.first + at + len(texts))
+            columns: dict[str, Iterable[object]] = {"text": map(_quote, texts), "number": numbers}
+            if "padding" in order:
+                begins = [number * 37 & 1023 for number in numbers]
+                columns["padding"] = [_POOL[b : b + (-len(text) & 15)] for b, text in zip(begins, texts, strict=True)]
+            yield [form % row for row in zip(*(columns[name] for name in order), strict=True)]
+
+    def _form(self, frame: Callable[[_Event], str]) -> tuple[str, list[str]]:
+        """The form of the frames, with %s in the place of what differs, and what these are, in order."""
+        form = frame(self.make(*_SLOTS.values())).replace("%", "%%")
+        order = sorted((name for name in _SLOTS if _SLOTS[name] in form), key=lambda name: form.index(_SLOTS[name]))
+        for name, slot in _SLOTS.items():
+            form = form.replace(slot if name == "padding" else f'"{slot}"', "%s")
+        self.item.forms[self.section] = form, order
+        return form, order
 
 
 _Event: TypeAlias = "_JSON | _Deltas | Literal['[DONE]']"
 
 # What is encoded in the place of what differs; random, so that no text of a user can have it.
-_SLOTS = tuple(f"slot {random.SystemRandom().getrandbits(64):x} {name}" for name in ("text", "padding", "number"))
+_SLOTS = {name: f"{name} {random.SystemRandom().getrandbits(64):x}" for name in ("text", "padding", "number")}
 
 
 class _Encoder:
@@ -3312,7 +3324,6 @@ class _Encoder:
     ended = False  # all is said
     id: str
     usage: Usage | None = None
-    tokens = 0
     number = 0  # Responses: of the next event; Chat Completions: of the last that was padded
     n = 1  # choices
     parallel = False  # several calls are known to come
@@ -3350,7 +3361,6 @@ class _Encoder:
                 self._finish(ended, "completed")
         if texts:
             item.pieces += texts
-            self.tokens += sum(len(_tokens(text)) for text in texts)
             if isinstance(part, _MessagePart):
                 if self.logprobs:
                     item.entries += [entry for entries in self.entries(part, texts) for entry in entries]
@@ -3446,8 +3456,9 @@ class _Encoder:
         """The usage that was given, or an estimate."""
         if self.usage is not None:
             return self.usage
-        thought, said = 0, self.tokens
+        thought = said = 0
         for item in self.items:
+            said += len(_tokens(item.text))
             thought += 64 * (type(item.part) is Reasoning)
             said += 4 * isinstance(item.part, _Call)
         return Usage(_estimate(self.prompt()), max(1, said + thought), reasoning_tokens=thought)
@@ -4330,11 +4341,11 @@ class _CompletionsEncoder(_ChatEncoder):
         return [{"content": "four" * len(_list(each)) if isinstance(each, list) else each} for each in prompts]
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        if isinstance(part, _MessagePart):
-            self.started.add(part.choice)
-            return super().say(part, [text for text in texts if text])
-        self.fold(part, texts)
-        return []
+        if not isinstance(part, _MessagePart):  # there is no place for others
+            return []
+        self.started.add(part.choice)
+        plain = replace(part, annotations=()) if isinstance(part, Text) else part
+        return super().say(plain, [text for text in texts if text])
 
     chunk = _Encoder.chunk  # a Chunk is what it says
 
@@ -4348,7 +4359,6 @@ class _CompletionsEncoder(_ChatEncoder):
             tops = [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries]
             logprobs = {"text_offset": offsets, "token_logprobs": numbers, "tokens": tokens, "top_logprobs": tops}
         text = said.get("content") or said.get("refusal") or ""
-        reason = "stop" if reason == "tool_calls" else reason
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
     def _chunk(
@@ -4411,13 +4421,17 @@ def _sse(event: _Event) -> str:
     return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
 
 
-def _frames(events: Iterable[_Event]) -> Iterator[bytes]:
-    """Events as the bytes of server-sent events, one each."""
+def _frames(events: Iterable[_Event], chunked: bool) -> Iterator[bytes]:
+    """Events as the bytes of server-sent events, each in an HTTP chunk of its own; those of deltas some at a time."""
     for event in events:
-        if isinstance(event, _Deltas):
-            yield from map(_utf8, event.frames(_sse))
-        else:
-            yield _utf8(_sse(event))
+        for frames in event.frames(_sse) if isinstance(event, _Deltas) else ([_sse(event)],):
+            if not "".join(frames).isascii():
+                data = map(_utf8, frames)
+                yield b"".join(map(_http_chunk, data) if chunked else data)
+            elif chunked:  # then characters are bytes
+                yield "".join([f"{len(frame):x}\r\n{frame}\r\n" for frame in frames]).encode()
+            else:
+                yield "".join(frames).encode()
 
 
 def _http_chunk(data: bytes) -> bytes:
@@ -4666,15 +4680,12 @@ class _StreamSink(_Sink):
         return self.connection.headed
 
     def write(self, events: Sequence[_Event]) -> None:
-        for frame in _frames(events):
-            self._add(frame)
+        for data in _frames(events, self.connection.http11):
+            self.pending.append(data)
+            self.size += len(data)
             if self.size >= self.limit:
                 self.flush()
                 self.limit = _BATCH
-
-    def _add(self, data: bytes) -> None:
-        self.pending.append(_http_chunk(data) if self.connection.http11 else data)
-        self.size += len(data)
 
     def flush(self, last: bool = False) -> None:
         if self.pending:
@@ -4692,7 +4703,7 @@ class _StreamSink(_Sink):
     def raw(self, data: bytes) -> None:
         self.write(self.encoder.begin())
         if data:  # an empty chunk would be the last
-            self._add(data)
+            self.pending.append(_http_chunk(data) if self.connection.http11 else data)
         self.flush()
 
     def cut(self, reset: bool) -> None:
@@ -4886,7 +4897,8 @@ class _Delivery:
         known = reply._known()
         if known is not None and (len(known) > 1 or self.encoder.n > 1):
             known = _arranged(known, self.encoder)
-        parts = self._coming(reply.parts) if known is None else _runs(known, reply._fragments)
+        cut = self.encoder.streams or self.encoder.logprobs
+        parts = self._coming(reply.parts) if known is None else _runs(known, reply._fragments, cut)
         told = False
         try:
             for part, texts in parts:
@@ -5046,47 +5058,43 @@ def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
             yield part
 
 
-def _runs(parts: Sequence[_Part], given: bool) -> Generator[tuple[_Part, Sequence[str]]]:
+def _runs(parts: Sequence[_Part], given: bool, cut: bool) -> Generator[tuple[_Part, Sequence[str]]]:
     """Each part with its texts. One that is alone in its item is cut into words; fragments of one are sent as given.
 
-    Plain Texts in a row go together: they encode faster so.
+    Plain Texts in a row go together: they encode faster so. `given`: all are fragments; not `cut`: nobody sees deltas.
     """
-    fragments = range(len(parts)) if given else _fragments_of_items(parts)
+    opened: dict[int, _Spoken] = {}  # by choice: the part that opened the item that is being said
     run: Text | None = None
     texts: list[str] = []
     for at, part in enumerate(parts):
-        said: Sequence[str] = ()
+        goes_on, said = False, cast("Sequence[str]", ())
         if isinstance(part, _Spoken):
-            said = part._as_given() if at in fragments else part._fragments()
-        plain = type(part) is Text and not (part.annotations or part.logprobs)
-        if run is not None and plain and cast(Text, part)._continues(run):
+            before = opened.get(part.choice)
+            goes_on = before is not None and part._continues(before)
+            if not goes_on:
+                opened[part.choice] = part
+            fragment = given or not cut or goes_on or _is_continued(part, parts, at + 1)
+            said = part._as_given() if fragment else part._fragments()
+        plain = part if type(part) is Text and not (part.annotations or part.logprobs) else None
+        if run is not None and plain is not None and goes_on and plain.choice == run.choice and len(texts) < _RUN:
             texts += said
             continue
         if run is not None:
             yield run, texts
-            run = None
-        if plain:
-            run, texts = cast(Text, part), [*said]
-        else:
+        run, texts = plain, [*said]
+        if plain is None:
             yield part, said
     if run is not None:
         yield run, texts
 
 
-def _fragments_of_items(parts: Sequence[_Part]) -> set[int]:
-    """The positions of parts that make an item together with another."""
-    fragments: set[int] = set()
-    last: dict[int, tuple[int, _Spoken]] = {}  # by choice: the part before, and the one that opened its item
-    for at, part in enumerate(parts):
-        if not isinstance(part, _Spoken):
-            continue
-        before, opened = last.get(part.choice, (at, part))
-        if before != at and part._continues(opened):
-            fragments |= {before, at}
-            last[part.choice] = at, opened
-        else:
-            last[part.choice] = at, part
-    return fragments
+def _is_continued(part: _Spoken, parts: Sequence[_Part], at: int) -> bool:
+    """Whether the next part of the same choice goes on with a part."""
+    for index in range(at, len(parts)):
+        later = parts[index]
+        if isinstance(later, _Spoken) and later.choice == part.choice:
+            return later._continues(part)
+    return False
 
 
 class _Log:
@@ -5181,11 +5189,11 @@ class _Replay:
             with log.lock:
                 events, over = log.events[at:], log.over
             at += len(events)
-            frames = list(_frames(events))
-            if connection.http11:
-                frames = [*map(_http_chunk, frames), *([_LAST_CHUNK] if over else [])]
-            if frames:
-                connection.send(b"".join(frames), last=over)
+            data = b"".join(_frames(events, connection.http11))
+            if over and connection.http11:
+                data += _LAST_CHUNK
+            if data:
+                connection.send(data, last=over)
             if not over:
                 waiter.get(coming)
 

@@ -2079,6 +2079,19 @@ class RecordedTest(unittest.TestCase):
             with self.subTest(seed=seed):
                 self.check(random_answer(rng) or "x")
 
+    @needs_hypothesis
+    def test_any_answer(self) -> None:
+        """For the answers that hypothesis thinks of."""
+        from hypothesis import given, settings
+        from hypothesis import strategies as st
+
+        @settings(max_examples=25, deadline=None, database=None)
+        @given(st.randoms(use_true_random=False))
+        def law(rng: random.Random) -> None:
+            self.check(random_answer(rng) or "x")
+
+        law()
+
     def test_choices(self) -> None:
         """Several choices are read as such."""
         answer = [Text("One", choice=0), Text("Two", choice=1), Finish("length", choice=1)]
@@ -2146,6 +2159,8 @@ class RecordedTest(unittest.TestCase):
             ({"object": "list"}, "no chat.completion"),
             ({}, "no chat.completion"),
             ("hello", "JSON or an event stream"),
+            ({"object": "chat.completion", "choices": 5, "usage": {"prompt_tokens": "x"}}, "usage|prompt_tokens"),
+            ({"object": "response", "output": [{"type": "function_call"}]}, "a key is missing: 'name'"),
         ):
             with self.subTest(value=value):
                 self.assertRaisesRegex(ValueError, words, recorded, value)
@@ -3987,6 +4002,20 @@ class EndpointTest(unittest.TestCase):
                 told = (answer.status, answer.headers["content-type"], answer.body)
                 self.assertEqual(told, (status, content_type, body))
 
+    def test_head_of_a_route(self) -> None:
+        """HEAD asks a route as GET does, and has no body, in pieces or not; the connection goes on."""
+        routes: dict[str, Callable[[Request], object]] = {
+            "GET /pieces": lambda request: (201, {"content-type": "text/csv"}, iter(["a"])),
+            "GET /whole": lambda request: b"ab",
+        }
+        with FakeOpenAI(routes=routes) as server, Wire(server) as wire:
+            for path, status, more in (("/pieces", 201, b"text/csv"), ("/whole", 200, b"content-length: 2\r\n")):
+                with self.subTest(name=path):
+                    wire.send(http_bytes(None, path, "HEAD"))
+                    head = wire.until(b"\r\n\r\n")
+                    self.assertIn(f" {status} ".encode(), head)
+                    self.assertIn(more, head)
+
     def test_a_route_in_pieces_is_live(self) -> None:
         """Each piece of a route is on the wire before the next is asked for; when the client leaves, it is closed."""
         go, closed = threading.Event(), threading.Event()
@@ -4162,6 +4191,13 @@ class CompletionsTest(unittest.TestCase):
             "choices": [Text("a b"), Text("c", choice=1), Finish("length", choice=1)],
             "chunks": [Chunk([ChunkChoice(delta="a")]), Chunk([ChunkChoice(delta="b", finish_reason="length")])],
             "nothing": "",
+            "what has no place": [
+                WebSearch("q", sources=["https://a.example"]),
+                "a",
+                Item("audio", data="", transcript="b"),
+            ],
+            "annotations": Text("a", annotations=[{"type": "url_citation", "url": "u", "title": "t"}]),
+            "logprobs": Text("a b", logprobs=[{"token": token, "logprob": -0.5} for token in ("a", " b")]),
         }
         for (name, answer), more in itertools.product(answers.items(), ({}, {"logprobs": 2}, {"n": 2})):
             with self.subTest(name=name, more=more):
@@ -4183,7 +4219,7 @@ class CompletionsTest(unittest.TestCase):
                 if more == {"logprobs": 2} and whole["choices"][0]["text"]:
                     told = whole["choices"][0]["logprobs"]
                     self.assertEqual(list(told), ["text_offset", "token_logprobs", "tokens", "top_logprobs"])
-                    self.assertEqual({len(each) for each in told["top_logprobs"]}, {2})
+                    self.assertEqual({len(each) for each in told["top_logprobs"]}, {0 if name == "logprobs" else 2})
 
     def test_prompts(self) -> None:
         """Each prompt is a user message and has n choices, in order; a list of integers is one prompt."""
@@ -4301,7 +4337,7 @@ class JournalTest(unittest.TestCase):
                 get(server, "/models")
             told = [(request.status, request.answer) for request in server.requests[:7]]
             self.assertTrue(all(request._encoder is None for request in server.requests[:7]))
-        self.assertEqual(told[:3], [(200, said)] * 3)
+        self.assertEqual(told[:3], [(200, said), (200, said), (200, said[:1])])  # Completions has no calls
         self.assertEqual([answer for _, answer in told[3:5]], [said, []])  # the background's, and who followed it
         self.assertEqual(told[5:], [(429, []), (400, [])])
 
