@@ -74,6 +74,7 @@ from enum import IntEnum
 from functools import lru_cache
 from http.server import ThreadingHTTPServer
 from importlib import import_module
+from itertools import accumulate, pairwise
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
@@ -479,12 +480,18 @@ def _too_deep(value: Any) -> bool:
 _OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
 
 
-class Request:
-    """What the client asked, in one view of both APIs.
+def _prompts(value: Any) -> list[Any]:
+    """The prompts of a Completions request, each a string or a list of tokens; 2,048 at most (B)."""
+    prompts = _list(value) if isinstance(value, list) else [value]
+    return [prompts] if prompts and all(type(each) is int for each in prompts) else prompts[:2048]
 
-    `api` is "chat.completions", "responses", or "" for other endpoints. `body` is the JSON, decoded; `raw_body` the
-    bytes (after Content-Encoding); `method`, `path`, `query` and `headers` (by name in any case) are the HTTP
-    request's. A Request is kept in `server.requests` after its answer.
+
+class Request:
+    """What the client asked, in one view of all APIs.
+
+    `api` is "chat.completions", "responses", "completions", or "" for other endpoints. `body` is the JSON, decoded;
+    `raw_body` the bytes (after Content-Encoding); `method`, `path`, `query` and `headers` (by name in any case) are the
+    HTTP request's. A Request is kept in `server.requests` after its answer.
     """
 
     __slots__ = (
@@ -496,6 +503,7 @@ class Request:
         "_gone",
         "_messages",
         "_outcome",
+        "_said",
         "_seconds",
         "_status",
         "api",
@@ -526,6 +534,7 @@ class Request:
         self._seconds = 0.0
         self._outcome = ""  # why the answer is not whole
         self._encoder: _Encoder | None = None  # what was said; the last few requests have it
+        self._said: Sequence[_Spoken] = ()  # the same, without what the encoder holds beside it
 
     def _parse(self) -> _JSON:
         """The JSON object in the body. Raises APIError where there is none."""
@@ -573,14 +582,36 @@ class Request:
     def messages(self) -> list[Message]:
         """The conversation as the model sees it.
 
-        For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`.
+        For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`. For
+        Completions: one user message for each prompt.
         """
         messages = self._messages
         if messages is None:
-            responses = self.api == "responses"
-            messages = _items_messages(self._items) if responses else _chat_messages(self.body.get("messages"))
+            if self.api == "responses":
+                messages = _items_messages(self._items)
+            elif self.api == "completions":
+                messages = [Message("user", each) for each in _prompts(self.prompt)]
+            else:
+                messages = _chat_messages(self.body.get("messages"))
             self._messages = messages
         return messages
+
+    @property
+    def turn(self) -> int:
+        """How many times the model has answered in this conversation before: 0 at first."""
+        roles = ["", *(message.role for message in self.messages)]
+        return sum(role == "assistant" != before for before, role in pairwise(roles))
+
+    @property
+    def tool_results(self) -> list[Message]:
+        """The tools' messages since the model's last answer, in order."""
+        results: list[Message] = []
+        for message in self.messages:
+            if message.role in ("tool", "function"):
+                results.append(message)
+            elif message.role == "assistant":
+                results = []
+        return results
 
     @property
     def _items(self) -> list[Any]:
@@ -600,8 +631,36 @@ class Request:
 
     @property
     def tools(self) -> list[Tool]:
-        """The tools that are offered, in one shape for both APIs."""
-        return [_tool(tool) for tool in _list(self.body.get("tools"))]
+        """The tools that are offered, in one shape for both APIs; after a namespace, those in it."""
+        given = _list(self.body.get("tools"))
+        return [_tool(each) for tool in given for each in (tool, *_list(_dict(tool).get("tools")))]
+
+    def tool(self, name: str) -> Tool | None:
+        """The tool of that name, or else of a name that ends so, as in "server__name"; None where none is offered."""
+        tools = self.tools
+        ends = re.compile(f"(?:.*[^A-Za-z0-9])?{re.escape(name)}", re.DOTALL)
+        exact = [tool for tool in tools if tool.name == name]
+        return next(iter(exact or [tool for tool in tools if ends.fullmatch(tool.name)]), None)
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer is asked to fit; None where none is."""
+        asked = _dict(self.body.get("response_format")).get("json_schema") or _dict(self.body.get("text")).get("format")
+        schema = _dict(asked).get("schema")
+        return _dict(schema) if isinstance(schema, dict) else None
+
+    @property
+    def form(self) -> dict[str, list[Any]]:
+        """The fields of a multipart/form-data body, each a list as of parse_qs: of str, and of files' (name, bytes)."""
+        kind = re.search(r'(?i)multipart/form-data;.*\bboundary="?([^";]+)', self.headers.get("content-type", ""))
+        pieces = (b"\r\n" + self.raw_body).split(b"\r\n--" + kind[1].encode("latin-1")) if kind else []
+        form: dict[str, list[Any]] = {}
+        for piece in pieces[1:-1]:
+            head, _, data = piece.partition(b"\r\n\r\n")
+            told = dict(re.findall(r'\b(name|filename)="([^"]*)"', head.decode("utf-8", "replace")))
+            value: Any = (told["filename"], data) if "filename" in told else data.decode("utf-8", "replace")
+            form.setdefault(told.get("name", ""), []).append(value)
+        return form
 
     @property
     def prompt(self) -> Any:
@@ -625,9 +684,21 @@ class Request:
         return self._gone if connection is None else connection.peer_gone()
 
     @property
-    def _said(self) -> list[_Spoken]:
-        """What the answer said, each part whole."""
-        return [] if self._encoder is None else [item.whole for item in self._encoder.items]
+    def status(self) -> int:
+        """The HTTP status that it was answered with; 0 before, and where it was cut before any reply."""
+        return self._status
+
+    @property
+    def answer(self) -> list[_Spoken]:
+        """What the model has said to it, each part whole."""
+        encoder = self._encoder
+        return list(self._said) if encoder is None else [item.whole for item in encoder.items]
+
+    def _settle(self, encoder: _Encoder | None) -> None:
+        """Keeps what was said, and not the encoder that said it."""
+        if encoder is not None:
+            self._said = tuple(item.whole for item in encoder.items)
+        self._encoder = None
 
     @override
     def __repr__(self) -> str:
@@ -956,6 +1027,8 @@ def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> None:
 
 
 def _responses_model(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if value is None and holder.get("prompt") is not None:  # R: a prompt has its own
+        return
     if value is None:
         raise _missing(path)
     if value.__class__ is not str:
@@ -983,6 +1056,35 @@ def _conversation_parameter(value: Any, path: str, holder: dict[str, Any]) -> No
     _conversation_id(value, path, holder)
 
 
+def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
+    """R, I*: in what is strict, objects are closed, and their properties all required."""
+    node, fault = _dict(schema), ""
+    if node.get("type") == "object" or not (context or "$ref" in node):
+        lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
+        if node.get("additionalProperties") is not False:
+            fault = "'additionalProperties' is required to be supplied and to be false."
+        elif lacking:
+            fault = "'required' is required to be supplied and to be an array including every key in properties. "
+            fault += f"Missing '{lacking[0]}'."
+    if fault:
+        raise _bad_request(f"Invalid schema for {of}: In context={context!r}, {fault}", param, code)
+    for key in {"properties", "$defs", "anyOf", "items"} & node.keys():
+        inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
+        for name, each in [((), node[key])] if key == "items" else [((str(name),), each) for name, each in inner]:
+            _closed(each, of, param, code, (*context, key, *name))
+
+
+def _strict(form: _Rule, of: str, key: str, code: str | None, param: str = "") -> _Rule:
+    """A rule, and then the one that a schema is closed where it is strict."""
+
+    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+        form(value, path, holder)
+        if value.get("strict") is True:
+            _closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
+
+    return rule
+
+
 def _moved(new: str) -> _Rule:
     def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
         raise _bad_request(
@@ -1003,12 +1105,14 @@ _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
 _metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # P
 _named = _object({"name": _name})
-_chat_tools = {"function": _object({"function": _named}), "custom": _object({"custom": _named})}  # S, closed: I*
+_function = _strict(_named, "function", "parameters", "invalid_function_parameters")
+_chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
-_named_tools: dict[str, _Rule] = {"function": _named, "custom": _named}  # S; hosted tools pass, as they grow
-_schema = _object({"name": _name, "schema": _any_object})
+_named_tools: dict[str, _Rule] = {"function": _function, "custom": _named}  # S; hosted tools pass, as they grow
+_schema = _strict(_object({"name": _name, "schema": _any_object}), "response_format", "schema", "invalid_json_schema")
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
-_chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _named})}  # S
+_chat_schema = _strict(_named, "response_format", "schema", None, "response_format")
+_chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
 _stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
     "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
@@ -1093,15 +1197,108 @@ _RESPONSES: dict[str, _Rule] = {
     "service_tier": _enum(*_SERVICE_TIERS, "ultrafast"),  # S
     "top_logprobs": _integer(0, 20),  # S
     **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
+    "client_metadata": _anything,  # R: Codex
     "conversation": _conversation_parameter,  # P
     "prompt": _object({"id": _any_string}),  # S
     "previous_response_id": _any_string,  # S
 }
 
 
+def _token(value: Any, path: str, holder: dict[str, Any]) -> None:
+    if not 0 <= value <= 100257:  # R
+        words = f"Invalid token in prompt: {value}. Minimum value is 0, maximum value is 100257 (inclusive)."
+        raise _bad_request(words, None)
+
+
+_prompt_tokens = _array(_either("an integer", (int, _token)))
+_prompt = _either("a string or an array of integers", (str, _anything), (int, _token), (list, _prompt_tokens))
+_same = "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
+_COMPLETIONS: dict[str, _Rule] = {  # S; R
+    **{name: _CHAT[name] for name in _same.split()},
+    "prompt": _either("one of a string or array", (str, _anything), (list, _array(_prompt))),
+    "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
+    "echo": _boolean, "suffix": _any_string,
+}  # fmt: skip
+
+_ANY_CHAT = r"(chatgpt|gpt-(3\.5-turbo(?!-instruct)|[456])|o[134]).*"
+_INSTRUCT_MODELS = r"(gpt-3\.5-turbo-instruct|davinci-002|babbage-002).*"
+_UNTAKEN = "Unsupported parameter: '{where}' is not supported with this model."
+_EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' model. Supported values are: "
+_ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
+_NO_IMAGE = (
+    "You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+    "['png', 'jpeg', 'gif', 'webp']."
+)
+_NO_FILE = (
+    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/"
+    "plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai."
+    "com/docs/assistants/tools/file-search#supported-files for supported file types."
+)
+# R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
+_REFUSALS: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
+    ("chat.completions", _INSTRUCT_MODELS, "model", "",
+     "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
+    ("chat.completions", r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "",
+     "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
+     None, "model_not_found", 404),
+    ("chat.completions", r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "",
+     _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
+    ("chat.completions", r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", _UNTAKEN, "{where}",
+     "unsupported_parameter", 400),
+    ("chat.completions", r"gpt-4(?!.*search).*", "web_search_options", "",
+     "Web search options not supported with this model.", "{where}", None, 400),
+    ("chat.completions", "o1-mini.*", "messages.[].role", "(system|developer)",
+     "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
+    ("chat.completions", f"(?!.*audio){_ANY_CHAT}", "messages.[].content.[].type", "input_audio",
+     "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value",
+     400),
+    ("chat.completions", ".*", "messages.[].content.[].image_url.url",
+     "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)", _NO_IMAGE, None, "invalid_image_format", 400),
+    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(none|minimal|xhigh|max)$",
+     _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(none|xhigh|max)$",
+     _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+    ("responses", ".*", "input.[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
+     _NO_FILE, "{where}", "invalid_value", 400),
+    ("responses", ".*", "input.[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
+     "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
+    ("completions", _ANY_CHAT, "model", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model",
+     None, 404),
+    ("completions", "text-embedding-.*", "model", "", "You are not allowed to sample from this model", None, None, 403),
+    ("embeddings", f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "",
+     "You are not allowed to generate embeddings from this model", None, None, 403),
+)  # fmt: skip
+
+
+def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]:
+    """The values at a path below a value, ["[]", "role"], and where they are."""
+    if not path:
+        yield where, value
+    elif path[0] == "[]":
+        for at, each in enumerate(_list(value)):
+            yield from _found(each, path[1:], f"{where}[{at}]")
+    elif (inner := _dict(value).get(path[0])) is not None:
+        yield from _found(inner, path[1:], f"{where}.{path[0]}")
+
+
+def _check_recorded(api: str, body: dict[str, Any]) -> None:
+    """Raises what a model, or the API, does not take; other faults come later (R)."""
+    model, turns = _string(body.get("model")), body.get("messages") or body.get("input")
+    parts = [1 for each in _list(turns) if each.__class__ is dict and each.get("content").__class__ is list]
+    for of, models, path, begin, words, param, code, status in _REFUSALS:
+        if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
+            name, *rest = path.split(".")
+            for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
+                if match := re.match(begin, value if isinstance(value, str) else ""):
+                    told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
+                    told |= match.groupdict()
+                    raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
+
+
 _ORDERS = {  # P. The rules; what is looked for before unknown parameters; and where null is as absent.
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
     "responses": (_RESPONSES, ("model",), ("model", "input")),
+    "completions": (_COMPLETIONS, ("model",), ("model",)),
 }
 
 
@@ -1111,6 +1308,7 @@ def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
     for name in first:
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
+    _check_recorded(api, body)
     if strict:
         for name in body:
             if name not in rules:
@@ -1150,10 +1348,11 @@ class _ItemFacts(NamedTuple):
     role: str
 
 
-def _check_conversation(items: list[Any], start: int, reasons: bool = True) -> None:
+def _check_conversation(items: list[Any], start: int, reasons: bool = True, stored: bool = True) -> None:
     """Raises the first fault between input items: items[:start] are stored turns, the rest is the request's `input`.
 
-    `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (R).
+    `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (R). `stored`:
+    whether the response will be: then what belongs to reasoning must be named (R).
     """
     facts = [
         _ItemFacts(_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
@@ -1162,7 +1361,7 @@ def _check_conversation(items: list[Any], start: int, reasons: bool = True) -> N
     _check_ids(facts, start)
     if not any(item.type in _OPAQUE for item in facts):
         _check_calls(facts, start)
-    _check_reasoning(facts, start, reasons)
+    _check_reasoning(facts, start, reasons, stored)
 
 
 def _check_ids(facts: list[_ItemFacts], start: int) -> None:
@@ -1189,7 +1388,7 @@ def _check_calls(facts: list[_ItemFacts], start: int) -> None:
             raise _bad_request(f"No tool output found for function call {item.call_id}.", "input")
 
 
-def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool) -> None:
+def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored: bool) -> None:
     """R, I*: a reasoning item goes with what the model said after it. What has no id is new: nothing belongs to it."""
     before = False  # whether reasoning has come since the user spoke
     for index, item in enumerate(facts):
@@ -1199,7 +1398,7 @@ def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool) -> None
             before = False
         if index < start or not item.id:
             continue
-        if item.type == "reasoning" and _ends_turn(facts, index):
+        if item.type == "reasoning" and _ends_turn(facts, index, stored):
             words = f"Item '{item.id}' of type 'reasoning' was provided without its required following item."
             raise _bad_request(words, "input")
         if item.type == "web_search_call" and reasons and not before:  # the API adds the missing item's id
@@ -1207,12 +1406,13 @@ def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool) -> None
             raise _bad_request(words, "input")
 
 
-def _ends_turn(facts: list[_ItemFacts], index: int) -> bool:
-    """Whether nothing of the model's follows an item."""
+def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
+    """Whether nothing of the model's follows an item; a message without an id is none where it is to be stored."""
     if index + 1 == len(facts):
         return True
     after = facts[index + 1]
-    return after.type.endswith("_output") or after.role not in ("", "assistant")
+    nameless = stored and after.role == "assistant" and not after.id
+    return nameless or after.type.endswith("_output") or after.role not in ("", "assistant")
 
 
 # ---- What a handler answers ------------------------------------------------------------------------------------------
@@ -2458,14 +2658,26 @@ class Script:
     """A handler that gives one answer per request, in order. An answer that is a function is called as a handler.
 
     A request after the last answer is an error, and so are answers left when the server whose handler this is stops.
+    `when` tells which requests it is for; the others, such as an agent's for a title, are answered with `otherwise`.
     """
 
-    def __init__(self, *answers: Answer | Handler) -> None:
+    def __init__(
+        self,
+        *answers: Answer | Handler,
+        when: Callable[[Request], object] | None = None,
+        otherwise: Answer | Handler | None = None,
+    ) -> None:
+        if (when is None) != (otherwise is None):
+            raise TypeError("a Script takes when=function and otherwise=answer together, or neither")
         self._answers = answers
+        self._when = when
+        self._otherwise = otherwise
         self._next = 0
         self._lock = threading.Lock()  # guards _next: requests come on many threads
 
     def __call__(self, request: Request) -> Any:
+        if self._when is not None and not self._when(request):
+            return self._otherwise(request) if callable(self._otherwise) else self._otherwise
         with self._lock:
             index, self._next = self._next, self._next + 1
         if index >= len(self._answers):
@@ -4105,6 +4317,67 @@ class _ResponsesEncoder(_Encoder):
         return self.response(self.status)
 
 
+# ---- Completions (legacy) --------------------------------------------------------------------------------------------
+
+_INSTRUCT = {f"{name}-002": f"{name}:2023-07-21-v2" for name in ("davinci", "babbage")}  # R
+_INSTRUCT["gpt-3.5-turbo-instruct"] = "gpt-3.5-turbo-instruct:20230824-v2"
+
+
+class _CompletionsEncoder(_ChatEncoder):
+    """Chat's answer, told as texts. Its choices are n for the first prompt, then n for the next."""
+
+    def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
+        super().__init__(request, reply, ids, created)
+        self.id = reply.id or "cmpl-" + ids.alnum(29)
+        self.model_name = _INSTRUCT.get(self.model_name, self.model_name)
+        self.head = {"id": self.id, "object": "text_completion", "created": self.created}
+        n, top = self.asked.get("n"), self.asked.get("logprobs")
+        self.n = len(self.prompt()) * (min(n, 128) if type(n) is int else 1)
+        self.logprobs, self.top_logprobs = (True, min(top, 5)) if type(top) is int else (False, 0)
+        self.ends: dict[int, int] = {}  # how long each choice's text with logprobs is so far
+
+    def prompt(self) -> list[Any]:
+        prompts = _prompts(self.asked.get("prompt"))
+        return [{"content": "four" * len(_list(each)) if isinstance(each, list) else each} for each in prompts]
+
+    def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+        if not isinstance(part, _MessagePart):  # there is no place for others
+            return []
+        self.started.add(part.choice)
+        plain = replace(part, annotations=()) if isinstance(part, Text) else part
+        return super().say(plain, [text for text in texts if text])
+
+    chunk = _Encoder.chunk  # a Chunk is what it says
+
+    def _told(self, choice: _JSON, said: _JSON) -> _JSON:
+        """A choice of Chat's that said this, as a choice of Completions."""
+        index, reason, logprobs = choice["index"], choice["finish_reason"], None
+        if entries := _list(_dict(choice.get("logprobs")).get("content")):
+            tokens: list[str] = [entry["token"] for entry in entries]
+            *offsets, self.ends[index] = accumulate(map(len, tokens), initial=self.ends.get(index, 0))
+            numbers = [entry["logprob"] for entry in entries]
+            tops = [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries]
+            logprobs = {"text_offset": offsets, "token_logprobs": numbers, "tokens": tokens, "top_logprobs": tops}
+        text = said.get("content") or said.get("refusal") or ""
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+
+    def _chunk(
+        self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
+    ) -> _JSON:
+        if not choices:
+            return {**self.head, "model": self.model_name, "usage": usage, "choices": []}
+        told = [self._told(choice, choice["delta"]) for choice in choices]
+        return {**self.head, "choices": told, "model": self.model_name, **({"usage": None} if self.with_usage else {})}
+
+    def _usage(self) -> _JSON:
+        return {key: count for key, count in super()._usage().items() if not key.endswith("_details")}
+
+    def body(self) -> _JSON:
+        self.close_items()
+        choices = [self._told(choice, choice["message"]) for choice in self._choices()]
+        return {**self.head, "model": self.model_name, "choices": choices, "usage": self._usage()}
+
+
 # ---- HTTP: what is sent ----------------------------------------------------------------------------------------------
 
 _VERSION = b"openai-version: 2020-10-01\r\n"
@@ -4509,10 +4782,11 @@ class _Delivery:
         self,
         fake: FakeOpenAI,
         request: Request,
-        make: type[_ChatEncoder | _ResponsesEncoder],
+        make: type[_ChatEncoder | _ResponsesEncoder | _CompletionsEncoder],
         store: Callable[[Any, _Log | None], None] | None = None,
     ) -> None:
         self.fake = fake
+        self.handler = fake.handler
         self.request = request
         self.streamed = request.stream
         self.make = make
@@ -4550,7 +4824,10 @@ class _Delivery:
                     answer = error
                 asked.put(answer)
                 if begun.get():
-                    self._carry(answer)
+                    try:
+                        self._carry(answer)
+                    finally:
+                        self.request._settle(self.encoder)
             except _Gone:
                 pass
             finally:
@@ -4574,7 +4851,7 @@ class _Delivery:
 
     def _ask(self) -> Reply:
         """What the handler answers. Raises what it raises, and ValueError or TypeError for no fitting answer."""
-        answer: Any = self.fake.handler(self.request)
+        answer: Any = self.handler(self.request)
         if type(answer) is not str and hasattr(answer, "__await__"):
             answer = self.waiter.run(answer)
         reply = _reply(answer)
@@ -4946,7 +5223,7 @@ class _Route(NamedTuple):
     deployment: str | None = None  # Azure's
 
 
-_APIS = {"POST /chat/completions": "chat.completions", "POST /responses": "responses"}
+_APIS = {f"POST /{api.replace('.', '/')}": api for api in ("chat.completions", "responses", "completions")}
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
@@ -4998,10 +5275,11 @@ class _Router:
                 continue
             if served == method:
                 return _Route(endpoint, values, _APIS.get(name, ""))
-            allowed |= {served, "HEAD"} if served == "GET" else {served}
+            if not values or not values[-1].isalpha():  # a word where an id belongs is a route that is not there
+                allowed |= {served, "HEAD"} if served == "GET" else {served}
         if allowed:
             return _Route(_wrong_method, (", ".join(sorted(allowed)),))
-        return _Route(_unknown_route, ())
+        return _Route(_unknown_route, (f"{method} {path}",))
 
 
 @lru_cache(1)
@@ -5017,14 +5295,16 @@ def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
     )
 
 
-def _unknown_route(fake: FakeOpenAI, request: Request) -> NoReturn:
-    served = ", ".join(sorted(fake._router.names, key=lambda route: route.split(" ")[::-1]))
-    raise APIError(404, f"Unknown route: {request.method} {request.path}. Served, also under /v1: {served}.")
+def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
+    nearest = min(fake._router.names, key=lambda name: _distance(name, asked[:99]))
+    words = f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; all are in the "
+    words += 'README\'s table of endpoints, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
+    raise APIError(404, words)
 
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
     name = request.model
-    if name in fake._model_names():
+    if name in fake._model_names() or (not name and request.prompt is not None):
         return
     if request.api == "responses":
         raise APIError(400, f"The requested model '{name}' does not exist.", param="model", code="model_not_found")
@@ -5061,9 +5341,37 @@ class _StoredChat:
         self.request = request
         self.encoder = encoder
         self.metadata: Any = request.body.get("metadata") or {}
+        self.request_id = "req_" + encoder.ids.hex(32)
+        self.seed = encoder.ids.bits(63)  # there is one, also unasked (R)
 
-    def body(self) -> _JSON:
-        return {**self.encoder.body(), "metadata": self.metadata}
+    def body(self, id: str = "") -> _JSON:
+        """As the API lists it: with what was asked, and less of what was said than the answer had (R)."""
+        told, asked = self.encoder.body(), self.request.body
+        for choice in told["choices"]:
+            kept = {key: choice["message"].get(key) for key in ("content", "role", "tool_calls", "function_call")}
+            choice |= {"message": kept, "logprobs": choice.pop("logprobs", None)}
+        usage = {key: told["usage"][key] for key in ("total_tokens", "completion_tokens", "prompt_tokens")}
+        own = {"request_id": self.request_id, "input_user": asked.get("user"), "metadata": self.metadata}
+        set = {key: value for key, value in asked.items() if key in _STORED_CHAT and value is not None}
+        object = {"object": "chat.completion", "usage": usage}
+        return {**_STORED_CHAT, "seed": self.seed, **set, **told, **object, **own}
+
+
+_STORED_CHAT: _JSON = {  # its keys, in order, and what they are unasked (R)
+    "object": "", "id": "", "model": "", "created": 0, "request_id": "", "tool_choice": None, "usage": None, "seed": 0,
+    "top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "system_fingerprint": None,
+    "input_user": None, "service_tier": None, "tools": None, "metadata": None, "choices": None, "response_format": None,
+}  # fmt: skip
+
+
+def _stored_message(id: str, message: _JSON) -> _JSON:
+    content, parts = message.get("content"), None
+    if isinstance(content, list):
+        kinds = ("type", "text", "image_url", "input_audio", "file")
+        parts = [{kind: _dict(part).get(kind) for kind in kinds} for part in _list(content)]
+        content = _text_of(_list(content))
+    told = {"id": id, "role": message.get("role"), "content": content, "content_parts": parts}
+    return {**told, "name": message.get("name")}
 
 
 def _digits(text: str, default: int) -> int:
@@ -5075,8 +5383,8 @@ def _query(request: Request) -> dict[str, str]:
     return {key: values[-1] for key, values in parse_qs(request.query).items()}
 
 
-def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
-    """A page of a list: `limit`, `order` and `after` as the query says."""
+def _listing(request: Request, items: Sequence[_JSON], order: str, last: str = "last_id") -> _JSON:
+    """A page of a list: `limit`, `order` and `after` as the query says. `last` of its keys depends on the list (R)."""
     query = _query(request)
     ordered = list(items) if query.get("order", order) == "asc" else list(items)[::-1]
     ids = [item.get("id") for item in ordered]
@@ -5084,53 +5392,38 @@ def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
         ordered = ordered[ids.index(query["after"]) + 1 :]
     limit = max(1, min(_digits(query.get("limit", ""), 20), 100))
     page = ordered[:limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0].get("id") if page else None,
-        "last_id": page[-1].get("id") if page else None,
-        "has_more": len(ordered) > limit,
-    }
+    first_id, last_id = (page[0].get("id"), page[-1].get("id")) if page else (None, None)
+    listing: _JSON = {"object": "list", "data": page, "first_id": first_id}
+    ends = {"has_more": len(ordered) > limit, "last_id": last_id}
+    return listing | (ends if last == "last_id" else dict(reversed(ends.items())))
 
 
 def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
     chat = fake._chats.get(id)
     if chat is None or not chat.encoder.ended:
-        raise APIError(404, f"Chat completion with id '{id}' not found.")
+        raise APIError(404, f"Completion {id} not found", param="completion_id", code="not_found")
     return chat
 
 
 @_endpoint("GET /chat/completions")
 def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
-    model = parse_qs(request.query).get("model")
+    query = _query(request)
+    wanted = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[")}
     chats = [(chat.request.model, chat.body()) for chat in tuple(fake._chats.values()) if chat.encoder.ended]
-    bodies = [body for asked, body in chats if model is None or asked in model or body["model"] in model]
-    return _listing(request, bodies, "asc")
-
-
-@_endpoint("GET /chat/completions/{id}")
-def _get_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    return _stored_chat(fake, id).body()
-
-
-@_endpoint("POST /chat/completions/{id}")
-def _update_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    chat = _stored_chat(fake, id)
-    chat.metadata = request._parse().get("metadata") or {}
-    return chat.body()
-
-
-@_endpoint("DELETE /chat/completions/{id}")
-def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    _stored_chat(fake, id)
-    fake._chats.pop(id, None)
-    return {"object": "chat.completion.deleted", "id": id, "deleted": True}
+    bodies = [
+        body
+        for asked, body in chats
+        if query.get("model", asked) in (asked, body["model"])
+        and wanted.items() <= {key: str(value) for key, value in body["metadata"].items()}.items()
+    ]
+    return _listing(request, bodies, "desc", "has_more")
 
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages: list[_JSON] = _list(_stored_chat(fake, id).request.body.get("messages"))
-    return _listing(request, [{"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)], "asc")
+    messages = _list(_stored_chat(fake, id).request.body.get("messages"))
+    stored = [_stored_message(f"{id}-{at}", _dict(each)) for at, each in enumerate(messages)]
+    return _listing(request, stored, "asc", "has_more")
 
 
 class _StoredResponse:
@@ -5166,7 +5459,10 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     id = stored.pop("id", None)
     if id is None:
         id = new_id(_ITEM_PREFIXES.get(str(stored["type"]), "msg_"))
-    return {"id": id, **({"status": "completed"} if stored["type"] == "message" else {}), **stored}
+    told = {"id": id, "type": stored.pop("type")}
+    if str(told["type"]).endswith(("message", "_call", "_output")):  # others have none (R)
+        told["status"] = stored.pop("status", None) or "completed"
+    return {**told, **dict(sorted(stored.items()))}
 
 
 def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
@@ -5215,8 +5511,9 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if history or resolved is not items:
         request._conversation = [*history, *resolved]
     if fake.validate:
-        reasons = _model(request.model).effort is not None
-        _check_conversation([*history, *resolved], len(history), reasons)
+        effort = _dict(body.get("reasoning")).get("effort") or _model(request.model).effort
+        stored = body.get("store") is not False
+        _check_conversation([*history, *resolved], len(history), effort not in (None, "none"), stored)
     if fake.strict:
         _check_model(fake, request)
     background = body.get("background") is True
@@ -5227,10 +5524,12 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
         conversation = encoder.base.get("conversation")
         kept = fake._conversations.get(str(conversation.get("id"))) if conversation else None
         if kept is not None:
-            kept.responses.append(stored)
+            kept.turns.append(stored)
 
     stores = background or body.get("store") is not False
     delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
+    if items and _item_type(_dict(items[-1])) == "compaction_trigger":
+        delivery.handler = Script(Item("compaction"))
     return delivery.in_background() if background else delivery
 
 
@@ -5252,13 +5551,6 @@ def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
     return _Replay(stored.log, _digits(query.get("starting_after", ""), -1) + 1)
 
 
-@_endpoint("DELETE /responses/{id}")
-def _delete_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    _stored_response(fake, id)
-    fake._responses.pop(id, None)
-    return {"id": id, "object": "response.deleted", "deleted": True}
-
-
 @_endpoint("GET /responses/{id}/input_items")
 def _input_items_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     stored = _stored_response(fake, id)
@@ -5272,6 +5564,19 @@ def _cancel_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
         raise APIError(400, "Cannot cancel a synchronous response.")
     stored.log.cancel()
     return stored.body()
+
+
+@_endpoint("POST /responses/compact")
+def _compact_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
+    body = request._parse()
+    for name in ("model", "input") if fake.validate else ():
+        _RESPONSES[name](body.get(name), name, body)
+    items = request._conversation = [*_history(fake, request, body), *_input_items(body.get("input"))]
+    encoder = _ResponsesEncoder(request, Reply(), fake._ids(), int(fake.clock()))
+    encoder.say(Item("compaction"), ())
+    users = [_stored_item(item, encoder._id) for item in items if _dict(item).get("role") == "user"]
+    told = {"id": encoder.id, "object": "response.compaction", "created_at": encoder.created}
+    return {**told, "output": [*users, *encoder.output()], "usage": encoder._usage()}
 
 
 @_endpoint("POST /responses/input_tokens")
@@ -5289,14 +5594,15 @@ class _Conversation:
     def __init__(self, created: int, metadata: Any, items: list[Any]) -> None:
         self.created = created
         self.metadata = metadata
-        self.added = items
-        self.responses: list[_StoredResponse] = []
+        self.turns: list[_StoredResponse | list[Any]] = [items]
+        self.deleted: set[str] = set()  # ids of items
 
     def items(self) -> list[Any]:
-        return [
-            *self.added,
-            *(item for each in self.responses if each.over() for item in (*each.input, *each.encoder.output())),
+        turns = [
+            each if isinstance(each, list) else [*each.input, *each.encoder.output()] if each.over() else []
+            for each in self.turns
         ]
+        return [item for turn in turns for item in turn if str(item["id"]) not in self.deleted]
 
     def body(self, id: str) -> _JSON:
         return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
@@ -5309,39 +5615,87 @@ def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
     return conversation
 
 
+def _new_items(fake: FakeOpenAI, body: _JSON) -> list[Any]:
+    """The items that a body puts into a conversation."""
+    items, ids = body.get("items"), fake._ids()
+    if fake.validate and items is not None:
+        _array(_input_item, "an array of input items", high=20)(items, "items", body)  # S
+    return [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _list(items)]
+
+
 @_endpoint("POST /conversations")
 def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse() if request.raw_body else {}
-    ids = fake._ids()
-    items = [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _input_items(body.get("items"))]
-    id = "conv_" + ids.hex(48)
+    items = _new_items(fake, body)
+    id = "conv_" + fake._ids().hex(48)
     conversation = _Conversation(int(fake.clock()), body.get("metadata") or {}, items)
     fake._remember(fake._conversations, id, conversation)
     return conversation.body(id)
 
 
-@_endpoint("GET /conversations/{id}")
-def _get_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    return _conversation_of(fake, id).body(id)
-
-
-@_endpoint("POST /conversations/{id}")
-def _update_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    conversation = _conversation_of(fake, id)
-    conversation.metadata = request._parse().get("metadata") or {}
-    return conversation.body(id)
-
-
-@_endpoint("DELETE /conversations/{id}")
-def _delete_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    _conversation_of(fake, id)
-    fake._conversations.pop(id, None)
-    return {"id": id, "object": "conversation.deleted", "deleted": True}
-
-
 @_endpoint("GET /conversations/{id}/items")
 def _conversation_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     return _listing(request, _conversation_of(fake, id).items(), "desc")
+
+
+@_endpoint("POST /conversations/{id}/items")
+def _add_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    conversation, body = _conversation_of(fake, id), request._parse()
+    if body.get("items") is None:
+        raise _missing("items")
+    items = _new_items(fake, body)
+    conversation.turns.append(items)
+    return _listing(request, items, "asc")
+
+
+def _item_of(conversation: _Conversation, id: str) -> _JSON:
+    for item in conversation.items():
+        if item["id"] == id:
+            return _dict(item)
+    raise APIError(404, f"Item with id '{id}' not found.")
+
+
+@_endpoint("GET /conversations/{id}/items/{item_id}")
+def _get_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _JSON:
+    return _item_of(_conversation_of(fake, id), item_id)
+
+
+@_endpoint("DELETE /conversations/{id}/items/{item_id}")
+def _delete_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _JSON:
+    conversation = _conversation_of(fake, id)
+    conversation.deleted.add(_item_of(conversation, item_id)["id"])
+    return conversation.body(id)
+
+
+def _stored_routes(path: str, kind: str, find: Callable[[FakeOpenAI, str], Any], store: str) -> None:
+    """What is stored is fetched, updated and deleted in one way."""
+
+    def get(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+        return cast(_JSON, find(fake, id).body(id))
+
+    def update(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+        stored, body = find(fake, id), request._parse()
+        if "metadata" not in body:  # what is there would be lost
+            raise _missing("metadata")
+        if fake.validate and body["metadata"] is not None:
+            _metadata(body["metadata"], "metadata", body)
+        stored.metadata = body["metadata"] or {}
+        return cast(_JSON, stored.body(id))
+
+    def delete(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+        find(fake, id)
+        getattr(fake, store).pop(id, None)
+        gone = {"object": f"{kind}.deleted", "id": id}
+        return {**(gone if store == "_chats" else {"id": id, **gone}), "deleted": True}
+
+    for method, function in (("GET", get), ("POST", update), ("DELETE", delete)):
+        if store != "_responses" or method == "DELETE":
+            _endpoint(f"{method} {path}/{{id}}")(function)
+
+
+_stored_routes("/chat/completions", "chat.completion", _stored_chat, "_chats")
+_stored_routes("/conversations", "conversation", _conversation_of, "_conversations")
+_stored_routes("/responses", "response", _stored_response, "_responses")
 
 
 def _model_object(id: str) -> _JSON:
@@ -5360,12 +5714,28 @@ def _get_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     return _model_object(id)
 
 
+@_endpoint("DELETE /models/{id*}")
+def _delete_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
+    if not id.startswith("ft:"):  # a fine-tuned one, which the fake need not know
+        _get_model(fake, request, id)
+    fake.models = [name for name in fake._model_names() if name != id]
+    return {"id": id, "object": "model", "deleted": True, "owned_by": "openai-internal"}
+
+
 def _embedding(text: str, dimensions: int) -> list[float]:
     """A unit vector made from a text: the same for the same text, on every machine."""
     digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)
     raw = [number / 2**31 - 1 for number in struct.unpack(f"<{dimensions}I", digest)]
     length = math.sqrt(math.fsum(number * number for number in raw)) or 1.0  # fsum: the same in every version
     return [round(number / length, 8) for number in raw]
+
+
+@_endpoint("POST /completions")
+def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
+    _checked_body(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
+    return _Delivery(fake, request, _CompletionsEncoder)
 
 
 @_endpoint("POST /embeddings")
@@ -5376,6 +5746,8 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
         raise APIError(400, "you must provide a model parameter")
     if fake.strict:
         _check_model(fake, request)
+    if fake.validate:
+        _check_recorded("embeddings", body)
     if not isinstance(given, (str, list)) or given in ("", []):
         raise APIError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     inputs: list[Any] = [given] if isinstance(given, str) else _list(given)
@@ -5401,7 +5773,9 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
 def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     """Nothing is ever flagged; a test that wants it flagged gives its own route."""
     body = request._parse()
-    given = _list(body.get("input"))
+    if body.get("input") is None:
+        raise _missing("input")
+    given = _list(body["input"])
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     result = _moderation_result()
     model = _string(body.get("model")) or "omni-moderation-latest"
@@ -6255,7 +6629,9 @@ class FakeOpenAI:
     - `ttft`, `itl`: seconds to the first token, and between tokens.
     - `models`: what GET /models lists.
     - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
-      what is sent as JSON, or bytes, or an APIError. A {name} in a route stands for any one segment of the path.
+      what is sent as JSON, or bytes, or an iterator of bytes or str that is sent as it comes, or one of these with a
+      status and headers: `(201, {"content-type": "text/csv"}, "a,b")`; or an APIError. `ttft` and `itl` hold there
+      too. A {name} in a route stands for any one segment of the path.
     - `keep`: how many requests are kept in `requests`, answers with `store`, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
@@ -6487,7 +6863,8 @@ class FakeOpenAI:
         self._recent.append(request)
         while len(self._recent) > 12:
             with suppress(IndexError):
-                self._recent.popleft()._encoder = None
+                old = self._recent.popleft()
+                old._settle(old._encoder)
         if self._observe is not None:
             with suppress(Exception):
                 self._observe(request)
@@ -6497,7 +6874,7 @@ class FakeOpenAI:
             return "No request came to the fake."
         lines = ["The last requests to the fake, and its answers:"]
         for request in tuple(self._recent):  # a handler that outlived stop() may end just now
-            said = ", ".join(_short(repr(part)) for part in request._said[:4])
+            said = ", ".join(_short(repr(part)) for part in request.answer[:4])
             lines.append(f"  {request!r} -> {request._status or 'cut'} {_short(request._outcome) or said}")
         return "\n".join(lines)
 
@@ -6508,7 +6885,18 @@ def _place(error: BaseException) -> str:
     return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
-_OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "omni-moderation-latest")
+# What GET /models and `strict` know beside _SNAPSHOTS (S, R), in any order.
+_OTHER_MODELS = """
+    gpt-6-astra gpt-6.2-astra gpt-6.1-sol gpt-6.2-sol gpt-6.1-terra gpt-6-sol gpt-6-luna gpt-5.6-terra gpt-5.6-luna
+    gpt-5.5-pro gpt-5.5-pro-2026-04-23 gpt-5.4-pro gpt-5.3-codex gpt-5.3-chat-latest gpt-5.2-pro gpt-5.2-pro-2025-12-11
+    gpt-5.2-codex gpt-5.2-chat-latest gpt-5.1-codex gpt-5.1-codex-mini gpt-5.1-codex-max gpt-5.1-mini
+    gpt-5.1-chat-latest gpt-5-codex gpt-5-chat-latest gpt-5-search-api codex-mini-latest gpt-audio-1.5
+    gpt-4o-2024-11-20 gpt-4o-2024-05-13 chatgpt-4o-latest o1 o1-2024-12-17 o1-pro o1-pro-2025-03-19 o3-pro
+    o3-pro-2025-06-10 o3-deep-research o3-deep-research-2025-06-26 o4-mini-deep-research
+    o4-mini-deep-research-2025-06-26 gpt-4-turbo gpt-4-turbo-2024-04-09 gpt-4-1106-preview gpt-3.5-turbo-1106
+    gpt-3.5-turbo-16k gpt-3.5-turbo-instruct davinci-002 babbage-002 text-embedding-3-small text-embedding-3-large
+    text-embedding-ada-002 omni-moderation-latest omni-moderation-2024-09-26
+""".split()  # noqa: SIM905
 
 _NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
@@ -6548,22 +6936,66 @@ def _route_name(name: str) -> str:
     return name.replace(" /v1/", " /", 1)
 
 
-def _own_route(function: Callable[[Request], object]) -> _Endpoint:
-    """An endpoint from a user's function."""
+class _OwnRoute(NamedTuple):
+    """The answer of a user's function to a request for a route of the user's."""
 
-    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> Any:
-        waiter = _Waiter(fake._running(), None, False)
+    function: Callable[[Request], object]
+    fake: FakeOpenAI
+    request: Request
+
+    def send(self, connection: _Connection) -> None:
+        """Answers on a connection; what an iterator gives, piece by piece."""
+        waiter = _Waiter(connection.server, connection, False)
+        pieces: Any = ()
         try:
-            result: Any = function(request)
+            result: Any = self.function(self.request)
             if hasattr(result, "__await__"):
                 result = waiter.run(result)
             if isinstance(result, APIError):
                 raise result
-            if isinstance(result, bytes):
-                return _HTTPResponse(result, "application/octet-stream")
-            return _HTTPResponse(_utf8(_dumps(result)))
+            status, headers, body = _own_answer(result)
+            if self.fake.ttft:
+                waiter.sleep(self.fake.ttft)
+            if isinstance(body, bytes) or self.request.method == "HEAD":
+                whole = body if isinstance(body, bytes) else b""
+                return connection.send_whole(whole, status, "application/octet-stream", fields=headers)
+            waiter.streams = True
+            waiter.enter(bool)
+            pieces = waiter.steps(body) if hasattr(body, "__anext__") else body
+            connection.send(connection.head(status, _EVENTS, _USUAL, headers))
+            for piece in pieces:
+                if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
+                    connection.send(_http_chunk(data) if connection.http11 else data)
+                waiter.patience()
+            connection.send(_LAST_CHUNK if connection.http11 else b"", last=True)
+        except BaseException as error:
+            if isinstance(error, _Gone) or not connection.headed:
+                raise
+            self.request._outcome = self.fake._keep_error(error, self.request)
+            connection.hang_up(False)  # too late for a status
         finally:
+            if hasattr(pieces, "close"):
+                pieces.close()
             waiter.end()
+
+
+def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
+    """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
+    body: Any = result
+    status, headers = 200, None
+    if type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]:
+        status, headers, body = cast(Any, result)
+    headers = _header_fields(headers)
+    if isinstance(body, bytes) or hasattr(body, "__next__") or hasattr(body, "__anext__"):
+        return status, headers, body
+    typed = "content-type" in map(str.lower, headers)
+    headers = headers if typed else {**headers, "content-type": "application/json"}
+    return status, headers, body.encode() if isinstance(body, str) and typed else _utf8(_dumps(body))
+
+
+def _own_route(function: Callable[[Request], object]) -> _Endpoint:
+    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
+        return _OwnRoute(function, fake, request)
 
     return endpoint
 
@@ -6740,7 +7172,7 @@ class _ShownServer(FakeOpenAI):
         text = _log_line(request, time.strftime("%H:%M:%S"), self._console.colour)
         if self._verbose:
             text += _shown_conversation(request.messages) if request.api else ""
-            text += _answer_text(request._said)
+            text += _answer_text(request.answer)
             text += self._new_failures()
         self._console.write(text)
 

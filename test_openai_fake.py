@@ -115,6 +115,7 @@ def http_bytes(body: Any, path: str = PATHS["chat.completions"], method: str = "
 _PARAMETERS = {api: openai_fake._ORDERS[api][0] for api in ("chat.completions", "responses")}  # name -> check
 _unchecked = openai_fake._anything
 _Part = openai_fake._Part  # README's tables name each
+_ENDPOINTS = openai_fake._ENDPOINTS  # and each of these
 _MAX_BODY = (openai_fake, "_MAX_BODY")  # set lower: 64 MiB take long
 _SLEEP = (openai_fake._Waiter, "sleep")  # what is waited for, without waiting
 _log_line = openai_fake._log_line  # what the terminal shows, without a process each
@@ -3148,6 +3149,137 @@ class RefusalTest(unittest.TestCase):
             self.assertEqual(call(server, responses() | more).status, 200)
 
 
+PNG = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAA"
+LOOSE: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "string"}}}
+CLOSED: dict[str, Any] = {**LOOSE, "additionalProperties": False, "required": ["a", "b"]}
+UNCLOSED = "'additionalProperties' is required to be supplied and to be false."
+LACKING = "'required' is required to be supplied and to be an array including every key in properties. Missing 'b'."
+MIME = (
+    "Invalid file data: 'input[0].content[0].file_data'. Expected a base64-encoded data URL with a valid file MIME "
+    "type (e.g. 'data:text/plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type 'audio/mpeg'. Please see "
+    "https://platform.openai.com/docs/assistants/tools/file-search#supported-files for supported file types."
+)
+
+
+def strict_function(schema: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+
+
+def by_part(part: Any) -> list[Any]:
+    return [{"role": "user", "content": [part]}]
+
+
+class RecordedRefusalTest(unittest.TestCase):
+    """Refusals that were recorded, with the nearest body that is taken."""
+
+    chat: ClassVar[list[tuple[dict[str, Any], int, str, str | None, str | None, dict[str, Any]]]] = [
+        ({"model": "davinci-002"}, 404, ("This is not a chat model and thus not supported in the v1/chat/completions "
+         "endpoint. Did you mean to use v1/completions?"), "model", None, {"model": "davinci"}),
+        ({"model": "gpt-3.5-turbo-0613"}, 404, ("The model `gpt-3.5-turbo-0613` has been deprecated, learn more here: "
+         "https://platform.openai.com/docs/deprecations"), None, "model_not_found", {"model": "gpt-3.5-turbo-0125"}),
+        ({"model": "gpt-5-nano", "max_tokens": 0, "messages": [{"role": "user", "content": None}]}, 400,
+         "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+         "max_tokens", "unsupported_parameter", {"model": "gpt-4o", "max_tokens": 1}),
+        ({"model": "gpt-5-mini", "stop": "x"}, 400, "Unsupported parameter: 'stop' is not supported with this model.",
+         "stop", "unsupported_parameter", {"model": "gpt-4.1", "stop": "x"}),
+        ({"web_search_options": {}}, 400, "Web search options not supported with this model.", "web_search_options",
+         None, {"model": "gpt-4o-search-preview", "web_search_options": {}}),
+        ({"model": "o1-mini", "messages": [{"role": "system", "content": "x"}]}, 400,
+         "Unsupported value: 'messages[0].role' does not support 'system' with this model.", "messages[0].role",
+         "unsupported_value", {"messages": [{"role": "system", "content": "x"}]}),
+        ({"messages": by_part({"type": "input_audio", "input_audio": {}})}, 400,
+         "Invalid 'messages[0]'. Content blocks are expected to be either text or image_url type.", "messages[0]",
+         "invalid_value",
+         {"model": "gpt-4o-audio-preview", "messages": by_part({"type": "input_audio", "input_audio": {}})}),
+        ({"messages": by_part({"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}})}, 400,
+         ("You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+         "['png', 'jpeg', 'gif', 'webp']."), None, "invalid_image_format",
+         {"messages": by_part({"type": "image_url", "image_url": {"url": PNG}})}),
+        ({"tools": [strict_function(LOOSE)]}, 400, f"Invalid schema for function 'f': In context=(), {UNCLOSED}",
+         "tools[0].function.parameters", "invalid_function_parameters", {"tools": [strict_function(CLOSED)]}),
+        ({"tools": [strict_function(None)]}, 400, f"Invalid schema for function 'f': In context=(), {UNCLOSED}",
+         "tools[0].function.parameters", "invalid_function_parameters",
+         {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": LOOSE}}},
+         400, f"Invalid schema for response_format 'n': In context=(), {UNCLOSED}", "response_format", None,
+         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": False, "schema": LOOSE}}}),
+    ]  # fmt: skip
+    responses: ClassVar[list[tuple[dict[str, Any], int, str, str | None, str | None, dict[str, Any]]]] = [
+        ({"text": {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": LOOSE}}}, 400,
+         f"Invalid schema for response_format 'n': In context=(), {UNCLOSED}", "text.format.schema",
+         "invalid_json_schema", {"text": {"format": {"type": "json_schema", "name": "n", "schema": LOOSE}}}),
+        ({"tools": [{"type": "function", "name": "f", "strict": True, "parameters": {**CLOSED, "required": ["a"]}}]},
+         400, f"Invalid schema for function 'f': In context=(), {LACKING}", "tools[0].parameters",
+         "invalid_function_parameters", {"tools": [{"type": "function", "name": "f", "parameters": LOOSE}]}),
+        ({"model": "o4-mini", "reasoning": {"effort": "minimal"}}, 400, ("Unsupported value: 'minimal' is not "
+         "supported with the 'o4-mini' model. Supported values are: 'low', 'medium', and 'high'."), "reasoning.effort",
+         "unsupported_value", {"model": "gpt-5", "reasoning": {"effort": "minimal"}}),
+        ({"input": by_part({"type": "input_file", "file_url": "https://a.example/x.mp3?y"})}, 400,
+         "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file",
+         {"input": by_part({"type": "input_file", "file_url": "https://a.example/x.pdf"})}),
+        ({"input": by_part({"type": "input_file", "file_data": "data:audio/mpeg;base64,AAAA"})}, 400, MIME,
+         "input[0].content[0].file_data", "invalid_value",
+         {"input": by_part({"type": "input_file", "file_data": "data:application/pdf;base64,AAAA"})}),
+    ]  # fmt: skip
+
+    def test_each(self) -> None:
+        """Each is refused with its status, words, param and code, in a stream too; the nearest body is taken."""
+        with FakeOpenAI(lambda request: "ok") as server:
+            for api, cases in (("chat.completions", self.chat), ("responses", self.responses)):
+                for bad, status, words, param, code, good in cases:
+                    with self.subTest(name=f"{api} {bad}"):
+                        answer = call(server, {**BODIES[api](), **bad, "stream": True}, PATHS[api])
+                        told = tuple(answer.error[key] for key in ("message", "param", "code"))
+                        self.assertEqual((answer.status, told), (status, (words, param, code)))
+                        self.assertEqual(call(server, {**BODIES[api](), **good}, PATHS[api]).status, 200)
+            answer = get(server, "/embeddings", "POST", {"model": "gpt-4o", "input": "x"})
+            words = "You are not allowed to generate embeddings from this model"
+            self.assertEqual((answer.status, answer.error["message"], answer.error["param"]), (403, words, None))
+
+    def test_closed_schemas(self) -> None:
+        """A strict schema is closed all the way down, and the fault says where it is not."""
+        nested = {"type": "array", "items": {"anyOf": [{"type": "null"}, LOOSE]}}
+        for name, schema, context in (
+            ("root", LOOSE, "()"),
+            ("property", {**CLOSED, "properties": {"a": {}, "b": LOOSE}}, "('properties', 'b')"),
+            ("deep", {**CLOSED, "properties": {"a": nested}}, "('properties', 'a', 'items', 'anyOf', '1')"),
+            ("definition", {**CLOSED, "$defs": {"D": LOOSE}}, "('$defs', 'D')"),
+        ):
+            with self.subTest(name=name):
+                fault = _fault("chat.completions", chat(tools=[strict_function(schema)]), False)
+                words = f"Invalid schema for function 'f': In context={context}, {UNCLOSED}"
+                self.assertEqual(fault and fault.message, words)
+        for schema in ({"$ref": "#/$defs/D", "$defs": {"D": CLOSED}}, {**CLOSED, "properties": {"a": 7}, "items": []}):
+            self.assertIsNone(_fault("chat.completions", chat(tools=[strict_function(schema)]), False))
+
+    def test_a_prompt_has_its_model(self) -> None:
+        """With a stored prompt the model may be absent: the answer names one."""
+        with FakeOpenAI(lambda request: "ok") as server:
+            made = call(server, {"input": "Hi", "prompt": {"id": "pmpt_1"}}).json
+            self.assertEqual((made["status"], made["model"]), ("completed", "gpt-4o-2024-08-06"))
+
+    def test_reasoning_belongs_to_what_is_named(self) -> None:
+        """Reasoning with an id needs a message with one after it, if the response is stored."""
+        thought: dict[str, Any] = {"type": "reasoning", "id": "rs_a", "summary": []}
+        nameless = [USER, thought, {"role": "assistant", "content": "ok"}, USER]
+        named = [USER, thought, {"type": "message", "role": "assistant", "id": "msg_a", "content": "ok"}, USER]
+        with FakeOpenAI(lambda request: "ok") as server:
+            answer = call(server, responses(input=nameless))
+            words = "Item 'rs_a' of type 'reasoning' was provided without its required following item."
+            self.assertEqual((answer.status, answer.error["message"]), (400, words))
+            self.assertEqual(call(server, responses(input=nameless, store=False)).status, 200)
+            self.assertEqual(call(server, responses(input=named)).status, 200)
+
+    def test_searches_without_reasoning(self) -> None:
+        """A web search needs its reasoning where the model reasons, at the effort that is asked for."""
+        search = {"type": "web_search_call", "id": "ws_a", "status": "completed"}
+        for model, effort, status in (("gpt-5", None, 400), ("gpt-5.2", None, 200), ("gpt-5.2", "low", 400),
+                                      ("gpt-5.6", "none", 200), ("gpt-4o", None, 200)):  # fmt: skip
+            with self.subTest(name=f"{model} {effort}"), FakeOpenAI(lambda request: "ok") as server:
+                body = responses(model=model, input=[USER, search, USER], reasoning={"effort": effort})
+                self.assertEqual(call(server, body).status, status)
+
+
 # ---- What was asked, state, and the small endpoints ------------------------------------------------------------------
 
 
@@ -3312,16 +3444,16 @@ class StateTest(unittest.TestCase):
     def test_stored(self) -> None:
         """What is stored is fetched as it was made, deleted once, and then a 404 that names it, whatever is asked."""
         response = (
-            "Response",
+            "Response with id 'ID' not found.",
             '{"id":"ID","object":"response.deleted","deleted":true}',
             "GET /input_items POST /cancel",
         )
         rows: tuple[tuple[str, Any, str, str, str], ...] = (
             ("/responses", responses(), *response),
             ("/responses", responses(stream=True), *response),
-            ("/chat/completions", chat(store=True), "Chat completion",
+            ("/chat/completions", chat(store=True), "Completion ID not found",
              '{"object":"chat.completion.deleted","id":"ID","deleted":true}', "POST / GET /messages"),
-            ("/conversations", {"items": [USER]}, "Conversation",
+            ("/conversations", {"items": [USER]}, "Conversation with id 'ID' not found.",
              '{"id":"ID","object":"conversation.deleted","deleted":true}', "POST / GET /items"),
         )  # fmt: skip
         server = start(self, echo)
@@ -3331,12 +3463,13 @@ class StateTest(unittest.TestCase):
                 made = answer.events[-1]["response"] if body.get("stream") else answer.json
                 path = f"{where}/{made['id']}"
                 got = get(server, path).json
-                self.assertEqual({key: got[key] for key in made}, made)
+                same = ("id", "created", "model") if "completions" in where else made  # the rest of a chat is less
+                self.assertEqual({key: got[key] for key in same}, {key: made[key] for key in same})
                 self.assertEqual(get(server, path, "DELETE").body.decode(), deleted.replace("ID", made["id"]))
                 ways = ("GET / DELETE / " + more).split()
                 for method, rest in zip(ways[::2], ways[1::2], strict=True):
                     answer = get(server, path + rest.rstrip("/"), method, {} if method == "POST" else None)
-                    words = f"{kind} with id '{made['id']}' not found."
+                    words = kind.replace("ID", made["id"])
                     self.assertEqual((answer.status, answer.error["message"]), (404, words))
 
     def test_stored_where_asked_for(self) -> None:
@@ -3378,11 +3511,12 @@ class StateTest(unittest.TestCase):
                     self.assertEqual((page["first_id"], page["last_id"]), (expected[0]["id"], expected[-1]["id"]))
 
     def test_stored_items(self) -> None:
-        """An input item is listed as it came, with an id, a message with a status and content parts too."""
+        """An input item is listed with id, type, status and then what it came with; a message's text as a part."""
         said, thought = [{"type": "input_text", "text": "Rain?"}], {"type": "reasoning", "summary": []}
+        done = {"status": "completed"}
         rows: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-            "msg": (USER, {"status": "completed", "role": "user", "content": said, "type": "message"}),
-            "fc": (CALL_ITEMS[0], CALL_ITEMS[0]),
+            "msg": (USER, {"type": "message", **done, "content": said, "role": "user"}),
+            "fc": (CALL_ITEMS[0], {"type": "function_call", **done, **dict(sorted(CALL_ITEMS[0].items())[:3])}),
             "rs": (thought, thought),
         }
         with FakeOpenAI(validate=False) as server:
@@ -3547,21 +3681,97 @@ class StateTest(unittest.TestCase):
             other = call(server, chat("two", store=True, model="gpt-4", stream=True)).events[0]
             call(server, chat("three", stream=True))
             path = "/chat/completions/" + made["id"]
-            self.assertEqual(get(server, path).json, {**made, "metadata": {"a": "1"}})
             for query, expected in (
-                ("", [made, other]),
+                ("", [other, made]),  # the newest first
                 ("?model=gpt-4", [other]),
                 ("?model=gpt-4o-2024-08-06", [made]),
-                ("?order=desc&limit=1", [other]),
-                ("?after=" + made["id"], [other]),
+                ("?order=asc&limit=1", [made]),
+                ("?after=" + other["id"], [made]),
+                ("?metadata[a]=1", [made]),
+                ("?metadata%5Ba%5D=2", []),
             ):
                 with self.subTest(name=query):
-                    listed = get(server, "/chat/completions" + query).json["data"]
-                    self.assertEqual([each["id"] for each in listed], [each["id"] for each in expected])
+                    page = get(server, "/chat/completions" + query).json
+                    self.assertEqual([each["id"] for each in page["data"]], [each["id"] for each in expected])
+                    self.assertEqual(list(page), ["object", "data", "first_id", "last_id", "has_more"])
             messages = get(server, path + "/messages").json["data"]
             self.assertEqual([(each["role"], each["content"]) for each in messages], [("user", "one")])
             updated = get(server, path, "POST", {"metadata": {"b": "2"}}).json
             self.assertEqual((updated["metadata"], get(server, path).json), ({"b": "2"}, updated))
+            gone = {"object": "chat.completion.deleted", "id": made["id"], "deleted": True}
+            self.assertEqual(get(server, path, "DELETE").json, gone)
+            for method, rest in (("GET", ""), ("POST", ""), ("DELETE", ""), ("GET", "/messages")):
+                words = {"message": f"Completion {made['id']} not found", "type": "invalid_request_error"}
+                answer = get(server, path + rest, method, {})
+                expected_error = {**words, "param": "completion_id", "code": "not_found"}
+                self.assertEqual((answer.status, answer.error), (404, expected_error))
+
+    def test_a_stored_chat_is_listed_as_recorded(self) -> None:
+        """A stored chat is what was asked and what was said, with the keys, order and defaults of the API's."""
+        asked: dict[str, Any] = {
+            "temperature": 0.5,
+            "user": "me",
+            "seed": 7,
+            "tools": [CHAT_CALL],
+            "tool_choice": "auto",
+        }
+        call_made = ToolCall("f", {}, id="call_1")
+        with FakeOpenAI(lambda request: call_made, clock=lambda: CLOCK) as server:
+            made = call(server, chat(store=True, **asked)).json
+            plain = call(server, chat(store=True)).json
+            stored = get(server, "/chat/completions/" + made["id"]).json
+            bare = get(server, "/chat/completions/" + plain["id"]).json
+        keys = (
+            "object id model created request_id tool_choice usage seed top_p temperature presence_penalty "
+            "frequency_penalty system_fingerprint input_user service_tier tools metadata choices response_format"
+        )
+        self.assertEqual([list(stored), list(bare)], [keys.split()] * 2)
+        self.assertEqual(list(stored["usage"]), ["total_tokens", "completion_tokens", "prompt_tokens"])
+        told = {"content": None, "role": "assistant", "tool_calls": made["choices"][0]["message"]["tool_calls"]}
+        [choice] = stored["choices"]
+        self.assertEqual(list(choice), ["index", "message", "finish_reason", "logprobs"])
+        self.assertEqual(choice["message"], {**told, "function_call": None})
+        self.assertEqual({**{key: stored[key] for key in asked if key in stored}, "user": stored["input_user"]}, asked)
+        defaults = {"top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        nulls = dict.fromkeys(("tool_choice", "tools", "input_user", "response_format"))
+        self.assertEqual({key: bare[key] for key in (*defaults, *nulls)}, {**defaults, **nulls})
+        self.assertEqual((type(bare["seed"]), bare["request_id"][:4], bare["metadata"]), (int, "req_", {}))
+
+    def test_stored_messages(self) -> None:
+        """A stored chat's messages are its request's, with their texts, content parts and names, in pages."""
+        image = {"url": "https://a.example/x.png"}
+        parts = [{"type": "text", "text": "What"}, {"type": "image_url", "image_url": image}]
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "name": "Ann", "content": parts}]
+        with FakeOpenAI(lambda request: "ok") as server:
+            id = call(server, chat(messages=messages, store=True)).json["id"]
+            path = f"/chat/completions/{id}/messages"
+            page = get(server, path).json
+            self.assertEqual(list(page), ["object", "data", "first_id", "last_id", "has_more"])
+            empty = dict.fromkeys(("type", "text", "image_url", "input_audio", "file"))
+            expected = [
+                {"id": f"{id}-0", "role": "system", "content": "Be brief.", "content_parts": None, "name": None},
+                {"id": f"{id}-1", "role": "user", "content": "What", "name": "Ann", "content_parts": [
+                    {**empty, "type": "text", "text": "What"}, {**empty, "type": "image_url", "image_url": image}]},
+            ]  # fmt: skip
+            self.assertEqual(page["data"], expected)
+            self.assertEqual(list(page["data"][1]), ["id", "role", "content", "content_parts", "name"])
+            self.assertEqual(get(server, path + f"?order=desc&after={id}-1").json["data"], expected[:1])
+            end: dict[str, Any] = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+            self.assertEqual(get(server, path + f"?after={id}-1").json, end)
+
+    def test_updates_need_metadata(self) -> None:
+        """An update that says no metadata is refused and erases nothing; null says that there are none."""
+        with FakeOpenAI() as server:
+            chat_id = call(server, chat(store=True, metadata={"a": "1"})).json["id"]
+            conversation = get(server, "/conversations", "POST", {"metadata": {"a": "1"}}).json["id"]
+            for path in (f"/chat/completions/{chat_id}", f"/conversations/{conversation}"):
+                with self.subTest(name=path):
+                    answer = get(server, path, "POST", {"meta": {}})
+                    self.assertEqual((answer.status, answer.error["param"]), (400, "metadata"))
+                    self.assertEqual(answer.error["code"], "missing_required_parameter")
+                    self.assertEqual(get(server, path, "POST", {"metadata": {"a": 1}}).status, 400)
+                    self.assertEqual(get(server, path).json["metadata"], {"a": "1"})
+                    self.assertEqual(get(server, path, "POST", {"metadata": None}).json["metadata"], {})
 
     def test_conversations(self) -> None:
         """A conversation is its own items and then its responses' turns, until it is deleted."""
@@ -3579,6 +3789,70 @@ class StateTest(unittest.TestCase):
             get(server, path, "DELETE")
             answer = call(server, responses(conversation=made["id"]))
             self.assertEqual((answer.status, answer.error["code"]), (404, None))
+
+    def test_conversation_items(self) -> None:
+        """Items are put into a conversation at its end, fetched, and taken out, a response's too."""
+        with FakeOpenAI(lambda request: "ok") as server:
+            made = get(server, "/conversations", "POST", {"items": [USER]}).json
+            path = f"/conversations/{made['id']}/items"
+            call(server, responses("And?", conversation=made["id"]))
+            added = get(server, path, "POST", {"items": [{"role": "user", "content": "Later"}, output_item()]}).json
+            self.assertEqual(list(added), ["object", "data", "first_id", "has_more", "last_id"])
+            later, output = added["data"]
+            content = [{"type": "input_text", "text": "Later"}]
+            told = {"id": later["id"], "type": "message", "status": "completed", "content": content, "role": "user"}
+            self.assertEqual(list(later.items()), list(told.items()))
+            self.assertEqual(list(output), ["id", "type", "status", "call_id", "output"])
+            self.assertEqual(get(server, f"{path}/{later['id']}").json, later)
+            silent = {"id": "cmp_1", "type": "compaction", "encrypted_content": "x"}  # has no status
+            self.assertEqual(get(server, path, "POST", {"items": [silent]}).json["data"], [silent])
+            get(server, path + "/cmp_1", "DELETE")
+            listed = get(server, path + "?order=asc").json["data"]
+            self.assertEqual(listed[-2:], [later, output])
+            self.assertEqual([item["content"][0]["text"] for item in listed[:-1]], ["Rain?", "And?", "ok", "Later"])
+            for item in (listed[2], listed[0]):
+                self.assertEqual(get(server, f"{path}/{item['id']}", "DELETE").json, made)
+            left = [item["id"] for item in get(server, path + "?order=asc").json["data"]]
+            self.assertEqual(left, [item["id"] for item in (listed[1], later, output)])
+            for method, id in (("GET", listed[0]["id"]), ("DELETE", "msg_x")):
+                self.assertEqual(get(server, f"{path}/{id}", method).status, 404)
+            for body, param in (({}, "items"), ({"items": 7}, "items"), ({"items": [{"role": "x"}]}, "items[0].role")):
+                answer = get(server, path, "POST", body)
+                self.assertEqual((answer.status, answer.error["param"]), (400, param))
+
+    def test_compact(self) -> None:
+        """To compact gives the user's messages, stored ones too, and one compaction item, which can be gone on with."""
+        said = {"role": "assistant", "content": "Hello"}
+        with FakeOpenAI(lambda request: "ok") as server:
+            first = call(server, responses("one")).json["id"]
+            more = {"model": "gpt-5.4", "input": [said, USER], "previous_response_id": first}
+            made = get(server, "/responses/compact", "POST", more).json
+            self.assertEqual(list(made), ["id", "object", "created_at", "output", "usage"])
+            self.assertEqual(made["object"], "response.compaction")
+            told = [(item["type"], item.get("role"), (item.get("content") or [{}])[0].get("text"))
+                    for item in made["output"]]  # fmt: skip
+            expected = [("message", "user", "one"), ("message", "user", "Rain?"), ("compaction", None, None)]
+            self.assertEqual(told, expected)
+            compaction = made["output"][-1]
+            self.assertEqual(list(compaction), ["id", "type", "encrypted_content"])
+            self.assertRegex(compaction["id"] + " " + compaction["encrypted_content"], "^cmp_.* gAAAAA")
+            self.assertEqual(call(server, responses(input=[*made["output"], USER])).status, 200)
+            for body, param in (({"input": "x"}, "model"), ({"model": "m"}, "input")):
+                answer = get(server, "/responses/compact", "POST", body)
+                self.assertEqual((answer.status, answer.error["param"]), (400, param))
+
+    def test_compaction_trigger(self) -> None:
+        """An input that ends in a compaction trigger is answered by one compaction item; the handler is not asked."""
+        handler = mock.Mock()
+        given = [USER, {"type": "compaction_trigger"}]
+        with FakeOpenAI(handler) as server:
+            [item] = call(server, responses(input=given)).json["output"]
+            self.assertEqual((item["type"], list(item)), ("compaction", ["id", "type", "encrypted_content"]))
+            events = call(server, responses(input=given, stream=True)).events
+        kinds = ["created", "in_progress", "output_item.added", "output_item.done", "completed"]
+        self.assertEqual([event["type"] for event in events], ["response." + kind for kind in kinds])
+        self.assertEqual([each["type"] for each in events[-1]["response"]["output"]], ["compaction"])
+        handler.assert_not_called()
 
     def test_failed_turn(self) -> None:
         """A turn that failed is no part of its conversation: the client will send it again."""
@@ -3668,6 +3942,7 @@ class EndpointTest(unittest.TestCase):
             for given, count in (("x", 1), (["x", "y"], 2), ([{"type": "text", "text": "x"}], 1)):
                 with self.subTest(name=repr(given)):
                     results = get(server, "/moderations", "POST", {"input": given}).json["results"]
+                    self.assertEqual(get(server, "/moderations", "POST", {}).error["param"], "input")
                     told = [(each["flagged"], len(each["categories"])) for each in results]
                     self.assertEqual(told, [(False, 13)] * count)
 
@@ -3702,6 +3977,134 @@ class EndpointTest(unittest.TestCase):
             answer = get(server, "/audio/speech", "POST", {})
             self.assertEqual((answer.headers["content-type"], answer.body), ("application/octet-stream", b"\x00\xff"))
 
+    def test_what_a_route_may_return(self) -> None:
+        """A route returns JSON, bytes, or what comes in pieces; with a status and headers before it, in any type."""
+
+        async def later(request: Request) -> AsyncIterator[str]:
+            yield "é"
+            yield "!"
+
+        csv, events = {"content-type": "text/csv"}, "text/event-stream; charset=utf-8"
+        table: dict[str, tuple[Any, int, str, bytes]] = {
+            "JSON": ({"a": 1}, 200, "application/json", b'{"a":1}'),
+            "str": ("é", 200, "application/json", '"é"'.encode()),
+            "null": (None, 200, "application/json", b"null"),
+            "tuple": ((1, 2, 3), 200, "application/json", b"[1,2,3]"),
+            "bytes": (b"\xff", 200, "application/octet-stream", b"\xff"),
+            "text": ((201, csv, "a,é"), 201, "text/csv", "a,é".encode()),
+            "JSON with a status": ((202, {"x-a": "b"}, []), 202, "application/json", b"[]"),
+            "typed bytes": ((200, csv, b"a"), 200, "text/csv", b"a"),
+            "iterator": (iter(["data: a\n\n", b"", b"\xff"]), 200, events, b"data: a\n\n\xff"),
+            "typed iterator": ((206, csv, iter(["a", "b"])), 206, "text/csv", b"ab"),
+            "async iterator": (later(Request("", "GET", "/", "", {})), 200, events, "é!".encode()),
+            "nothing": (iter(()), 200, events, b""),
+        }
+        for name, (result, status, content_type, body) in table.items():
+            with self.subTest(name=name), FakeOpenAI(routes={"GET /x": always(result)}) as server:
+                answer = get(server, "/x")
+                told = (answer.status, answer.headers["content-type"], answer.body)
+                self.assertEqual(told, (status, content_type, body))
+
+    def test_head_of_a_route(self) -> None:
+        """HEAD asks a route as GET does, and has no body, in pieces or not; the connection goes on."""
+        routes: dict[str, Callable[[Request], object]] = {
+            "GET /pieces": lambda request: (201, {"content-type": "text/csv"}, iter(["a"])),
+            "GET /whole": lambda request: b"ab",
+        }
+        with FakeOpenAI(routes=routes) as server, Wire(server) as wire:
+            for path, status, more in (("/pieces", 201, b"text/csv"), ("/whole", 200, b"content-length: 2\r\n")):
+                with self.subTest(name=path):
+                    wire.send(http_bytes(None, path, "HEAD"))
+                    head = wire.until(b"\r\n\r\n")
+                    self.assertIn(f" {status} ".encode(), head)
+                    self.assertIn(more, head)
+
+    def test_a_route_in_pieces_is_live(self) -> None:
+        """Each piece of a route is on the wire before the next is asked for; when the client leaves, it is closed."""
+        go, closed = threading.Event(), threading.Event()
+
+        def pieces(request: Request) -> Iterator[bytes]:
+            try:
+                yield b"one"
+                go.wait(WAIT)
+                while True:
+                    yield b"more"
+            finally:
+                closed.set()
+
+        with FakeOpenAI(routes={"GET /x": pieces}) as server:
+            with Wire(server) as wire:
+                wire.send(http_bytes(None, "/x", "GET")).until(b"one")
+                go.set()
+                wire.until(b"more")
+            self.assertTrue(closed.wait(WAIT))
+
+    def test_a_route_that_fails_late(self) -> None:
+        """A route that raises after its first piece is cut, not ended, and is an error to the test."""
+
+        def pieces(request: Request) -> Iterator[bytes]:
+            yield b"one"
+            raise ValueError("no more")
+
+        with FakeOpenAI(routes={"GET /x": pieces}) as server, Wire(server) as wire:
+            body = wire.send(http_bytes(None, "/x", "GET")).rest()
+            self.assertTrue(body.endswith(b"one\r\n"), body)
+            self.assertEqual([str(error) for error in server.errors], ["no more"])
+            server.errors.clear()
+
+    def test_routes_take_their_time(self) -> None:
+        """`ttft` holds for routes, too."""
+        with FakeOpenAI(routes={"GET /x": lambda request: b"x"}, ttft=0.05) as server:
+            began = time.monotonic()
+            self.assertEqual(get(server, "/x").body, b"x")
+            self.assertGreaterEqual(time.monotonic() - began, 0.05)
+
+    def test_form(self) -> None:
+        """A multipart body is read as its fields: texts, and files with their names and bytes as they are."""
+        boundary = "x--y"
+        data = bytes(range(256)) + b"\r\n--x\r\n\r\n"
+        fields = [
+            ('name="purpose"', "bätch".encode()),
+            ('name="file"; filename="a b.png"\r\nContent-Type: image/png', data),
+            ('name="tag[]"', b"1"),
+            ('filename="c"; name="tag[]"', b""),
+        ]
+        body = b"".join(
+            f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode() + content + b"\r\n"
+            for head, content in fields
+        )
+        expected = {"purpose": ["bätch"], "file": [("a b.png", data)], "tag[]": ["1", ("c", b"")]}
+        for name, kind, form in (
+            ("quoted", f'multipart/form-data; charset=utf-8; boundary="{boundary}"', expected),
+            ("bare", f"Multipart/Form-Data; boundary={boundary}", expected),
+            ("JSON", "application/json", {}),
+        ):
+            with self.subTest(name=name):
+                request = Request(
+                    "", "POST", "/files", "", {"content-type": kind}, body + f"--{boundary}--\r\n".encode()
+                )
+                self.assertEqual(request.form, form)
+
+    def test_delete_models(self) -> None:
+        """A model that is listed, or fine-tuned, is deleted, and then is unknown as others are."""
+        with FakeOpenAI(models=["m", "n"]) as server:
+            for id in ("m", "ft:gpt-4o-mini:acme::x"):
+                gone = {"id": id, "object": "model", "deleted": True, "owned_by": "openai-internal"}
+                self.assertEqual(get(server, "/models/" + id, "DELETE").json, gone)
+            answer = get(server, "/models/m", "DELETE")
+            self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+            self.assertEqual([each["id"] for each in get(server, "/models").json["data"]], ["n"])
+
+    def test_models_of_today(self) -> None:
+        """GET /models and `strict` know the models that real requests name."""
+        names = "gpt-5.6-terra gpt-4o-2024-11-20 gpt-5.4-nano gpt-5-codex o3-pro gpt-6-astra gpt-audio-1.5 gpt-4o"
+        with FakeOpenAI(strict=True) as server:
+            listed = {each["id"] for each in get(server, "/models").json["data"]}
+            self.assertEqual(set(names.split()) - listed, set())
+            for body in (chat(model="gpt-5.6-terra"), responses(client_metadata={"turn_id": "x"})):
+                self.assertEqual(call(server, body).status, 200)
+            self.assertEqual(call(server, {"input": "Hi", "prompt": {"id": "p"}}).status, 200)
+
     def test_failing_route(self) -> None:
         """A failing function of a route is a 500 that is not retried, and an error to the test."""
         failing: dict[str, Callable[[Request], object]] = {"raises": lambda _: 1 / 0, "not JSON": lambda _: object()}
@@ -3725,12 +4128,20 @@ class EndpointTest(unittest.TestCase):
                 FakeOpenAI(routes={name: lambda request: None})
 
     def test_unknown_route(self) -> None:
-        """What is not served is a 404 that names what is; a wrong method is a 405 that names the right ones."""
+        """What is not served is a 404 that names the nearest; a wrong method is a 405 that names the right ones."""
         with FakeOpenAI(routes={"POST /files": lambda request: None}) as server:
-            answer = get(server, "/nope", "POST", {})
-            self.assertEqual(answer.status, 404)
-            for words in ("POST /v1/nope", "POST /chat/completions", "GET /responses/{id}", "POST /files"):
-                self.assertIn(words, answer.error["message"])
+            for asked, nearest in (
+                ("POST /respones", "POST /responses"),
+                ("POST /chat/completion", "POST /chat/completions"),
+                ("POST /fils", "POST /files"),
+                ("POST /responses/cancel", "POST /responses"),  # no id: it is not the method that is wrong
+                ("GET /" + "x" * 50_000, "GET /"),
+            ):
+                with self.subTest(name=asked[:30]):
+                    answer = get(server, asked.partition(" ")[2], asked.partition(" ")[0], {})
+                    self.assertEqual(answer.status, 404)
+                    self.assertIn(asked.replace(" ", " /v1"), answer.error["message"])
+                    self.assertIn(f"nearest that is served is {nearest}", answer.error["message"])
             for method, path, allowed in (
                 ("PUT", "/models", "GET, HEAD"),
                 ("GET", "/responses", "POST"),
@@ -3753,6 +4164,200 @@ class EndpointTest(unittest.TestCase):
                     self.assertIn(f"http/1.1 {answer.status} ".encode(), head)
                     if "content-length" in answer.headers:
                         self.assertIn(f"content-length: {len(answer.body)}\r\n".encode(), head)
+
+
+class CompletionsTest(unittest.TestCase):
+    """Legacy POST /completions, from the same handler."""
+
+    def ask(self, answer: Any, **body: Any) -> Answer:
+        with FakeOpenAI(lambda request: answer, seed=1, clock=lambda: CLOCK) as server:
+            return get(server, "/completions", "POST", {"model": "davinci-002", "prompt": "Say this", **body})
+
+    def test_json(self) -> None:
+        """The body is the API's, key by key; what is no text is left out."""
+        made = self.ask(["Hello ", Reasoning("hm"), ToolCall("f", {}), "you"]).json
+        choice = {"text": "Hello you", "index": 0, "logprobs": None, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 9, "completion_tokens": made["usage"]["completion_tokens"]}
+        usage["total_tokens"] = sum(usage.values())
+        self.assertRegex(made["id"], "^cmpl-[A-Za-z0-9]{29}$")
+        expected = {"id": made["id"], "object": "text_completion", "created": CLOCK, "model": "davinci:2023-07-21-v2"}
+        expected |= {"choices": [choice], "usage": usage}
+        self.assertEqual(list(made.items()), list(expected.items()))
+        self.assertEqual(self.ask(["a", Finish("length")]).json["choices"][0]["finish_reason"], "length")
+        self.assertEqual(self.ask(ToolCall("f", {})).json["choices"][0], {**choice, "text": ""})
+        self.assertEqual(self.ask(Refusal("No.")).json["choices"][0]["text"], "No.")
+
+    def test_the_body_is_the_fold_of_the_stream(self) -> None:
+        """Texts, log probabilities, finish reasons and usage of a stream are, together, those of the body."""
+        answers: dict[str, Any] = {
+            "text": "Hello there, you",
+            "choices": [Text("a b"), Text("c", choice=1), Finish("length", choice=1)],
+            "chunks": [Chunk([ChunkChoice(delta="a")]), Chunk([ChunkChoice(delta="b", finish_reason="length")])],
+            "nothing": "",
+            "what has no place": [
+                WebSearch("q", sources=["https://a.example"]),
+                "a",
+                Item("audio", data="", transcript="b"),
+            ],
+            "annotations": Text("a", annotations=[{"type": "url_citation", "url": "u", "title": "t"}]),
+            "logprobs": Text("a b", logprobs=[{"token": token, "logprob": -0.5} for token in ("a", " b")]),
+        }
+        for (name, answer), more in itertools.product(answers.items(), ({}, {"logprobs": 2}, {"n": 2})):
+            with self.subTest(name=name, more=more):
+                whole = self.ask(answer, **more).json
+                options = {"stream": True, "stream_options": {"include_usage": True}}
+                *events, usage, done = self.ask(answer, **more, **options).events
+                self.assertEqual((done, usage["choices"], usage["usage"]), ("[DONE]", [], whole["usage"]))
+                self.assertEqual(list(usage)[3:], ["model", "usage", "choices"])
+                self.assertEqual({tuple(event) for event in events}, {(*list(usage)[:3], "choices", "model", "usage")})
+                folded: dict[int, Any] = {}
+                for [choice] in (event["choices"] for event in events):
+                    so_far = folded.setdefault(choice["index"], {**choice, "text": ""})
+                    so_far["text"] += choice["text"]
+                    so_far["finish_reason"] = choice["finish_reason"]
+                    if choice["logprobs"] and so_far["logprobs"] is not choice["logprobs"]:
+                        for key, values in choice["logprobs"].items():
+                            so_far["logprobs"][key] = so_far["logprobs"][key] + values
+                self.assertEqual(list(folded.values()), whole["choices"])
+                if more == {"logprobs": 2} and whole["choices"][0]["text"]:
+                    told = whole["choices"][0]["logprobs"]
+                    self.assertEqual(list(told), ["text_offset", "token_logprobs", "tokens", "top_logprobs"])
+                    self.assertEqual({len(each) for each in told["top_logprobs"]}, {0 if name == "logprobs" else 2})
+
+    def test_prompts(self) -> None:
+        """Each prompt is a user message and has n choices, in order; a list of integers is one prompt."""
+        for name, prompt, messages, count in (
+            ("one", "a", ["a"], 2),
+            ("two", ["a", "b"], ["a", "b"], 4),
+            ("tokens", [1, 2, 3], [[1, 2, 3]], 2),
+            ("two of tokens", [[1], [2, 3]], [[1], [2, 3]], 4),
+        ):
+            with self.subTest(name=name), FakeOpenAI(lambda request: "x y") as server:
+                made = get(server, "/completions", "POST", {"model": "davinci-002", "prompt": prompt, "n": 2}).json
+                told = [(choice["index"], choice["text"]) for choice in made["choices"]]
+                self.assertEqual(told, [(index, "x y") for index in range(count)])
+                [request] = server.requests
+                self.assertEqual([message.content for message in request.messages], messages)
+                self.assertEqual((request.api, request.prompt), ("completions", prompt))
+
+    def test_refused(self) -> None:
+        """What Completions refuses is refused in its words; what it takes, and strict too, passes."""
+        cases: list[tuple[dict[str, Any], int, str, str | None]] = [
+            ({"model": None}, 400, "you must provide a model parameter", None),
+            ({"model": "gpt-4o"}, 404, ("This is a chat model and not supported in the v1/completions endpoint. "
+             "Did you mean to use v1/chat/completions?"), "model"),
+            ({"model": "text-embedding-3-small"}, 403, "You are not allowed to sample from this model", None),
+            ({"max_tokens": -1}, 400, ("Invalid 'max_tokens': integer below minimum value. Expected a value >= 0, "
+             "but got -1 instead."), "max_tokens"),
+            ({"prompt": [1, 123456]}, 400, ("Invalid token in prompt: 123456. Minimum value is 0, maximum value is "
+             "100257 (inclusive)."), None),
+            ({"prompt": {}}, 400, ("Invalid type for 'prompt': expected one of a string or array, but got an object "
+             "instead."), "prompt"),
+        ]  # fmt: skip
+        for body, status, words, param in cases:
+            with self.subTest(name=repr(body)):
+                answer = self.ask("x", **body)
+                told = (answer.status, answer.error["message"], answer.error["param"])
+                self.assertEqual(told, (status, words, param))
+        taken = {"best_of": 1, "echo": True, "suffix": "x", "logprobs": 5, "max_tokens": 0, "stop": ["x"], "user": "u"}
+        with FakeOpenAI(strict=True) as server:
+            body = {"model": "gpt-3.5-turbo-instruct", "prompt": "x", **taken}
+            self.assertEqual(get(server, "/completions", "POST", body).status, 200)
+            self.assertEqual(get(server, "/completions", "POST", {**body, "foo": 1}).status, 400)
+
+    def test_wire_acts(self) -> None:
+        """Pace, errors and cuts are those of the other streams."""
+        self.assertEqual(self.ask(rate_limit()).status, 429)
+        events = self.ask(["a", StreamError("broken")], stream=True).events
+        self.assertEqual((events[0]["choices"][0]["text"], events[1]["error"]["message"]), ("a", "broken"))
+        began = time.monotonic()
+        self.ask(Reply("one two", ttft=0.03, itl=0.02), stream=True)
+        self.assertGreaterEqual(time.monotonic() - began, 0.05)
+
+
+class JournalTest(unittest.TestCase):
+    """What handlers ask of a request, and what became of it."""
+
+    def test_tool_results_and_turn(self) -> None:
+        """`tool_results` are the tools' messages since the last answer; `turn` counts the answers before."""
+        called = [{**call_item(), "id": "fc_1"}, call_item("fc_2", "call_b")]
+        said = {"role": "assistant", "content": "Both."}
+        outputs = [output_item(), output_item("call_b")]
+        chat_called: Any = {"role": "assistant", "tool_calls": CALLED["tool_calls"]}
+        for name, request, results, turn in (
+            ("first", asked("responses", **responses()), [], 0),
+            ("results", asked("responses", input=[USER, *called, *outputs]), ["call_a", "call_b"], 1),
+            ("a text before", asked("responses", input=[USER, said, *called, *outputs]), ["call_a", "call_b"], 1),
+            ("answered", asked("responses", input=[USER, *called, *outputs, said, USER]), [], 2),
+            ("chat", asked("chat.completions", messages=[USER, chat_called, ANSWER]), [ANSWER["tool_call_id"]], 1),
+            ("no body", Request("", "GET", "/", "", {}), [], 0),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual([result.tool_call_id for result in request.tool_results], results)
+                self.assertEqual(request.turn, turn)
+
+    def test_schema(self) -> None:
+        """`schema` is what structured output is asked for, in either API; None where none is."""
+        schema = {"type": "object", "properties": {}}
+        text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        for name, request, expected in (
+            ("responses", asked("responses", text=text), schema),
+            ("chat", asked("chat.completions", **chat(response_format=form)), schema),
+            ("text", asked("responses", text={"format": {"type": "text"}}), None),
+            ("JSON", asked("chat.completions", **chat(response_format={"type": "json_object"})), None),
+            ("odd", asked("chat.completions", response_format=7, text=[]), None),
+            ("none", asked("responses", **responses()), None),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual(request.schema, expected)
+
+    def test_tools_by_name(self) -> None:
+        """tool() finds a tool by its name, or by the end of a prefixed one; a namespace's tools are among all."""
+        inner = [{"type": "function", "name": "read"}, {"type": "function", "name": "mcp__files-write"}]
+        given = [{"type": "namespace", "name": "files", "tools": inner}, {"type": "function", "name": "x_read"}]
+        request = asked("responses", **responses(tools=given))
+        self.assertEqual([tool.name for tool in request.tools], ["files", "read", "mcp__files-write", "x_read"])
+        for name, found in (
+            ("read", "read"), ("write", "mcp__files-write"), ("files-write", "mcp__files-write"), ("rite", None),
+            ("x_read", "x_read"), ("", None), ("(", None),
+        ):  # fmt: skip
+            with self.subTest(name=name):
+                tool = request.tool(name)
+                self.assertEqual(tool and tool.name, found)
+
+    def test_what_became_of_it(self) -> None:
+        """`status` and `answer` tell what a request got, as long as it is kept, in each API and in the background."""
+        said = [Text("Hello"), ToolCall("f", {"a": 1}, id="call_1")]
+        with FakeOpenAI(lambda request: rate_limit() if request.text == "no" else said) as server:
+            call(server, chat())
+            call(server, responses(stream=True))
+            get(server, "/completions", "POST", {"model": "davinci-002", "prompt": "x"})
+            get(server, in_background(server) + "?stream=true")
+            call(server, chat("no"))
+            call(server, chat(n=0))
+            for _ in range(20):
+                get(server, "/models")
+            told = [(request.status, request.answer) for request in server.requests[:7]]
+            self.assertTrue(all(request._encoder is None for request in server.requests[:7]))
+        self.assertEqual(told[:3], [(200, said), (200, said), (200, said[:1])])  # Completions has no calls
+        self.assertEqual([answer for _, answer in told[3:5]], [said, []])  # the background's, and who followed it
+        self.assertEqual(told[5:], [(429, []), (400, [])])
+
+    def test_side_requests(self) -> None:
+        """A Script answers the requests that it is for, in order; all others get `otherwise`, and use nothing up."""
+        title: Callable[[Request], bool] = lambda request: "title" not in request.text  # noqa: E731
+        shouting: Callable[[Request], str] = lambda request: request.text.upper()  # noqa: E731
+        answers: tuple[tuple[Any, str], ...] = (("A title", "A title"), (shouting, "A TITLE?"))
+        for otherwise, expected in answers:
+            with FakeOpenAI(Script("one", "two", when=title, otherwise=otherwise)) as server:
+                texts = [text_in("responses", call(server, responses(text)).json)
+                         for text in ("a", "a title?", "b", "a title?")]  # fmt: skip
+                self.assertEqual(texts, ["one", expected, "two", expected])
+        halves: tuple[dict[str, Any], ...] = ({"when": title}, {"otherwise": "x"})
+        for half in halves:
+            with self.assertRaisesRegex(TypeError, "together"):
+                Script("x", **half)
 
 
 class KeyTest(unittest.TestCase):
@@ -3958,7 +4563,8 @@ class OfficialStateTest(unittest.TestCase):
         ask = [{"role": "user", "content": "Hi"}]
         made = client.chat.completions.create(model="gpt-4o", messages=ask, store=True)
         self.assertEqual([each.id for each in client.chat.completions.list(model="gpt-4o")], [made.id])
-        self.assertEqual(client.chat.completions.retrieve(made.id).choices, made.choices)
+        stored = client.chat.completions.retrieve(made.id).choices[0].message
+        self.assertEqual((stored.role, stored.content), ("assistant", "Hi"))
         self.assertEqual([each.content for each in client.chat.completions.messages.list(made.id)], ["Hi"])
         self.assertEqual(client.chat.completions.update(made.id, metadata={"a": "1"}).metadata, {"a": "1"})
         self.assertTrue(client.chat.completions.delete(made.id).deleted)
@@ -3966,7 +4572,40 @@ class OfficialStateTest(unittest.TestCase):
         client.responses.create(model="gpt-4o", input="And?", conversation=conversation.id)
         items = client.conversations.items.list(conversation.id, order="asc")
         self.assertEqual([item.content[0].text for item in items], ["Hi", "And?", "And?"])
+        [item] = client.conversations.items.create(conversation.id, items=ask).data
+        self.assertEqual(client.conversations.items.retrieve(item.id, conversation_id=conversation.id), item)
+        client.conversations.items.delete(item.id, conversation_id=conversation.id)
+        self.assertEqual(len(list(client.conversations.items.list(conversation.id))), 3)
         self.assertTrue(client.conversations.delete(conversation.id).deleted)
+        kinds = [item.type for item in client.responses.compact(model="gpt-4o", input="Hi").output]
+        self.assertEqual(kinds, ["message", "compaction"])
+
+    def test_completions(self) -> None:
+        """The official client reads legacy completions, whole and streamed."""
+        client = self.client(lambda request: "One two")
+        ask = {"model": "gpt-3.5-turbo-instruct", "prompt": ["a", "b"]}
+        self.assertEqual([each.text for each in client.completions.create(**ask).choices], ["One two"] * 2)
+        texts = ["", ""]
+        for chunk in client.completions.create(**ask, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        self.assertEqual(texts, ["One two"] * 2)
+
+    def test_files_and_speech(self) -> None:
+        """The official client's uploads are read as a form, and its speech is streamed, by routes of one's own."""
+
+        def upload(request: Request) -> dict[str, Any]:
+            [(name, data)], [purpose] = request.form["file"], request.form["purpose"]
+            return {"id": "file-1", "object": "file", "filename": name, "bytes": len(data), "purpose": purpose}
+
+        def speak(request: Request) -> Any:
+            return 200, {"content-type": "audio/mpeg"}, iter([b"RI", b"FF"])
+
+        client = self.client(echo, routes={"POST /files": upload, "POST /audio/speech": speak})
+        made = client.files.create(file=("a.bin", bytes(range(256))), purpose="batch")
+        self.assertEqual((made.filename, made.bytes, made.purpose), ("a.bin", 256, "batch"))
+        with client.audio.speech.with_streaming_response.create(model="m", voice="v", input="x") as speech:
+            self.assertEqual((speech.headers["content-type"], speech.read()), ("audio/mpeg", b"RIFF"))
 
     def test_small_endpoints(self) -> None:
         """The official client reads models, embeddings, moderations, a route of one's own, and a wrong key's 401."""
@@ -6991,10 +7630,7 @@ class ReadmeTablesTest(unittest.TestCase):
 
     def test_endpoints(self) -> None:
         """The table of endpoints has the routes of the module."""
-        with FakeOpenAI() as server:
-            words = get(server, "/nope").error["message"]
-        served = re.findall(r"[A-Z]+ /\S*?(?=[,.](?: |$))", words.partition(" Served")[2])
-        self.assertCountEqual([row[0] for row in table("Endpoints")], served)
+        self.assertCountEqual([row[0] for row in table("Endpoints")], _ENDPOINTS)
 
     def test_options(self) -> None:
         """The table of options has FakeOpenAI's keywords in their order, and their defaults."""
