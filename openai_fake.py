@@ -2937,10 +2937,7 @@ def _read_delta(choice: _JSON, parts: list[_Part], audio: _JSON, path: str) -> N
             logprobs = _dict(choice.get("logprobs")).get(key) or None
             parts.append(say(text, choice=index, logprobs=logprobs))
     if delta.get("annotations"):
-        last = max((at for at, part in enumerate(parts) if isinstance(part, Text)), default=-1)
-        if last < 0:
-            raise ValueError(f"{path}.annotations come before any text")
-        parts[last] = replace(cast(Text, parts[last]), annotations=delta["annotations"])
+        _read_annotations(_list(delta["annotations"]), index, parts, path)
     for key, value in _dict(delta.get("audio")).items():
         audio[key] = audio[key] + value if key in ("data", "transcript") and key in audio else value
     calls = _list(delta.get("tool_calls"))
@@ -2955,6 +2952,28 @@ def _read_delta(choice: _JSON, parts: list[_Part], audio: _JSON, path: str) -> N
         parts.append(make(name, text, id=call.get("id"), choice=index))
     if choice.get("finish_reason"):
         parts.append(Finish(choice["finish_reason"], choice=index))
+
+
+def _read_annotations(annotations: list[Any], choice: int, parts: list[_Part], path: str) -> None:
+    """Gives annotations to the texts in which they stand: their places are in all that the choice has said."""
+    texts: list[tuple[int, int]] = []  # of each text: where it begins, and the position of its last fragment
+    length, goes_on = 0, False
+    for at, part in enumerate(parts):
+        if isinstance(part, Text) and part.choice == choice:
+            texts = [*texts[:-1], (texts[-1][0], at)] if goes_on else [*texts, (length, at)]
+            length += len(part.text)
+        if isinstance(part, _Spoken) and part.choice == choice:
+            goes_on = isinstance(part, Text)
+    for annotation in map(_annotation, map(_dict, annotations)):
+        begin = annotation.get("start_index", 0)
+        base, at = max((text for text in texts if text[0] <= begin), default=(0, -1))
+        if at < 0:
+            raise ValueError(f"{path}.annotations come before any text")
+        moved = {
+            key: value - base if key in ("start_index", "end_index") else value for key, value in annotation.items()
+        }
+        text = cast(Text, parts[at])
+        parts[at] = replace(text, annotations=(*text.annotations, moved))
 
 
 def _recorded_error(error: Any, event: bool) -> StreamError:
