@@ -4597,6 +4597,10 @@ _TEXT, _BINARY, _CLOSE, _PING, _PONG = 1, 2, 8, 9, 10  # opcodes; 0 goes on with
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 _MAX_ACTIVE = 16  # responses that a connection makes at the same time; more wait (S)
 _MAX_LANES = 32  # names of lanes that a connection may use (S)
+_STUBS = {  # of what a client answers to a call (S)
+    "function_call": ("function_call_output", "call_id", "name"),
+    "custom_tool_call": ("custom_tool_call_output", "call_id"),
+}
 _LANE_FAULT = "Invalid 'stream_id': expected 1 to 256 characters of A to Z, a to z, 0 to 9, '_', '.' and '-'."
 _LANES_FAULT = f"A connection may use {_MAX_LANES} distinct stream_ids."
 _TIME_FAULT = (  # S
@@ -4701,6 +4705,7 @@ class _LaneTurn:
     """A response that a lane is to make, makes, or has made, which its connection remembers."""
 
     encoder: _ResponsesEncoder
+    ended = False
 
     def __init__(self, lane: Any, request: Request, warms: bool = False, fault: APIError | None = None) -> None:
         self.lane = lane  # None has no name
@@ -4708,10 +4713,16 @@ class _LaneTurn:
         self.warms = warms  # makes nothing, but can be gone on with
         self.fault = fault
         self.items: list[Any] = []  # all that came before
+        self.steers: dict[str, list[Any]] = {}  # input that waits for the end, by the id of its steering
 
     def conversation(self) -> list[Any]:
         """All items, up to the end of this response."""
         return [*self.items, *self.encoder.output()]
+
+    def steered(self) -> list[Any]:
+        """The input that has waited."""
+        steers, self.steers = self.steers, {}
+        return [item for items in steers.values() for item in items]
 
     def routed(self, event: _Event) -> str:
         """An event as JSON, with the name of its lane."""
@@ -4763,7 +4774,7 @@ class _WebSocket:
         self.accept = accept
         self.turns: dict[str, _LaneTurn] = {}  # by id, stored or not; each access is one operation
         self.sending = threading.Lock()  # guards the writing side: frames go out whole
-        self.lock = threading.Lock()  # guards the fields below
+        self.lock = threading.Lock()  # guards the fields below, and `ended` and `steers` of turns
         self.lanes: dict[str | None, deque[_LaneTurn]] = {}  # what waits in each; who was last served is last
         self.busy: set[str | None] = set()  # lanes that are being served
 
@@ -4830,15 +4841,19 @@ class _WebSocket:
                 if opcode == _BINARY:
                     raise _bad_request("Expected JSON in a text message, but got a binary message.", None)
                 event = Request("responses", "", "", "", {}, data)._parse()
-                if event.get("type") != "response.create":
-                    raise _unsupported("type", str(event.get("type")), ["response.create"])
-                self._create(event)
+                kinds = {"response.create": self._create, "response.steer": self._steer}
+                if event.get("type") not in [*kinds]:
+                    raise _unsupported("type", str(event.get("type")), kinds)
+                kinds[event["type"]](event)
             except APIError as error:
                 self._refuse(error)
 
     def _create(self, event: _JSON) -> None:
         lane, generate, _ = (event.pop(name, None) for name in ("stream_id", "generate", "type"))
         with self.lock:
+            parent = self.turns.get(_string(event.get("previous_response_id")))
+            if parent is not None and parent.ended and parent.lane == lane and parent.steers:
+                event["input"] = [*parent.steered(), *_input_items(event.get("input"))]
             turn = _LaneTurn(lane, self._request(event), generate is False, self._lane_fault(lane))
             if turn.fault is None:
                 self.lanes.setdefault(lane, deque()).append(turn)
@@ -4850,6 +4865,51 @@ class _WebSocket:
                 self.connection.server.run(lambda: self._work(ready))
             except RuntimeError:
                 raise _Closing(1011, "The server has no more threads.") from None
+
+    def _steer(self, event: _JSON) -> None:
+        id, given = _string(event.get("previous_response_id")), event.get("input")
+        items, turn = [_dict(item) for item in _input_items(given)], self.turns.get(id)
+        by_user = [_item_type(item) == "message" and item.get("role") == "user" for item in items]
+        with self.lock:
+            for wrong, code, message in (
+                (turn is None, "response_not_found", f"Response with id '{id}' not found on this connection."),
+                (not items or not all(by_user), "invalid_input", "Expected input of text, or of messages by the user."),
+                (turn and turn.ended, "response_already_completed", f"The response '{id}' has ended."),
+                (turn and turn.encoder.base.get("conversation"), "steering_not_supported", "It is of a conversation."),
+            ):
+                if wrong:
+                    error = {"code": code, "message": message, "type": "invalid_request_error"}
+                    self._tell_steer("failed", turn, {"input": given, "previous_response_id": id}, error=error)
+                    return
+            steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
+            self._tell_steer("accepted", turn, steer)
+            cast(_LaneTurn, turn).steers[steer["id"]] = items
+
+    def _successor(self, turn: _LaneTurn) -> _LaneTurn | None:
+        """What steering makes of a response that has ended. Needs the lock."""
+        turn.ended = True
+        if not turn.steers:
+            return None
+        encoder, failed = turn.encoder, turn.encoder.status not in ("completed", "incomplete")
+        calls = [item for item in encoder.output() if item["type"] in _STUBS]
+        if not failed and not calls:
+            body = {**encoder.asked, "input": turn.steered(), "previous_response_id": encoder.id}
+            return _LaneTurn(turn.lane, self._request(body))
+        error = {"code": "response_not_active", "message": "The response failed.", "type": "invalid_request_error"}
+        kinds = [(call, *_STUBS[call["type"]]) for call in calls]
+        stubs = [{"type": kind, **{key: call[key] for key in keys}} for call, kind, *keys in kinds]
+        for id, items in turn.steers.items():
+            steer = {"id": id, "previous_response_id": encoder.id}
+            if failed:
+                self._tell_steer("failed", turn, {**steer, "input": items}, error=error)
+            else:
+                told = {"reason": "waiting_for_required_input", "required_input": stubs}
+                self._tell_steer("pending", turn, steer, **told)
+        return None
+
+    def _tell_steer(self, kind: str, turn: _LaneTurn | None, steer: _JSON, **fields: Any) -> None:
+        number = 0 if turn is None else turn.encoder.number
+        self._tell({"type": f"response.steer.{kind}", **fields, "sequence_number": number, "steer": steer}, turn)
 
     def _request(self, body: _JSON) -> Request:
         """The request that has come with this body, as if it were that of a POST for a stream."""
@@ -4880,8 +4940,10 @@ class _WebSocket:
         while turn is not None:
             self._respond(turn)
             with self.lock:
-                self.busy.discard(turn.lane)
-                turn = self._next()
+                successor = self._successor(turn)
+                if successor is None:
+                    self.busy.discard(turn.lane)
+                turn = successor or self._next()
 
     def _respond(self, turn: _LaneTurn) -> None:
         fake, request, began = self.fake, turn.request, time.perf_counter()
@@ -4925,10 +4987,14 @@ class _WebSocket:
         told = error._error()
         if error.headers:
             told["headers"] = error.headers
-        turn = turn or _LaneTurn(None, Request("", "", "", "", {}))
-        turn.request._status, turn.request._outcome = error.status, error.message
+        if turn is not None:
+            turn.request._status, turn.request._outcome = error.status, error.message
+        self._tell({"type": "error", "status": error.status, "error": told}, turn)
+
+    def _tell(self, event: _JSON, turn: _LaneTurn | None) -> None:
+        """Sends an event of the connection's own, if the client is still there."""
         with suppress(_Gone):
-            self.push(_frame(_TEXT, _utf8(turn.routed({"type": "error", "status": error.status, "error": told}))))
+            self.push(_frame(_TEXT, _utf8(_dumps(event) if turn is None else turn.routed(event))))
 
 
 # ---- HTTP: connections and the server --------------------------------------------------------------------------------
