@@ -4597,10 +4597,7 @@ _TEXT, _BINARY, _CLOSE, _PING, _PONG = 1, 2, 8, 9, 10  # opcodes; 0 goes on with
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 _MAX_ACTIVE = 16  # responses that a connection makes at the same time; more wait (S)
 _MAX_LANES = 32  # names of lanes that a connection may use (S)
-_STUBS = {  # of what a client answers to a call (S)
-    "function_call": ("function_call_output", "call_id", "name"),
-    "custom_tool_call": ("custom_tool_call_output", "call_id"),
-}
+_STUBS = {"function_call": ("call_id", "name"), "custom_tool_call": ("call_id",)}  # what names the output of a call (S)
 _LANE_FAULT = "Invalid 'stream_id': expected 1 to 256 characters of A to Z, a to z, 0 to 9, '_', '.' and '-'."
 _LANES_FAULT = f"A connection may use {_MAX_LANES} distinct stream_ids."
 _TIME_FAULT = (  # S
@@ -4896,8 +4893,9 @@ class _WebSocket:
             body = {**encoder.asked, "input": turn.steered(), "previous_response_id": encoder.id}
             return _LaneTurn(turn.lane, self._request(body))
         error = {"code": "response_not_active", "message": "The response failed.", "type": "invalid_request_error"}
-        kinds = [(call, *_STUBS[call["type"]]) for call in calls]
-        stubs = [{"type": kind, **{key: call[key] for key in keys}} for call, kind, *keys in kinds]
+        stubs = [
+            {"type": f"{call['type']}_output", **{key: call[key] for key in _STUBS[call["type"]]}} for call in calls
+        ]
         for id, items in turn.steers.items():
             steer = {"id": id, "previous_response_id": encoder.id}
             if failed:
