@@ -4987,6 +4987,7 @@ class _WebSocket:
             told["headers"] = error.headers
         if turn is not None:
             turn.request._status, turn.request._outcome = error.status, error.message
+            self.fake._depart(turn.request)
         self._tell({"type": "error", "status": error.status, "error": told}, turn)
 
     def _tell(self, event: _JSON, turn: _LaneTurn | None) -> None:
