@@ -4600,9 +4600,7 @@ _MAX_LANES = 32  # names of lanes that a connection may use (S)
 _STUBS = {"function_call": ("call_id", "name"), "custom_tool_call": ("call_id",)}  # what names the output of a call (S)
 _LANE_FAULT = "Invalid 'stream_id': expected 1 to 256 characters of A to Z, a to z, 0 to 9, '_', '.' and '-'."
 _LANES_FAULT = f"A connection may use {_MAX_LANES} distinct stream_ids."
-_TIME_FAULT = (  # S
-    "Responses websocket connection limit reached (60 minutes). Create a new websocket connection to continue."
-)
+_TOO_OLD = "Responses websocket connection limit reached (60 minutes). Create a new websocket connection to continue."
 
 
 def _frame(opcode: int, data: bytes) -> bytes:
@@ -4610,9 +4608,8 @@ def _frame(opcode: int, data: bytes) -> bytes:
     size = len(data)
     if size < 126:
         return bytes((128 | opcode, size)) + data
-    return (
-        struct.pack(*("!BBH", 128 | opcode, 126, size) if size < 1 << 16 else ("!BBQ", 128 | opcode, 127, size)) + data
-    )
+    long = size >= 1 << 16
+    return struct.pack("!BBQ" if long else "!BBH", 128 | opcode, 126 + long, size) + data
 
 
 class _Closing(Exception):
@@ -4786,7 +4783,7 @@ class _WebSocket:
         except _Closing as closing:
             last = closing.frame
         except (_Gone, EOFError, OSError):
-            if connection.state < _State.CLOSING:
+            if connection.state not in (_State.CLOSING, _State.RESETTING):  # which a Disconnect made it
                 connection.state = _State.GONE
                 with suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)  # ends a write that is blocked
@@ -4824,8 +4821,10 @@ class _WebSocket:
             connection.inbox.data += data
             connection.inbox.ended = not data
             if not data and time.monotonic() >= connection.until:
-                connection.until = connection.deadline = math.inf
-                self._refuse(_bad_request(_TIME_FAULT, None, "websocket_connection_limit_reached"))
+                connection.until = math.inf
+                if connection.deadline <= time.monotonic():  # else it is that of a write that is blocked
+                    connection.deadline = math.inf
+                self._refuse(_bad_request(_TOO_OLD, None, "websocket_connection_limit_reached"))
                 raise _Closing(1000)
 
     def _take(self, opcode: int, data: bytes) -> None:
@@ -4854,10 +4853,10 @@ class _WebSocket:
             turn = _LaneTurn(lane, self._request(event), generate is False, self._lane_fault(lane))
             if turn.fault is None:
                 self.lanes.setdefault(lane, deque()).append(turn)
-            ready = self._next()
+            ready = None if turn.fault is not None else self._next()
         if turn.fault is not None:
             self._respond(turn)
-        elif ready is not None:
+        if ready is not None:
             try:
                 self.connection.server.run(lambda: self._work(ready))
             except RuntimeError:
@@ -4885,7 +4884,7 @@ class _WebSocket:
     def _successor(self, turn: _LaneTurn) -> _LaneTurn | None:
         """What steering makes of a response that has ended. Needs the lock."""
         turn.ended = True
-        if not turn.steers:
+        if not turn.steers or self.connection.gone:
             return None
         encoder, failed = turn.encoder, turn.encoder.status not in ("completed", "incomplete")
         calls = [item for item in encoder.output() if item["type"] in _STUBS]
@@ -4894,7 +4893,7 @@ class _WebSocket:
             return _LaneTurn(turn.lane, self._request(body))
         error = {"code": "response_not_active", "message": "The response failed.", "type": "invalid_request_error"}
         stubs = [
-            {"type": f"{call['type']}_output", **{key: call[key] for key in _STUBS[call["type"]]}} for call in calls
+            {"type": call["type"] + "_output"} | {key: call[key] for key in _STUBS[call["type"]]} for call in calls
         ]
         for id, items in turn.steers.items():
             steer = {"id": id, "previous_response_id": encoder.id}
@@ -4903,6 +4902,7 @@ class _WebSocket:
             else:
                 told = {"reason": "waiting_for_required_input", "required_input": stubs}
                 self._tell_steer("pending", turn, steer, **told)
+        turn.steers = {} if failed else turn.steers
         return None
 
     def _tell_steer(self, kind: str, turn: _LaneTurn | None, steer: _JSON, **fields: Any) -> None:
@@ -4959,9 +4959,7 @@ class _WebSocket:
             if turn.fault is not None:
                 raise turn.fault
             if request.body.get("background") is True:
-                raise _bad_request(
-                    "'background' is not supported over WebSocket.", "background", "unsupported_parameter"
-                )
+                raise _bad_request("Not supported over WebSocket: 'background'.", "background", "unsupported_parameter")
             delivery: _Delivery = _create_response(fake, request)
             if turn.warms:
                 delivery.handler = lambda request: Usage(_estimate(request._items), 0)
