@@ -4769,7 +4769,7 @@ class _WebSocket:
         self.turns: dict[str, _LaneTurn] = {}  # by id, stored or not; each access is one operation
         self.sending = threading.Lock()  # guards the writing side: frames go out whole
         self.lock = threading.Lock()  # guards the fields below, and `ended` and `steers` of turns
-        self.lanes: dict[str | None, deque[_LaneTurn]] = {}  # what waits in each; who was last served is last
+        self.lanes: dict[str | None, deque[_LaneTurn]] = {}  # what waits in each
         self.busy: set[str | None] = set()  # lanes that are being served
 
     def send(self, connection: _Connection) -> None:
@@ -4929,7 +4929,6 @@ class _WebSocket:
         for lane, waiting in self.lanes.items():
             if waiting and lane not in self.busy and len(self.busy) < _MAX_ACTIVE:
                 self.busy.add(lane)
-                self.lanes[lane] = self.lanes.pop(lane)
                 return waiting.popleft()
         return None
 

@@ -5759,6 +5759,8 @@ class WebSocketTest(LeakTest):
         def handler(request: Request) -> Any:
             if request.text == "limit":
                 return rate_limit()
+            if request.text == "generator":
+                return (1 // len(part) for part in [""])
             raise ValueError("oops")
 
         create: dict[str, Any] = {"type": "response.create", **responses()}
@@ -5793,6 +5795,7 @@ class WebSocketTest(LeakTest):
                     ),
                     ("limit", {**create, "input": "limit"}, 429, "rate_limit_exceeded", None),
                     ("handler", {**create, "stream_id": "a" * 256}, 500, None, None),
+                    ("generator, before it says anything", {**create, "input": "generator"}, 500, None, None),
                 )
             },
         }
@@ -5806,7 +5809,7 @@ class WebSocketTest(LeakTest):
                     self.assertEqual(set(event["error"]) - {"headers"}, {"type", "code", "message", "param"})
                     if name == "limit":
                         self.assertEqual(event["error"]["headers"]["retry-after-ms"], "20")
-            self.assertEqual(len(server.errors), 1)
+            self.assertEqual(len(server.errors), 2)
 
     def test_a_fault_in_the_middle_ends_its_response_only(self) -> None:
         """A handler that raises late fails its response in the API's way; other lanes, and the connection, go on."""
@@ -5918,7 +5921,9 @@ class WebSocketTest(LeakTest):
         with FakeOpenAI() as server, Socket(server) as sock:
             sock.create().events()
             for number in range(32):
-                sock.create(stream_id=str(number)).events(str(number))
+                self.assertEqual(
+                    sock.create(stream_id=str(number)).events(str(number))[-1]["type"], "response.completed"
+                )
             event = sock.create(stream_id="more").event()
             self.assertEqual((event["error"]["code"], event["stream_id"]), ("websocket_stream_limit_reached", "more"))
             self.assertEqual(sock.create(stream_id="0").events("0")[-1]["type"], "response.completed")
@@ -6105,6 +6110,51 @@ class WebSocketTest(LeakTest):
             self.assertLess(time.monotonic() - began, STOPPED)
             self.assertTrue(ended.is_set())
 
+    def test_leaving_is_noticed_in_a_blocked_write(self) -> None:
+        """Who closes, and does not read, has left as well."""
+        for name, act in (("RST", reset), ("half a FIN", lambda sock: sock.shutdown(socket.SHUT_WR))):
+            ended, begun = threading.Event(), threading.Event()
+
+            def handler(request: Request, ended: threading.Event = ended, begun: threading.Event = begun) -> Any:
+                if request.text == "endless":
+                    return endless(ended)
+                begun.set()
+                return "Hi"
+
+            with self.subTest(name=name), FakeOpenAI(handler) as server, Socket(server) as sock:
+                sock.create("endless").create("other", stream_id="b")
+                self.assertTrue(begun.wait(WAIT))
+                act(sock.sock)
+                self.assertTrue(ended.wait(NOTICED))
+
+    def test_nothing_follows_a_close(self) -> None:
+        """A Close comes whole between the messages of a stream, is the last frame, and reaches who is still sending."""
+        for name, data, code in (
+            ("closes", client_frame(CLOSE_FRAME, b"\x03\xe8"), 1000),
+            ("breaks the protocol", client_frame(3) + b"x" * 5_000_000, 1002),
+        ):
+            ended = threading.Event()
+            with self.subTest(name=name), FakeOpenAI(always(endless(ended))) as server, Socket(server) as sock:
+                sock.create()
+                server.wait_for_requests(1, WAIT)
+                sender = threading.Thread(target=lambda: sock.sock.sendall(data))  # noqa: B023
+                sender.start()
+                while (frame := sock.frame())[0] == TEXT_FRAME:
+                    pass
+                self.assertEqual((frame[0], frame[1][:2], sock.rest()), (CLOSE_FRAME, code.to_bytes(2, "big"), b""))
+                sender.join(WAIT)
+                self.assertTrue(ended.wait(WAIT))
+
+    def test_a_disconnect_of_a_stream_is_on_the_wire(self) -> None:
+        """As in a stream over HTTP: the test's Stream was sent whole."""
+        stream = Stream()
+        with FakeOpenAI(always(stream)) as server, Socket(server) as sock:
+            sock.create()
+            stream.send("a", Disconnect())
+            stream.close()
+            sock.rest()
+            self.assertEqual((stream.flush(WAIT), stream.disconnected), (True, False))
+
     def test_a_blocked_write_is_given_up(self) -> None:
         """A write that makes no progress for too long ends the connection."""
         ended = threading.Event()
@@ -6127,11 +6177,14 @@ class WebSocketTest(LeakTest):
 
     def test_the_time_of_a_connection_is_limited(self) -> None:
         """After 60 minutes a connection is told to connect again, and closed; until then it may be idle."""
-        with FakeOpenAI() as server:
+        with FakeOpenAI(always(["Hi", Raw(b"x" * 8_000_000)])) as server:  # more than fits into the buffers
             server._running().sweep = 0.02
             server._running().limits[openai_fake._State.IDLE] = 0.01
-            server._running().limits[openai_fake._State.WEBSOCKET] = 0.2
+            server._running().limits[openai_fake._State.WEBSOCKET] = 0.5
             with Socket(server) as sock:
+                sock.create()
+                while b'"response.completed"' not in sock.frame()[1]:
+                    pass
                 event = sock.event()
                 self.assertEqual((event["status"], event["error"]["code"]), (400, "websocket_connection_limit_reached"))
                 self.assertEqual(sock.closed(), (1000, b""))
