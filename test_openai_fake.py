@@ -6116,13 +6116,14 @@ class WebSocketTest(LeakTest):
         for name, act in (("RST", reset), ("half a FIN", lambda sock: sock.shutdown(socket.SHUT_WR))):
             ended = threading.Event()
             with self.subTest(name=name), FakeOpenAI(always(endless(ended))) as server, Socket(server) as sock:
+                sock.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # which then does not grow by itself
                 sock.create()
                 [connection] = server._running().connections
-                deadlines: deque[float] = deque(maxlen=20)  # that of a write moves with each piece that goes out
+                deadlines: deque[float] = deque(maxlen=50)  # that of a write moves with each piece that goes out
 
                 def blocked(connection: Any = connection, deadlines: deque[float] = deadlines) -> bool:
                     deadlines.append(connection.deadline)
-                    return len(deadlines) == 20 and {*deadlines} == {connection.deadline} != {connection.until}
+                    return len(deadlines) == 50 and {*deadlines} == {connection.deadline} != {connection.until}
 
                 self.eventually(blocked, "blocked")
                 act(sock.sock)
