@@ -19,7 +19,7 @@ The way of an answer, which the file follows from top to bottom:
 - `Request`: what the client sent. `_check_request` refuses what the API refuses.
 - A part (`Text`, `ToolCall`, `Pause`, ...): a piece of what the model says, or a thing that happens on the wire.
 - An encoder, one per API: folds parts into items, and tells the events that say them. It does no I/O.
-- A sink: where the events go (a stream, a JSON body, the log of a response in the background).
+- A sink: where the events go (a stream, a JSON body, a WebSocket, the log of a response in the background).
 - `_Answer`: calls the handler and carries its parts through an encoder into a sink, waiting where parts want time.
 - An endpoint: one function per route; it returns JSON, or what sends itself, as an `_Answer` does.
 - `_Connection`: the bytes of one socket. `_Server`: the listener, and the threads. `FakeOpenAI`: the test's view.
@@ -3780,7 +3780,7 @@ class _Replay:
 
 # ---- Endpoints -------------------------------------------------------------------------------------------------------
 # An endpoint takes the server, the request and the values of its path. It returns JSON, or what sends itself on the
-# connection: an _HTTPResponse, a _Delivery, a _Replay.
+# connection: an _HTTPResponse, a _Delivery, a _Replay, a _WebSocket.
 
 _Endpoint: TypeAlias = "Callable[..., Any]"
 _ENDPOINTS: dict[str, _Endpoint] = {}
