@@ -19,7 +19,7 @@ The way of an answer, which the file follows from top to bottom:
 - `Request`: what the client sent. `_check_request` refuses what the API refuses.
 - A part (`Text`, `ToolCall`, `Pause`, ...): a piece of what the model says, or a thing that happens on the wire.
 - An encoder, one per API: folds parts into items, and tells the events that say them. It does no I/O.
-- A sink: where the events go (a stream, a JSON body, the log of a response in the background).
+- A sink: where the events go (a stream, a JSON body, a WebSocket, the log of a response in the background).
 - `_Answer`: calls the handler and carries its parts through an encoder into a sink, waiting where parts want time.
 - An endpoint: one function per route; it returns JSON, or what sends itself, as an `_Answer` does.
 - `_Connection`: the bytes of one socket. `_Server`: the listener, and the threads. `FakeOpenAI`: the test's view.
@@ -491,7 +491,8 @@ class Request:
 
     `api` is "chat.completions", "responses", "completions", or "" for other endpoints. `body` is the JSON, decoded;
     `raw_body` the bytes (after Content-Encoding); `method`, `path`, `query` and `headers` (by name in any case) are the
-    HTTP request's. A Request is kept in `server.requests` after its answer.
+    HTTP request's. A Request is kept in `server.requests` after its answer. Each create on a WebSocket is one, with the
+    body of the same POST.
     """
 
     __slots__ = (
@@ -503,6 +504,7 @@ class Request:
         "_gone",
         "_messages",
         "_outcome",
+        "_remembered",
         "_said",
         "_seconds",
         "_status",
@@ -528,6 +530,7 @@ class Request:
         self._messages: list[Message] | None = None
         self._conversation: list[Any] | None = None  # Responses: stored turns and input, where they are not the input
         self._connection: _Connection | None = None
+        self._remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
         self._gone = False
         # What became of it, for the transcript and the command line.
         self._status = 0  # 0: cut before any reply
@@ -567,6 +570,7 @@ class Request:
         if self._connection is not None:
             self._gone = self._connection.state is _State.GONE
         self._body = self._messages = self._connection = None
+        self._remembered = {}
 
     @property
     def model(self) -> str:
@@ -4440,17 +4444,23 @@ def _sse(event: _Event) -> str:
     return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
 
 
-def _frames(events: Iterable[_Event], chunked: bool) -> Iterator[bytes]:
-    """Events as the bytes of server-sent events, each in an HTTP chunk of its own; those of deltas some at a time."""
+def _texts(events: Iterable[_Event], render: Callable[[_Event], str] = _sse) -> Iterator[list[str]]:
+    """The text of each event, as server-sent events unless said otherwise; those of deltas some at a time."""
     for event in events:
-        for frames in event.frames(_sse) if isinstance(event, _Deltas) else ([_sse(event)],):
-            if not "".join(frames).isascii():
-                data = map(_utf8, frames)
-                yield b"".join(map(_http_chunk, data) if chunked else data)
-            elif chunked:  # then characters are bytes
-                yield "".join([f"{len(frame):x}\r\n{frame}\r\n" for frame in frames]).encode()
-            else:
-                yield "".join(frames).encode()
+        if isinstance(event, _Deltas):
+            yield from event.frames(render)
+        else:
+            yield [render(event)]
+
+
+def _sse_bytes(texts: list[str], chunked: bool) -> bytes:
+    """The bytes of server-sent events, each in an HTTP chunk of its own."""
+    if not "".join(texts).isascii():
+        data = map(_utf8, texts)
+        return b"".join(map(_http_chunk, data) if chunked else data)
+    if chunked:  # characters are bytes
+        return "".join([f"{len(text):x}\r\n{text}\r\n" for text in texts]).encode()
+    return "".join(texts).encode()
 
 
 def _http_chunk(data: bytes) -> bytes:
@@ -4495,7 +4505,7 @@ class _Waiter:
             self._watch()
 
     def _watch(self) -> None:
-        if self.connection is not None:
+        if self.connection is not None and self.connection.websocket is None:  # whose own thread reads, and tells
             self.server.watch(self.connection.sock, self)
 
     def notice(self) -> None:
@@ -4693,13 +4703,15 @@ class _StreamSink(_Sink):
         self.pending: list[bytes] = []
         self.size = 0
         self.limit = _FIRST_BATCH
+        self.render: Callable[[_Event], str] = _sse
 
     @property
     def begun(self) -> bool:
         return self.connection.headed
 
     def write(self, events: Sequence[_Event]) -> None:
-        for data in _frames(events, self.connection.http11):
+        for texts in _texts(events, self.render):
+            data = self._pack(texts)
             self.pending.append(data)
             self.size += len(data)
             if self.size >= self.limit:
@@ -4722,8 +4734,14 @@ class _StreamSink(_Sink):
     def raw(self, data: bytes) -> None:
         self.write(self.encoder.begin())
         if data:  # an empty chunk would be the last
-            self.pending.append(_http_chunk(data) if self.connection.http11 else data)
+            self.pending.append(self._wrap(data))
         self.flush()
+
+    def _pack(self, texts: list[str]) -> bytes:
+        return _sse_bytes(texts, self.connection.http11)
+
+    def _wrap(self, data: bytes) -> bytes:
+        return _http_chunk(data) if self.connection.http11 else data
 
     def cut(self, reset: bool) -> None:
         self.flush()
@@ -4805,21 +4823,25 @@ class _Delivery:
         store: Callable[[Any, _Log | None], None] | None = None,
     ) -> None:
         self.fake = fake
-        self.handler = fake.handler
         self.request = request
         self.streamed = request.stream
         self.make = make
         self.store = store  # keeps what will be said
+        self.handler: Callable[[Request], Any] = fake.handler
         self.streams: list[Stream] = []  # that the answer is made of
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection. What goes wrong before anything is sent is raised."""
-        streamed = self.streamed
-        self.waiter = _Waiter(connection.server, connection, streamed)
+        sink = _StreamSink if self.streamed else _BodySink
+        self.send_into(connection, lambda reply: sink(self.encoder, connection, reply))
+
+    def send_into(self, connection: _Connection, make_sink: Callable[[Reply], _Sink]) -> None:
+        """Answers into a sink on a connection. What goes wrong before anything is sent is raised."""
+        self.waiter = _Waiter(connection.server, connection, self.streamed)
         try:
             reply = self._ask()
             self._begin(reply, None)
-            self.sink = (_StreamSink if streamed else _BodySink)(self.encoder, connection, reply)
+            self.sink = make_sink(reply)
             self._carry(reply)
         finally:
             self.waiter.end()
@@ -5037,7 +5059,7 @@ class _Delivery:
     def _conclude(self, stream: Stream) -> None:
         """Tells a Stream that its answer is over."""
         waiter = self.waiter
-        gone = waiter.connection is not None and waiter.connection.gone
+        gone = waiter.connection is not None and waiter.connection.state is _State.GONE
         if not gone and not waiter.server.stopping:
             stream._on_wire(stream._sent)
         elif not gone and not stream._ended:
@@ -5208,7 +5230,7 @@ class _Replay:
             with log.lock:
                 events, over = log.events[at:], log.over
             at += len(events)
-            data = b"".join(_frames(events, connection.http11))
+            data = b"".join(_sse_bytes(texts, connection.http11) for texts in _texts(events))
             if over and connection.http11:
                 data += _LAST_CHUNK
             if data:
@@ -5219,7 +5241,7 @@ class _Replay:
 
 # ---- Endpoints -------------------------------------------------------------------------------------------------------
 # An endpoint takes the server, the request and the values of its path. It returns JSON, or what sends itself on the
-# connection: an _HTTPResponse, a _Delivery, a _Replay.
+# connection: an _HTTPResponse, a _Delivery, a _Replay, a _WebSocket.
 
 _Endpoint: TypeAlias = "Callable[..., Any]"
 _ENDPOINTS: dict[str, _Endpoint] = {}
@@ -5495,7 +5517,7 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
         if fake.validate:
             raise APIError(404, f"Conversation with id '{conversation}' not found.")
     if isinstance(previous, str):
-        if (stored := fake._responses.get(previous)) is not None:
+        if (stored := request._remembered.get(previous) or fake._responses.get(previous)) is not None:
             return stored.conversation()
         if fake.validate:
             raise APIError(
@@ -5946,9 +5968,10 @@ class _State(IntEnum):
     BODY = 2
     ANSWERING = 3  # the request is whole; nothing of the answer is sent
     SENDING = 4  # the head of the answer is
-    CLOSING = 5  # we hang up after what is sent
-    RESETTING = 6  # we hang up with a RST
-    GONE = 7  # the client has closed or reset
+    WEBSOCKET = 5  # frames go both ways
+    CLOSING = 6  # we hang up after what is sent
+    RESETTING = 7  # we hang up with a RST
+    GONE = 8  # the client has closed or reset
 
 
 class _Inbox:
@@ -6102,6 +6125,412 @@ def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Call
     return data
 
 
+# ---- HTTP: WebSocket -------------------------------------------------------------------------------------------------
+# Responses over a WebSocket (RFC 6455). The reader of frames is a generator over the inbox, as that of requests is. The
+# connection's own thread reads; what it is asked to create runs in lanes, on threads of theirs.
+
+_TEXT, _BINARY, _CLOSE, _PING, _PONG = 1, 2, 8, 9, 10  # opcodes; 0 goes on with a message
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
+_MAX_ACTIVE = 16  # responses that a connection makes at the same time; more wait (S)
+_MAX_LANES = 32  # names of lanes that a connection may use (S)
+_STUBS = {"function_call": ("call_id", "name"), "custom_tool_call": ("call_id",)}  # what names the output of a call (S)
+_LANE_FAULT = "Invalid 'stream_id': expected 1 to 256 characters of A to Z, a to z, 0 to 9, '_', '.' and '-'."
+_LANES_FAULT = f"A connection may use {_MAX_LANES} distinct stream_ids."
+_TOO_OLD = "Responses websocket connection limit reached (60 minutes). Create a new websocket connection to continue."
+
+
+def _frame(opcode: int, data: bytes) -> bytes:
+    """A message in one frame; a server does not mask."""
+    size = len(data)
+    if size < 126:
+        return bytes((128 | opcode, size)) + data
+    long = size >= 1 << 16
+    return struct.pack("!BBQ" if long else "!BBH", 128 | opcode, 126 + long, size) + data
+
+
+class _Closing(Exception):
+    """The WebSocket ends with this code (RFC 6455 7.4); 1005 is none."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(reason)
+        self.frame = _frame(_CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode())
+
+
+def _read_messages(inbox: _Inbox) -> Generator[_State | tuple[int, bytes] | None]:
+    """Yields opcode and data of messages, and of control frames between their fragments; a state where it waits.
+
+    Raises _Closing for what breaks the protocol, as soon as that is seen, EOFError at the end of the input.
+    """
+    begun, fragments = 0, bytearray()  # opcode and data of the message that is being read
+    while True:
+        first, second = yield from _exactly(inbox, 2)
+        final, opcode, length = first >> 7, first & 15, second & 127
+        control = opcode >= _CLOSE
+        for wrong, reason in (
+            (first & 0x70, "A reserved bit is set, but no extension was agreed on."),
+            (opcode not in (0, _TEXT, _BINARY, _CLOSE, _PING, _PONG), f"The opcode {opcode} is reserved."),
+            (second < 128, "A client's frame must be masked."),
+            (control and (length > 125 or not final), "A control frame is one frame of at most 125 bytes."),
+            (not control and bool(opcode) == bool(begun), "A message begins in another, or goes on before it began."),
+        ):
+            if wrong:
+                raise _Closing(1002, reason)
+        if length > 125:
+            length = int.from_bytes((yield from _exactly(inbox, 2 if length == 126 else 8)), "big")
+        if length >> 63:
+            raise _Closing(1002, "The highest bit of a length is set.")
+        if not control and len(fragments) + length > _MAX_BODY:
+            raise _Closing(1009, f"The message is larger than {_MAX_BODY} bytes.")
+        mask = (yield from _exactly(inbox, 4)) * (length // 4 + 1)
+        data = int.from_bytes((yield from _exactly(inbox, length)), "big") ^ int.from_bytes(mask[:length], "big")
+        message = data.to_bytes(length, "big")
+        if not control:
+            begun = begun or opcode
+            fragments += message
+            if not final:
+                continue
+            opcode, message, begun, fragments = begun, bytes(fragments), 0, bytearray()
+        yield opcode, _checked_message(opcode, message)
+
+
+def _checked_message(opcode: int, data: bytes) -> bytes:
+    """The message. Raises _Closing for text that is not UTF-8, and for a Close with a code that may not be sent."""
+    text = data if opcode == _TEXT else data[2:] if opcode == _CLOSE else b""
+    code = int.from_bytes(data[:2], "big") if opcode == _CLOSE and data else 1000
+    if code in (1004, 1005, 1006) or not (1000 <= code < 1015 or 3000 <= code < 5000):
+        raise _Closing(1002, "A Close frame begins with a code that may not be sent.")
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        raise _Closing(1007, "The text is not UTF-8.") from None
+    return data
+
+
+def _names(headers: Mapping[str, str], field: str, token: str) -> bool:
+    return token in re.split(r"[\t ]*,[\t ]*", headers.get(field, "").lower())
+
+
+def _asks_websocket(head: _Head) -> bool:
+    return head.method == "GET" and _names(head.headers, "upgrade", "websocket")
+
+
+def _upgrade_required() -> APIError:
+    text = "Expected the handshake of a WebSocket, version 13, on /v1/responses; use POST for an answer over HTTP."
+    return APIError(426, text, headers={"upgrade": "websocket", "sec-websocket-version": "13"})
+
+
+@_endpoint("GET /responses")
+def _open_websocket(fake: FakeOpenAI, request: Request) -> _WebSocket:
+    """Answers the handshake (RFC 6455 4.2)."""
+    connection, headers = cast("_Connection", request._connection), request.headers
+    key, version = headers.get("sec-websocket-key", ""), headers.get("sec-websocket-version")
+    fits = re.fullmatch("[A-Za-z0-9+/]{22}==", key) and version == "13"  # a key of 16 bytes
+    if not (fits and connection.http11 and _names(headers, "connection", "upgrade")):
+        raise _upgrade_required()
+    accept = b2a_base64(hashlib.sha1(key.encode() + _GUID).digest(), newline=False)
+    return _WebSocket(fake, connection, b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: " + accept)
+
+
+class _LaneTurn:
+    """A response that a lane is to make, makes, or has made, which its connection remembers."""
+
+    encoder: _ResponsesEncoder
+    ended = False
+
+    def __init__(self, lane: Any, request: Request, warms: bool = False, fault: APIError | None = None) -> None:
+        self.lane = lane  # None has no name
+        self.request = request
+        self.warms = warms  # makes nothing, but can be gone on with
+        self.fault = fault
+        self.items: list[Any] = []  # all that came before
+        self.steers: dict[str, list[Any]] = {}  # input that waits for the end, by the id of its steering
+
+    def conversation(self) -> list[Any]:
+        """All items, up to the end of this response."""
+        return [*self.items, *self.encoder.output()]
+
+    def steered(self) -> list[Any]:
+        """The input that has waited."""
+        steers, self.steers = self.steers, {}
+        return [item for items in steers.values() for item in items]
+
+    def routed(self, event: _Event) -> str:
+        """An event as JSON, with the name of its lane."""
+        return _dumps(event if self.lane is None else {**cast(_JSON, event), "stream_id": self.lane})
+
+
+class _MessageSink(_StreamSink):
+    """Messages of a WebSocket: each event is one, as bare JSON; so are the bytes of a Raw."""
+
+    def __init__(self, websocket: _WebSocket, turn: _LaneTurn, reply: Reply) -> None:
+        super().__init__(turn.encoder, websocket.connection, reply)
+        self.websocket = websocket
+        self.request = turn.request
+        self.render = turn.routed
+
+    @property
+    def begun(self) -> bool:
+        return self.request._status == 200
+
+    def _pack(self, texts: list[str]) -> bytes:
+        return b"".join(self._wrap(_utf8(text)) for text in texts)
+
+    def _wrap(self, data: bytes) -> bytes:
+        return _frame(_TEXT, data)
+
+    def flush(self, last: bool = False) -> None:
+        pending, self.pending, self.size = self.pending, [], 0
+        if pending:
+            self.request._status = 200
+            self.websocket.push(b"".join(pending))
+
+    def cut(self, reset: bool) -> None:
+        super().cut(reset)
+        with suppress(OSError):
+            self.connection.sock.shutdown(socket.SHUT_RD)  # the connection's thread sees it, and ends
+
+    def break_off(self, error: APIError) -> None:
+        self.fail(error)  # other lanes go on
+
+    def _finish(self) -> None:
+        self.websocket.fake._depart(self.request)
+        self.flush()
+
+
+class _WebSocket:
+    """The WebSocket of a connection: reads what the client wants, and answers in lanes."""
+
+    def __init__(self, fake: FakeOpenAI, connection: _Connection, accept: bytes) -> None:
+        self.fake = fake
+        self.connection = connection
+        self.accept = accept
+        self.turns: dict[str, _LaneTurn] = {}  # by id, stored or not; each access is one operation
+        self.sending = threading.Lock()  # guards the writing side: frames go out whole
+        self.lock = threading.Lock()  # guards the fields below, and `ended` and `steers` of turns
+        self.lanes: dict[str | None, deque[_LaneTurn]] = {}  # what waits in each
+        self.busy: set[str | None] = set()  # lanes that are being served
+
+    def send(self, connection: _Connection) -> None:
+        """Accepts, and serves until one side closes."""
+        connection.asked._status, last = 101, b""
+        connection.send(_STATUS_LINES[101] + self.accept + b"\r\n" + _date_field(int(time.time())) + b"\r\n")
+        connection.websocket, connection.state = self, _State.WEBSOCKET
+        connection.until = connection.deadline = time.monotonic() + connection.server.limits[_State.WEBSOCKET]
+        try:
+            self._serve()
+        except _Closing as closing:
+            last = closing.frame
+        except (_Gone, EOFError, OSError):
+            if connection.state not in (_State.CLOSING, _State.RESETTING):  # which a Disconnect made it
+                connection.state = _State.GONE
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)  # ends a write that is blocked
+        with self.sending, suppress(_Gone):  # also waits for who sends just now: then the socket is closed
+            if last and not connection.gone:
+                connection.send(last)
+                connection.state = _State.GONE
+        for waiter in tuple(connection.server.waiters):
+            if waiter.connection is connection and (wake := waiter.wake) is not None:
+                wake()
+        if last:
+            connection._linger()
+
+    def push(self, frames: bytes) -> None:
+        """Sends whole frames. Raises _Gone where one side has closed."""
+        with self.sending:
+            if self.connection.gone or self.connection.server.stopping:
+                raise _Gone
+            self.connection.send(frames)
+
+    def go_away(self) -> None:
+        """Says that the server stops, unless a write is blocked, which has a deadline of its own."""
+        if self.connection.deadline == self.connection.until and self.sending.acquire(timeout=0.05):
+            with suppress(OSError):
+                self.connection.sock.send(_Closing(1001, "The server stops.").frame, _DONT_WAIT)
+            self.sending.release()
+
+    def _serve(self) -> None:
+        connection = self.connection
+        for step in _read_messages(connection.inbox):
+            if isinstance(step, tuple):
+                self._take(*step)
+                continue
+            data = connection.sock.recv(_BATCH)
+            connection.inbox.data += data
+            connection.inbox.ended = not data
+            if not data and time.monotonic() >= connection.until:
+                connection.until = math.inf
+                if connection.deadline <= time.monotonic():  # else it is that of a write that is blocked
+                    connection.deadline = math.inf
+                self._refuse(_bad_request(_TOO_OLD, None, "websocket_connection_limit_reached"))
+                raise _Closing(1000)
+
+    def _take(self, opcode: int, data: bytes) -> None:
+        if opcode == _CLOSE:
+            raise _Closing(int.from_bytes(data[:2], "big") if data else 1005)
+        if opcode == _PING:
+            self.push(_frame(_PONG, data))
+        elif opcode != _PONG:
+            try:
+                if opcode == _BINARY:
+                    raise _bad_request("Expected JSON in a text message, but got a binary message.", None)
+                event = Request("responses", "", "", "", {}, data)._parse()
+                kinds = {"response.create": self._create, "response.steer": self._steer}
+                if event.get("type") not in [*kinds]:
+                    raise _unsupported("type", str(event.get("type")), kinds)
+                kinds[event["type"]](event)
+            except APIError as error:
+                self._refuse(error)
+
+    def _create(self, event: _JSON) -> None:
+        lane, generate, _ = (event.pop(name, None) for name in ("stream_id", "generate", "type"))
+        with self.lock:
+            parent = self.turns.get(_string(event.get("previous_response_id")))
+            if parent is not None and parent.ended and parent.lane == lane and parent.steers:
+                event["input"] = [*parent.steered(), *_input_items(event.get("input"))]
+            turn = _LaneTurn(lane, self._request(event), generate is False, self._lane_fault(lane))
+            if turn.fault is None:
+                self.lanes.setdefault(lane, deque()).append(turn)
+            ready = None if turn.fault is not None else self._next()
+        if turn.fault is not None:
+            self._respond(turn)
+        if ready is not None:
+            try:
+                self.connection.server.run(lambda: self._work(ready))
+            except RuntimeError:
+                raise _Closing(1011, "The server has no more threads.") from None
+
+    def _steer(self, event: _JSON) -> None:
+        id, given = _string(event.get("previous_response_id")), event.get("input")
+        items, turn = [_dict(item) for item in _input_items(given)], self.turns.get(id)
+        by_user = [_item_type(item) == "message" and item.get("role") == "user" for item in items]
+        with self.lock:
+            for wrong, code, message in (
+                (turn is None, "response_not_found", f"Response with id '{id}' not found on this connection."),
+                (not items or not all(by_user), "invalid_input", "Expected input of text, or of messages by the user."),
+                (turn and turn.ended, "response_already_completed", f"The response '{id}' has ended."),
+                (turn and turn.encoder.base.get("conversation"), "steering_not_supported", "It is of a conversation."),
+            ):
+                if wrong:
+                    error = {"code": code, "message": message, "type": "invalid_request_error"}
+                    self._tell_steer("failed", turn, {"input": given, "previous_response_id": id}, error=error)
+                    return
+            steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
+            self._tell_steer("accepted", turn, steer)
+            cast(_LaneTurn, turn).steers[steer["id"]] = items
+
+    def _successor(self, turn: _LaneTurn) -> _LaneTurn | None:
+        """What steering makes of a response that has ended. Needs the lock."""
+        turn.ended = True
+        if not turn.steers or self.connection.gone:
+            return None
+        encoder, failed = turn.encoder, turn.encoder.status not in ("completed", "incomplete")
+        calls = [item for item in encoder.output() if item["type"] in _STUBS]
+        if not failed and not calls:
+            body = {**encoder.asked, "input": turn.steered(), "previous_response_id": encoder.id}
+            return _LaneTurn(turn.lane, self._request(body))
+        error = {"code": "response_not_active", "message": "The response failed.", "type": "invalid_request_error"}
+        stubs = [
+            {"type": call["type"] + "_output"} | {key: call[key] for key in _STUBS[call["type"]]} for call in calls
+        ]
+        for id, items in turn.steers.items():
+            steer = {"id": id, "previous_response_id": encoder.id}
+            if failed:
+                self._tell_steer("failed", turn, {**steer, "input": items}, error=error)
+            else:
+                told = {"reason": "waiting_for_required_input", "required_input": stubs}
+                self._tell_steer("pending", turn, steer, **told)
+        turn.steers = {} if failed else turn.steers
+        return None
+
+    def _tell_steer(self, kind: str, turn: _LaneTurn | None, steer: _JSON, **fields: Any) -> None:
+        number = 0 if turn is None else turn.encoder.number
+        self._tell({"type": f"response.steer.{kind}", **fields, "sequence_number": number, "steer": steer}, turn)
+
+    def _request(self, body: _JSON) -> Request:
+        """The request that has come with this body, as if it were that of a POST for a stream."""
+        opened, raw_body = self.connection.asked, _utf8(_dumps({**body, "stream": True}))
+        request = Request("responses", opened.method, opened.path, opened.query, opened.headers, raw_body)
+        request._connection, request._deployment, request._remembered = self.connection, opened._deployment, self.turns
+        self.fake._arrive(request)
+        return request
+
+    def _lane_fault(self, lane: Any) -> APIError | None:
+        if lane is not None and not (isinstance(lane, str) and re.fullmatch("[A-Za-z0-9_.-]{1,256}", lane)):
+            return _bad_request(_LANE_FAULT, "stream_id", "invalid_stream_id")
+        if lane is not None and lane not in self.lanes and len({*self.lanes} - {None}) >= _MAX_LANES:
+            return _bad_request(_LANES_FAULT, "stream_id", "websocket_stream_limit_reached")
+        return None
+
+    def _next(self) -> _LaneTurn | None:
+        """What may begin: its lane is free, and not too many are active. Needs the lock."""
+        for lane, waiting in self.lanes.items():
+            if waiting and lane not in self.busy and len(self.busy) < _MAX_ACTIVE:
+                self.busy.add(lane)
+                return waiting.popleft()
+        return None
+
+    def _work(self, turn: _LaneTurn | None) -> None:
+        """The thread of a lane: answers, as long as there is something that may begin."""
+        while turn is not None:
+            self._respond(turn)
+            with self.lock:
+                successor = self._successor(turn)
+                if successor is None:
+                    self.busy.discard(turn.lane)
+                turn = successor or self._next()
+
+    def _respond(self, turn: _LaneTurn) -> None:
+        fake, request, began = self.fake, turn.request, time.perf_counter()
+        parent = _string(request.body.get("previous_response_id"))
+
+        def make_sink(reply: Reply) -> _Sink:
+            turn.encoder = cast(_ResponsesEncoder, delivery.encoder)
+            turn.items = _input_items(request.input) if request._conversation is None else request._conversation
+            fake._remember(self.turns, turn.encoder.id, turn)
+            return _MessageSink(self, turn, reply)
+
+        try:
+            if self.connection.gone:
+                raise _Gone
+            if turn.fault is not None:
+                raise turn.fault
+            if request.body.get("background") is True:
+                raise _bad_request("Not supported over WebSocket: 'background'.", "background", "unsupported_parameter")
+            delivery: _Delivery = _create_response(fake, request)
+            if turn.warms:
+                delivery.handler = lambda request: Usage(_estimate(request._items), 0)
+            delivery.send_into(self.connection, make_sink)
+        except APIError as error:
+            self._refuse(error, turn)
+        except _Gone:
+            request._outcome = request._outcome or "client left"
+            _LOG.info("%s %s: the client left, the answer stopped", request.method, request.path)
+        except BaseException as error:  # the handler's fault: or else this server's own
+            self._refuse(APIError(500, fake._keep_error(error, request)), turn)
+        finally:
+            known = self.turns.get(parent)
+            if request._outcome and known is not None and known.lane == turn.lane:  # a fork's failure spares it (S)
+                self.turns.pop(parent, None)
+            fake._ended(request, began)
+            request._forget()
+
+    def _refuse(self, error: APIError, turn: _LaneTurn | None = None) -> None:
+        """Sends an error in the place of an answer."""
+        told = error._error()
+        if error.headers:
+            told["headers"] = error.headers
+        if turn is not None:
+            turn.request._status, turn.request._outcome = error.status, error.message
+            self.fake._depart(turn.request)
+        self._tell({"type": "error", "status": error.status, "error": told}, turn)
+
+    def _tell(self, event: _JSON, turn: _LaneTurn | None) -> None:
+        """Sends an event of the connection's own, if the client is still there."""
+        with suppress(_Gone):
+            self.push(_frame(_TEXT, _utf8(_dumps(event) if turn is None else turn.routed(event))))
+
+
 # ---- HTTP: connections and the server --------------------------------------------------------------------------------
 
 
@@ -6128,6 +6557,8 @@ class _Connection(BaseRequestHandler):
         self.inbox = _Inbox()
         self.state = _State.IDLE
         self.deadline = math.inf  # when the server's loop ends what this connection waits for
+        self.websocket: _WebSocket | None = None
+        self.until = math.inf  # when a WebSocket's time is over
         self.http11 = True
         self.asked: Request  # what is being answered
         self.started = 0.0  # since when
@@ -6152,15 +6583,15 @@ class _Connection(BaseRequestHandler):
             if self.state is _State.RESETTING:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.sock.close()
-            elif not self.gone:  # not only close(): a forked child may hold a copy
+            elif self.state is not _State.GONE:  # not only close(): a forked child may hold a copy
                 self.sock.shutdown(socket.SHUT_WR)
 
     # Reading.
 
     @property
     def gone(self) -> bool:
-        """Whether the client has closed or reset."""
-        return self.state is _State.GONE
+        """Whether the client has closed or reset; in a WebSocket, whether any side has."""
+        return self.state >= (_State.GONE if self.websocket is None else _State.CLOSING)
 
     def _read(self) -> bytes:
         """Reads a request, and returns its body; the head is in the inbox."""
@@ -6251,7 +6682,7 @@ class _Connection(BaseRequestHandler):
             self.state = _State.GONE
             raise _Gone from None
         finally:
-            self.deadline = math.inf
+            self.deadline = self.until
 
     def hang_up(self, reset: bool) -> None:
         """Ends the connection after what is sent."""
@@ -6363,17 +6794,23 @@ class _Connection(BaseRequestHandler):
         self.asked = request = Request(route.api, head.method, head.path, head.query, head.headers, raw_body)
         request._connection = self
         request._deployment = route.deployment
-        fake._arrive(request)
+        opens = _asks_websocket(head)
+        if not opens:  # of a WebSocket the creates are what the client asks
+            fake._arrive(request)
         try:
             if head.coding:
                 request.raw_body = _decoded(raw_body, head.coding)
             if fake.api_key is not None:
                 fake._check_key(request)
+            if opens != (route.endpoint is _open_websocket):
+                raise _upgrade_required()
             answer = route.endpoint(fake, request, *route.values)
             if isinstance(answer, dict):
                 answer = _HTTPResponse(_utf8(_dumps(cast(_JSON, answer))))
             answer.send(self)
         except APIError as error:
+            if opens:
+                fake._arrive(request)
             self._send_error(error)
         except _Gone:
             request._outcome = request._outcome or "client left"
@@ -6394,6 +6831,7 @@ _LIMITS = {  # seconds that a connection may take: for reading in each state, an
     _State.HEAD: 10.0,
     _State.BODY: 20.0,
     _State.SENDING: 20.0,
+    _State.WEBSOCKET: 3600.0,  # in all (S)
 }
 _INHERITS = sys.platform == "linux"  # accepted sockets: TCP_NODELAY from the listener, and no O_NONBLOCK
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
@@ -6488,7 +6926,8 @@ class _Server(ThreadingHTTPServer):
     def _sweep(self, now: float) -> None:
         for connection in tuple(self.connections):
             if now >= connection.deadline:
-                reads = connection.state < _State.ANSWERING  # a read sees the end; a blocked write must see more
+                # a read sees the end; a blocked write, which has a deadline of its own, must see more
+                reads = connection.state < _State.ANSWERING or connection.deadline == connection.until
                 with suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RD if reads else socket.SHUT_RDWR)
 
@@ -6582,6 +7021,9 @@ class _Server(ThreadingHTTPServer):
         with suppress(OSError):  # shutdown, not only close: a forked child may hold a copy
             self.socket.shutdown(socket.SHUT_RDWR)
         self.server_close()
+        for connection in tuple(self.connections):
+            if connection.websocket is not None:
+                connection.websocket.go_away()
         for sock in tuple(self.sockets):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

@@ -88,6 +88,7 @@ HAS_OPENAI = find_spec("openai") is not None
 HAS_HYPOTHESIS = find_spec("hypothesis") is not None
 needs_openai = unittest.skipUnless(HAS_OPENAI, "the openai package is not installed")
 needs_hypothesis = unittest.skipUnless(HAS_HYPOTHESIS, "the hypothesis package is not installed")
+needs_websockets = unittest.skipUnless(find_spec("websockets"), "the websockets package is not installed")
 
 
 def chat(text: str = "Hi", **options: Any) -> dict[str, Any]:
@@ -4144,7 +4145,7 @@ class EndpointTest(unittest.TestCase):
                     self.assertIn(f"nearest that is served is {nearest}", answer.error["message"])
             for method, path, allowed in (
                 ("PUT", "/models", "GET, HEAD"),
-                ("GET", "/responses", "POST"),
+                ("PUT", "/responses", "GET, HEAD, POST"),
                 ("PATCH", "/responses/resp_x", "DELETE, GET, HEAD"),
                 ("OPTIONS", "/chat/completions", "GET, HEAD, POST"),
             ):
@@ -7017,6 +7018,804 @@ class AsyncTest(unittest.IsolatedAsyncioTestCase):
         self.assertTrue(task.done())
 
 
+# ---- HTTP: WebSocket -------------------------------------------------------------------------------------------------
+
+MASK = b"\x37\xfa\x21\x3d"
+TEXT_FRAME, BINARY_FRAME, CLOSE_FRAME, PING_FRAME, PONG_FRAME = 1, 2, 8, 9, 10
+HANDSHAKE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    "Sec-WebSocket-Version": "13",
+}
+
+
+def handshake(path: str = "/v1/responses", **changes: str | None) -> bytes:
+    """The bytes that open a WebSocket; None leaves a field out."""
+    fields = {**HANDSHAKE, **{name.replace("_", "-"): value for name, value in changes.items()}}
+    return got(path, *(f"{name}: {value}" for name, value in fields.items() if value is not None))
+
+
+def client_frame(opcode: int, data: bytes = b"", final: int = 1, mask: bytes = MASK) -> bytes:
+    """A frame as a client sends it."""
+    size = len(data)
+    rest = struct.pack("!H", size) if size < 1 << 16 else struct.pack("!Q", size)
+    length = bytes([128 | size]) if size < 126 else bytes([254 if size < 1 << 16 else 255]) + rest
+    masked = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data)) if mask != b"\0\0\0\0" else data
+    return bytes([final << 7 | opcode]) + length + mask + masked
+
+
+class Socket(Wire):
+    """A raw WebSocket to a fake."""
+
+    def __init__(self, server: FakeOpenAI, behind: bytes = b"", **changes: Any) -> None:
+        super().__init__(server)
+        self.send(handshake(**changes) + behind)
+        self.head = self.until(b"\r\n\r\n")
+
+    def __enter__(self) -> Socket:
+        return self
+
+    def say(self, event: Any) -> Socket:
+        self.send(client_frame(TEXT_FRAME, json.dumps(event).encode()))
+        return self
+
+    def create(self, text: Any = "Hi", **options: Any) -> Socket:
+        return self.say({"type": "response.create", **responses(text, **options)})
+
+    def frame(self) -> tuple[int, bytes]:
+        """Opcode and data of the next frame; (0, b"") at the end of the connection."""
+        head = self.exactly(2)
+        if len(head) < 2:
+            return 0, b""
+        size = head[1] if head[1] < 126 else int.from_bytes(self.exactly(2 if head[1] == 126 else 8), "big")
+        return head[0] & 15, self.exactly(size)
+
+    def event(self) -> Any:
+        opcode, data = self.frame()
+        if opcode != TEXT_FRAME:
+            raise AssertionError(f"expected an event, not {opcode} {data!r}")
+        return json.loads(data)
+
+    def events(self, lane: str | None = None) -> list[Any]:
+        """The events of a lane, to the end of its response; those of others are dropped."""
+        events: list[Any] = []
+        while not events or events[-1]["type"] not in ("response.completed", "response.failed", "error"):
+            event = self.event()
+            events += [event] if event.get("stream_id") == lane else []
+        return events
+
+    def closed(self) -> tuple[int, bytes]:
+        """The code of the Close that comes next, and all that follows it."""
+        opcode, data = self.frame()
+        if opcode != CLOSE_FRAME:
+            raise AssertionError(f"expected a Close, not {opcode} {data!r}")
+        return int.from_bytes(data[:2], "big"), self.rest()
+
+
+def call_seeded(answer: Any) -> list[Any]:
+    """The events of this answer as an SSE stream, of a fake whose ids and clock are the same each time."""
+    return seeded("responses", answer, stream=True).events
+
+
+def said_in(event: Any) -> str:
+    return "".join(part["text"] for item in event["response"]["output"] for part in item["content"])
+
+
+HALVES = client_frame(TEXT_FRAME, b"Hel", 0), client_frame(0, b"lo")
+# Bytes of a client, and what they are: opcodes and data, then the code of the Close if they are wrong.
+FRAMES: dict[str, tuple[bytes, list[tuple[int, bytes]], int | None]] = {
+    "text": (client_frame(TEXT_FRAME, "é".encode()), [(1, "é".encode())], None),
+    "of 126": (client_frame(TEXT_FRAME, b"x" * 126), [(1, b"x" * 126)], None),
+    "of 70,000": (client_frame(BINARY_FRAME, b"\xff" * 70_000), [(2, b"\xff" * 70_000)], None),
+    "empty": (client_frame(TEXT_FRAME), [(1, b"")], None),
+    "in two": (HALVES[0] + HALVES[1], [(1, b"Hello")], None),
+    "with an empty end": (HALVES[0] + client_frame(0, b""), [(1, b"Hel")], None),
+    "ping between": (HALVES[0] + client_frame(PING_FRAME, b"?") + HALVES[1], [(9, b"?"), (1, b"Hello")], None),
+    "character in two": (
+        client_frame(TEXT_FRAME, b"\xc3", 0) + client_frame(0, b"\xa9"),
+        [(1, "é".encode())],
+        None,
+    ),
+    "pong": (client_frame(PONG_FRAME, b"\xff"), [(10, b"\xff")], None),
+    "close": (client_frame(CLOSE_FRAME, b"\x03\xe8bye"), [(8, b"\x03\xe8bye")], None),
+    "close without a code": (client_frame(CLOSE_FRAME), [(8, b"")], None),
+    "close of an application": (client_frame(CLOSE_FRAME, b"\x0f\xa0"), [(8, b"\x0f\xa0")], None),
+    "unmasked": (b"\x81\x02Hi", [], 1002),
+    **{f"reserved bit {bit:x}": (bytes([0x81 | bit, 0x80]) + MASK, [], 1002) for bit in (0x10, 0x20, 0x40)},
+    **{f"opcode {opcode}": (client_frame(opcode), [], 1002) for opcode in (3, 7, 11, 15)},
+    "fragmented ping": (client_frame(PING_FRAME, b"", 0), [], 1002),
+    "long ping": (client_frame(PING_FRAME, b"x" * 126), [], 1002),
+    "continuation of nothing": (HALVES[1], [], 1002),
+    "continuation of what has ended": (HALVES[0] + HALVES[1] * 2, [(1, b"Hello")], 1002),
+    "message inside another": (HALVES[0] * 2, [], 1002),
+    "top bit": (b"\x81\xff\x80" + b"\0" * 7, [], 1002),
+    "too long": (b"\x81\xff" + struct.pack("!Q", openai_fake._MAX_BODY + 1), [], 1009),
+    "too long together": (HALVES[0] + b"\x80\xff" + struct.pack("!Q", openai_fake._MAX_BODY - 2), [], 1009),
+    "not UTF-8": (client_frame(TEXT_FRAME, b"\xff"), [], 1007),
+    "surrogate": (client_frame(TEXT_FRAME, b"\xed\xa0\x80"), [], 1007),
+    "close not UTF-8": (client_frame(CLOSE_FRAME, b"\x03\xe8\xff"), [], 1007),
+    "close of one byte": (client_frame(CLOSE_FRAME, b"\x03"), [], 1002),
+    **{
+        f"close {code}": (client_frame(CLOSE_FRAME, code.to_bytes(2, "big")), [], 1002)
+        for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 5000)
+    },
+}
+
+
+class FrameReaderTest(unittest.TestCase):
+    """The reader of frames, which sees no socket."""
+
+    @staticmethod
+    def read(*pieces: bytes) -> tuple[list[tuple[int, bytes]], int | None]:
+        """The messages, and the code of the Close that answers what is wrong."""
+        inbox, messages, rest = openai_fake._Inbox(), list[tuple[int, bytes]](), list(pieces)
+        try:
+            for step in openai_fake._read_messages(inbox):
+                if isinstance(step, tuple):
+                    messages.append(step)
+                else:
+                    inbox.ended = not rest
+                    inbox.data += rest.pop(0) if rest else b""
+        except EOFError:
+            return messages, None
+        except openai_fake._Closing as closing:
+            return messages, int.from_bytes(closing.frame[2:4], "big")
+        raise AssertionError("the reader ended by itself")
+
+    def test_frames(self) -> None:
+        """What is right is read, what is wrong has its code, and one byte at a time is the same."""
+        for name, (data, messages, code) in FRAMES.items():
+            with self.subTest(name=name):
+                self.assertEqual(self.read(data), (messages, code))
+                self.assertEqual(self.read(*(bytes([byte]) for byte in data)), (messages, code))
+
+    @needs_websockets
+    def test_second_opinion(self) -> None:
+        """The websockets package reads the same, and takes the frames of the server for right."""
+        from websockets.frames import Frame
+        from websockets.protocol import Protocol, Side
+
+        for name, (data, messages, code) in FRAMES.items():
+            with self.subTest(name=name):
+                other = Protocol(Side.SERVER, max_size=openai_fake._MAX_BODY)
+                other.receive_data(data)
+                frames = [event for event in other.events_received() if isinstance(event, Frame)]
+                if code is None:
+                    self.assertEqual(
+                        b"".join(frame.data for frame in frames if frame.opcode in (0, 1, 2)),
+                        b"".join(data for opcode, data in messages if opcode in (1, 2)),
+                    )
+                elif (
+                    code != 1007 and name != "top bit"
+                ):  # its checks of text are above, and such a length is just too big
+                    self.assertEqual(other.close_sent.code if other.close_sent else None, code)
+        for size in (0, 125, 126, 65535, 65536):
+            reader = Protocol(Side.CLIENT, max_size=None)
+            reader.receive_data(openai_fake._frame(TEXT_FRAME, b"x" * size))
+            self.assertEqual([len(event.data) for event in reader.events_received()], [size])  # type: ignore[union-attr]
+
+
+class HandshakeTest(LeakTest):
+    """What opens a WebSocket, and what does not."""
+
+    def test_accepted(self) -> None:
+        """The accept value is RFC 6455's, fields are in any case and list, in every form of the path."""
+        rows: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "cases": {"Upgrade": "WebSocket", "Connection": "keep-alive, UPGRADE"},
+            "lists": {"Upgrade": "foo,  websocket", "Sec_WebSocket_Extensions": "permessage-deflate"},
+            "root": {"path": "/responses"},
+            "query": {"path": "/v1/responses?a=b"},
+            "Azure": {"path": "/openai/v1/responses"},
+        }
+        with FakeOpenAI() as server:
+            for name, changes in rows.items():
+                with self.subTest(name=name), Socket(server, **changes) as sock:
+                    self.assertTrue(sock.head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n"), sock.head)
+                    self.assertIn(b"sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n", sock.head)
+                    self.assertNotIn(b"extensions", sock.head)
+                    self.assertEqual(said_in(sock.create("Hi").events()[-1]), "Hi")
+
+    def test_refused(self) -> None:
+        """Anything else is 426, on a connection that stays open; so is an upgrade to another path."""
+        rows: dict[str, bytes] = {
+            "plain GET": got("/v1/responses"),
+            "HEAD": got("/v1/responses", method="HEAD"),
+            "version": handshake(Sec_WebSocket_Version="8"),
+            "no version": handshake(Sec_WebSocket_Version=None),
+            "no key": handshake(Sec_WebSocket_Key=None),
+            "short key": handshake(Sec_WebSocket_Key="dGhlIHNhbXBsZQ=="),
+            "no upgrade": handshake(Upgrade=None),
+            "another upgrade": handshake(Upgrade="h2c"),
+            "no connection": handshake(Connection="keep-alive"),
+            "another path": handshake("/v1/chat/completions"),
+            "a path that is not": handshake("/v1/realtime"),
+        }
+        with FakeOpenAI() as server:
+            for name, data in rows.items():
+                with self.subTest(name=name), Wire(server) as wire:
+                    wire.send(data)
+                    if name == "HEAD":
+                        self.assertIn(b" 426 ", wire.until(b"\r\n\r\n"))
+                    else:
+                        answer = wire.answer()
+                        self.assertEqual((answer.status, answer.headers["upgrade"]), (426, "websocket"))
+                        self.assertEqual(answer.headers["sec-websocket-version"], "13")
+                        self.assert_error(answer)
+                    self.assertEqual(wire.send(got()).answer().status, 200)
+            self.assertEqual(len(server.requests), 2 * len(rows))
+
+    def test_another_protocol_is_let_be(self) -> None:
+        """Who offers h2c, as curl does, is answered in HTTP/1.1."""
+        with FakeOpenAI() as server, Wire(server) as wire:
+            data = got("/v1/models", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c")
+            self.assertEqual(wire.send(data).answer().status, 200)
+
+    def test_key(self) -> None:
+        """The key is checked before anything is opened."""
+        with FakeOpenAI(api_key="sk-right") as server:
+            with Wire(server) as wire:
+                self.assertEqual(wire.send(handshake()).answer().status, 401)
+            with Socket(server, Authorization="Bearer sk-right") as sock:
+                self.assertEqual(said_in(sock.create().events()[-1]), "Hi")
+
+
+class WebSocketTest(LeakTest):
+    """Responses over a WebSocket."""
+
+    def test_events_are_those_of_a_stream(self) -> None:
+        """Every kind of answer gives the events of the SSE stream, as bare JSON; a lane's have its name."""
+        for name, answer in {**SPOKEN, "error": ["a", StreamError("no")], "every item": EVERY_ITEM}.items():
+            expected = call_seeded(answer)
+            for lane in (None, "a-1"):
+                with (
+                    self.subTest(name=name, lane=lane),
+                    FakeOpenAI(always(answer), seed=7, clock=lambda: CLOCK) as server,
+                ):
+                    with Socket(server) as sock:
+                        sock.create(**({"stream_id": lane} if lane else {}))
+                        events = [sock.event() for _ in expected]
+                    self.assertEqual({event.pop("stream_id", None) for event in events}, {lane})
+                    self.assertEqual(events, expected)
+
+    def test_creates_are_requests(self) -> None:
+        """The journal and the handler see each create as the POST of a stream, and nothing else."""
+        with FakeOpenAI(strict=True) as server, Socket(server) as sock:
+            sock.create("one", stream_id="a", instructions="Be.", stream_options={"include_obfuscation": False}).events(
+                "a"
+            )
+            sock.create("", input=5).events()
+            [request, refused] = server.requests
+            self.assertEqual(
+                (request.api, request.path, request.text, request.stream), ("responses", "/v1/responses", "one", True)
+            )
+            self.assertEqual(json.loads(request.raw_body)["instructions"], "Be.")
+            self.assertEqual([*request.options], ["instructions", "stream_options"])
+            self.assertEqual((refused._status, server.in_flight, server.wait_for_requests(2)[1]), (400, [], refused))
+
+    def test_what_comes_with_the_handshake_is_read(self) -> None:
+        """A client need not wait for the 101."""
+        frame = client_frame(TEXT_FRAME, json.dumps({"type": "response.create", **responses("early")}).encode())
+        with FakeOpenAI() as server, Socket(server, frame) as sock:
+            self.assertEqual(said_in(sock.events()[-1]), "early")
+
+    def test_errors(self) -> None:
+        """What is wrong with a message is an error event with its status, and the connection goes on."""
+
+        def handler(request: Request) -> Any:
+            if request.text == "limit":
+                return rate_limit()
+            if request.text == "generator":
+                return (1 // len(part) for part in [""])
+            raise ValueError("oops")
+
+        create: dict[str, Any] = {"type": "response.create", **responses()}
+        rows: dict[str, tuple[bytes, int, Any, Any]] = {
+            "no JSON": (client_frame(TEXT_FRAME, b"{"), 400, None, None),
+            "no object": (client_frame(TEXT_FRAME, b"[]"), 400, None, None),
+            "too deep": (client_frame(TEXT_FRAME, DEEP), 400, None, None),
+            "binary": (client_frame(BINARY_FRAME, b"{}"), 400, None, None),
+            **{
+                name: (client_frame(TEXT_FRAME, json.dumps(event).encode()), status, code, param)
+                for name, event, status, code, param in (
+                    ("no type", {}, 400, "invalid_value", "type"),
+                    ("type", {"type": ["response.create"]}, 400, "invalid_value", "type"),
+                    (
+                        "no input",
+                        {"type": "response.create", "model": "gpt-4o"},
+                        400,
+                        "missing_required_parameter",
+                        "input",
+                    ),
+                    ("background", {**create, "background": True}, 400, "unsupported_parameter", "background"),
+                    ("lane", {**create, "stream_id": "a b"}, 400, "invalid_stream_id", "stream_id"),
+                    ("empty lane", {**create, "stream_id": ""}, 400, "invalid_stream_id", "stream_id"),
+                    ("lane of a list", {**create, "stream_id": ["a"]}, 400, "invalid_stream_id", "stream_id"),
+                    ("long lane", {**create, "stream_id": "a" * 257}, 400, "invalid_stream_id", "stream_id"),
+                    (
+                        "previous",
+                        {**create, "previous_response_id": "resp_x"},
+                        400,
+                        "previous_response_not_found",
+                        "previous_response_id",
+                    ),
+                    ("limit", {**create, "input": "limit"}, 429, "rate_limit_exceeded", None),
+                    ("handler", {**create, "stream_id": "a" * 256}, 500, None, None),
+                    ("generator, before it says anything", {**create, "input": "generator"}, 500, None, None),
+                )
+            },
+        }
+        with forgiven(handler) as server, Socket(server) as sock:
+            for name, (frame, status, code, param) in rows.items():
+                with self.subTest(name=name):
+                    sock.send(frame)
+                    event = sock.event()
+                    found = (event["type"], event["status"], event["error"]["code"], event["error"]["param"])
+                    self.assertEqual(found, ("error", status, code, param))
+                    self.assertEqual(set(event["error"]) - {"headers"}, {"type", "code", "message", "param"})
+                    if name == "limit":
+                        self.assertEqual(event["error"]["headers"]["retry-after-ms"], "20")
+            self.assertEqual(len(server.errors), 2)
+
+    def test_a_fault_in_the_middle_ends_its_response_only(self) -> None:
+        """A handler that raises late fails its response in the API's way; other lanes, and the connection, go on."""
+        stream = Stream()
+
+        def handler(request: Request) -> Any:
+            return stream if request.text == "live" else broken()
+
+        def broken() -> Iterator[Any]:
+            yield "Hel"
+            raise ValueError("oops")
+
+        with forgiven(handler) as server, Socket(server) as sock:
+            sock.create("live", stream_id="live")
+            stream.send("a")
+            self.assertEqual([event["type"] for event in sock.create("b").events()][-1], "error")
+            self.assertEqual(sock.event()["type"], "response.failed")
+            stream.close()
+            self.assertEqual(said_in(sock.events("live")[-1]), "a")
+
+    def test_memory(self) -> None:
+        """A connection goes on with its own responses, stored or not; others only with what is stored."""
+        with FakeOpenAI(lambda request: f"{len(request.messages)}") as server, Socket(server) as sock:
+            first = sock.create(store=False).events()[-1]["response"]["id"]
+            second = sock.create(store=False, previous_response_id=first, stream_id="b").events("b")[-1]
+            self.assertEqual(said_in(second), "3")
+            self.assertEqual(get(server, f"/responses/{first}").status, 404)
+            self.assertEqual(call(server, responses(previous_response_id=first)).status, 400)
+            with Socket(server) as other:
+                self.assertEqual(
+                    other.create(previous_response_id=first).event()["error"]["code"], "previous_response_not_found"
+                )
+            stored = call(server, responses()).json["id"]
+            self.assertEqual(said_in(sock.create(previous_response_id=stored).events()[-1]), "3")
+
+    def test_a_failed_continuation_forgets_its_parent(self) -> None:
+        """An error on the parent's own lane takes it from the connection's memory; one of a fork does not."""
+        fail = {"text": {"format": {"type": "x"}}}
+        for name, options, stored, found in (
+            ("same lane", fail, False, False),
+            ("same lane, stored", fail, True, True),
+            ("fork", {**fail, "stream_id": "b"}, False, True),
+        ):
+            with self.subTest(name=name), FakeOpenAI() as server, Socket(server) as sock:
+                id = sock.create(store=stored).events()[-1]["response"]["id"]
+                sock.create(previous_response_id=id, **options)
+                self.assertEqual(sock.event()["type"], "error")
+                self.assertEqual(sock.create(previous_response_id=id).events()[-1]["type"] != "error", found)
+
+    def test_memory_is_bounded(self) -> None:
+        """`keep` is also what a connection remembers."""
+        with FakeOpenAI(keep=2) as server, Socket(server) as sock:
+            ids = [sock.create(store=False).events()[-1]["response"]["id"] for _ in range(3)]
+            kept = [sock.create(previous_response_id=id, store=False).events()[-1]["type"] for id in (ids[0], ids[2])]
+            self.assertEqual(kept, ["error", "response.completed"])
+
+    def test_warm_up(self) -> None:
+        """`generate: false` asks no handler, says nothing, and can be gone on with."""
+        with FakeOpenAI(Script(lambda request: f"{len(request.messages)}")) as server, Socket(server) as sock:
+            events = sock.create("Listen", generate=False).events()
+            self.assertEqual([event["type"][9:] for event in events], ["created", "in_progress", "completed"])
+            response = events[-1]["response"]
+            self.assertEqual((response["output"], response["usage"]["output_tokens"]), ([], 0))
+            self.assertEqual(said_in(sock.create(previous_response_id=response["id"]).events()[-1]), "2")
+
+    def test_a_lane_is_first_in_first_out(self) -> None:
+        """A create waits for the one before it on its lane, and for none on another."""
+        streams = {name: Stream() for name in ("a1", "a2", "b1")}
+        with FakeOpenAI(lambda request: streams[request.text]) as server, Socket(server) as sock:
+            for name in streams:
+                sock.create(name, stream_id=name[0])
+            streams["b1"].wait_request(WAIT)
+            self.assertEqual((len(server.wait_for_requests(3, WAIT)), streams["a2"].request), (3, None))
+            streams["b1"].send("B")
+            streams["b1"].close()
+            self.assertEqual(said_in(sock.events("b")[-1]), "B")
+            for name in ("a1", "a2"):
+                streams[name].send(name)
+                streams[name].close()
+                self.assertEqual(said_in(sock.events("a")[-1]), name)
+
+    def test_sixteen_at_a_time(self) -> None:
+        """A connection has 16 responses active; a place that is free goes to who waits."""
+        streams: queue.SimpleQueue[Stream] = queue.SimpleQueue()
+
+        def handler(request: Request) -> Stream:
+            streams.put(stream := Stream())
+            return stream
+
+        with FakeOpenAI(handler) as server, Socket(server) as sock:
+            for number in range(18):
+                sock.create(stream_id=f"lane{number}")
+            active = [streams.get(timeout=WAIT) for _ in range(16)]
+            server.wait_for_requests(18, WAIT)
+            self.assertTrue(streams.empty())
+            for stream in active[:2]:
+                stream.send("x")
+                stream.close()
+            active += [streams.get(timeout=WAIT) for _ in range(2)]
+            for stream in active[2:]:
+                stream.send("x")
+                stream.close()
+            ended = 0
+            while ended < 18:
+                ended += sock.event()["type"] == "response.completed"
+
+    def test_thirty_two_names(self) -> None:
+        """The 33rd name of a lane is refused; the lane without a name does not count, and known names go on."""
+        with FakeOpenAI() as server, Socket(server) as sock:
+            sock.create().events()
+            for number in range(32):
+                self.assertEqual(
+                    sock.create(stream_id=str(number)).events(str(number))[-1]["type"], "response.completed"
+                )
+            event = sock.create(stream_id="more").event()
+            self.assertEqual((event["error"]["code"], event["stream_id"]), ("websocket_stream_limit_reached", "more"))
+            self.assertEqual(sock.create(stream_id="0").events("0")[-1]["type"], "response.completed")
+            self.assertEqual(sock.create().events()[-1]["type"], "response.completed")
+
+    def test_steering(self) -> None:
+        """Accepted input makes a successor when the response ends; it has the settings of its parent, and its lane."""
+        stream = Stream()
+        answers = Script(
+            stream, lambda request: f"{request.options['instructions']} {[m.text for m in request.messages]}"
+        )
+        with FakeOpenAI(answers) as server, Socket(server) as sock:
+            sock.create("one", stream_id="a", instructions="Be.")
+            stream.send("Hm")
+            id = sock.event()["response"]["id"]
+            for text in ("left", "right"):
+                sock.say({"type": "response.steer", "previous_response_id": id, "input": text})
+            kinds = [(event := sock.event())["type"] for _ in range(6)]
+            self.assertEqual((kinds.count("response.steer.accepted"), event["stream_id"]), (2, "a"))
+            stream.close()
+            self.assertEqual(said_in(sock.events("a")[-1]), "Hm")
+            successor = sock.events("a")[-1]["response"]
+            self.assertEqual(successor["previous_response_id"], id)
+            self.assertEqual(said_in({"response": successor}), "Be. ['Be.', 'one', 'Hm', 'left', 'right']")
+            self.assertEqual(len(server.requests), 2)
+
+    def test_steering_waits_for_tools(self) -> None:
+        """After a call accepted input waits, and goes before the outputs that the client then sends."""
+        stream = Stream()
+        calls = [ToolCall("f", {}, id="call_a"), CustomToolCall("g", "x", id="call_b")]
+        answers = Script(stream, lambda request: str([message.role for message in request.messages]))
+        with FakeOpenAI(answers) as server, Socket(server) as sock:
+            sock.create("one")
+            id = sock.event()["response"]["id"]
+            sock.say({"type": "response.steer", "previous_response_id": id, "input": "left"})
+            while (accepted := sock.event())["type"] != "response.steer.accepted":
+                pass
+            stream.send(*calls)
+            stream.close()
+            sock.events()
+            pending = sock.event()
+            self.assertEqual((pending["type"], pending["steer"]), ("response.steer.pending", accepted["steer"]))
+            stubs = [
+                {"type": "function_call_output", "call_id": "call_a", "name": "f"},
+                {"type": "custom_tool_call_output", "call_id": "call_b"},
+            ]
+            self.assertEqual(pending["required_input"], stubs)
+            outputs = [{**stub, "output": "ok"} for stub in stubs]
+            self.assertEqual(
+                said_in(sock.create("", input=outputs, previous_response_id=id).events()[-1]),
+                "['user', 'assistant', 'user', 'tool', 'tool']",
+            )
+
+    def test_steering_that_fails(self) -> None:
+        """What cannot be steered is told why, with the input that it gave."""
+        stream = Stream()
+        with FakeOpenAI(lambda request: stream if request.text == "live" else "Hi") as server, Socket(server) as sock:
+            ended = sock.create().events()[-1]["response"]["id"]
+            conversation = get(server, "/conversations", "POST", {}).json["id"]
+            bound = sock.create("live", conversation=conversation).event()["response"]["id"]
+            sock.event()
+            for id, given, code in (
+                ("resp_x", "left", "response_not_found"),
+                (ended, "left", "response_already_completed"),
+                (ended, [], "invalid_input"),
+                (ended, None, "invalid_input"),
+                (ended, [{"role": "system", "content": "x"}], "invalid_input"),
+                (bound, "left", "steering_not_supported"),
+            ):
+                with self.subTest(code=code, given=given):
+                    event = sock.say({"type": "response.steer", "previous_response_id": id, "input": given}).event()
+                    self.assertEqual((event["type"], event["error"]["code"]), ("response.steer.failed", code))
+                    self.assertEqual(event["steer"], {"input": given, "previous_response_id": id})
+            stream.send("Hi")
+            stream.close()
+            self.assertEqual(sock.events()[-1]["type"], "response.completed")
+
+    def test_steering_of_what_fails(self) -> None:
+        """Accepted input comes back when the response fails."""
+        stream = Stream()
+        with FakeOpenAI(always(stream)) as server, Socket(server) as sock:
+            id = sock.create().event()["response"]["id"]
+            sock.say({"type": "response.steer", "previous_response_id": id, "input": "left"})
+            while (accepted := sock.event())["type"] != "response.steer.accepted":
+                pass
+            stream.fail(StreamError("no"))
+            while (event := sock.event())["type"] != "response.steer.failed":
+                pass
+            self.assertEqual(event["error"]["code"], "response_not_active")
+            self.assertEqual(event["steer"]["id"], accepted["steer"]["id"])
+            self.assertEqual(event["steer"]["input"][0]["content"], [{"type": "input_text", "text": "left"}])
+
+    # The wire
+
+    def test_ping_and_close(self) -> None:
+        """A ping is answered with its bytes, also between fragments and in a response; a Close with its code."""
+        for name, data, code in (("code", b"\x0f\xa0bye", 4000), ("no code", b"", 0)):
+            stream = Stream()
+            with self.subTest(name=name), FakeOpenAI(lambda request: stream) as server, Socket(server) as sock:  # noqa: B023
+                sock.create().event()
+                self.assertEqual(sock.event()["type"], "response.in_progress")
+                half = client_frame(TEXT_FRAME, b"{", 0)
+                sock.send(half + client_frame(PING_FRAME, b"\xff?") + client_frame(0, b"}") + client_frame(PONG_FRAME))
+                self.assertEqual((sock.frame(), sock.event()["type"]), ((PONG_FRAME, b"\xff?"), "error"))
+                sock.send(client_frame(CLOSE_FRAME, data))
+                self.assertEqual(sock.closed(), (code, b""))
+                self.assertTrue(stream.wait_disconnected(NOTICED))
+
+    def test_bad_frames(self) -> None:
+        """What breaks the protocol closes the connection with its code, and ends what streams."""
+        for name, (data, messages, code) in FRAMES.items():
+            if code is not None and not messages:
+                stream = Stream()
+                with self.subTest(name=name), FakeOpenAI(always(stream)) as server, Socket(server) as sock:
+                    sock.create().event()
+                    self.assertEqual(sock.event()["type"], "response.in_progress")
+                    sock.send(data)
+                    self.assertEqual(sock.closed(), (code, b""))
+                    self.assertTrue(stream.wait_disconnected(NOTICED))
+
+    def test_wire_acts(self) -> None:
+        """Raw is a message as it is; Disconnect ends the connection, with RST if asked, and all that streams on it."""
+        for reset_it in (False, True):
+            stream = Stream()
+
+            def handler(request: Request, stream: Stream = stream, reset_it: bool = reset_it) -> Any:
+                return stream if request.text == "live" else ["a", Pause(0), Raw(b"{no"), Disconnect(reset=reset_it)]
+
+            with self.subTest(reset=reset_it), FakeOpenAI(handler) as server, Socket(server) as sock:
+                sock.create("live", stream_id="b")
+                stream.wait_request(WAIT)
+                sock.create("cut")
+                while (frame := sock.frame())[1] != b"{no":
+                    self.assertEqual(frame[0], TEXT_FRAME)
+                if reset_it:
+                    with self.assertRaises(ConnectionResetError):
+                        sock.sock.recv(1)
+                else:
+                    self.assertEqual(sock.rest(), b"")
+                self.assertTrue(stream.wait_disconnected(NOTICED))
+
+    def test_leaving_is_noticed(self) -> None:
+        """FIN, RST and a Close end all that streams; generators are closed once, and what waits is not begun."""
+        leave: dict[str, Callable[[Socket], object]] = {
+            "FIN": lambda sock: sock.sock.close(),
+            "half a FIN": lambda sock: sock.sock.shutdown(socket.SHUT_WR),
+            "RST": lambda sock: reset(sock.sock),
+            "Close": lambda sock: sock.send(client_frame(CLOSE_FRAME)),
+        }
+        for name, act in leave.items():
+            ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+            def pausing(request: Request, ended: queue.SimpleQueue[str] = ended) -> Iterator[Any]:
+                try:
+                    yield from ("Hi", Pause(3600), "never")
+                finally:
+                    ended.put(request.text)
+
+            with self.subTest(name=name), faulty(pausing) as server, Socket(server) as sock:
+                for text in ("a", "b", "c"):
+                    sock.create(text, stream_id=text if text != "c" else "b")
+                server.wait_for_requests(3, WAIT)
+                begun: set[Any] = set()
+                while len(begun) < 2:
+                    event = sock.event()
+                    begun |= {event["stream_id"]} if event["type"] == "response.output_text.delta" else set()
+                act(sock)
+                self.assertEqual({ended.get(timeout=NOTICED), ended.get(timeout=NOTICED)}, {"a", "b"})
+                self.eventually(lambda server=server: not server.in_flight)  # type: ignore[misc]
+                self.assertEqual((ended.empty(), server.errors), (True, []))
+                self.assertTrue(server.requests[0].disconnected)
+
+    def test_a_client_that_does_not_read(self) -> None:
+        """It blocks its own connection only; stop() frees it."""
+        ended = threading.Event()
+        server = FakeOpenAI(lambda request: endless(ended) if request.text == "endless" else "Hi")
+        with server, Socket(server) as sock, Socket(server) as other:
+            sock.create("endless").create("more", stream_id="b")
+            server.wait_for_requests(2, WAIT)
+            self.assertEqual(said_in(other.create().events()[-1]), "Hi")
+            self.assert_works(server)
+            began = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - began, STOPPED)
+            self.assertTrue(ended.is_set())
+
+    def test_leaving_is_noticed_in_a_blocked_write(self) -> None:
+        """Who closes, and does not read, has left as well."""
+        for name, act in (("RST", reset), ("half a FIN", lambda sock: sock.shutdown(socket.SHUT_WR))):
+            ended = threading.Event()
+
+            def handler(request: Request, ended: threading.Event = ended) -> Iterator[Any]:
+                try:
+                    yield Raw(b"x" * 20_000_000)  # more than fits into the buffers
+                finally:
+                    ended.set()
+
+            with self.subTest(name=name), FakeOpenAI(handler) as server, Socket(server) as sock:
+                sock.create()
+                [connection] = server._running().connections
+                self.eventually(lambda: connection.deadline < connection.until, "a blocked write")  # noqa: B023
+                act(sock.sock)
+                self.assertTrue(ended.wait(NOTICED))
+
+    def test_nothing_follows_a_close(self) -> None:
+        """A Close comes whole between the messages of a stream, is the last frame, and reaches who is still sending."""
+        for name, data, code in (
+            ("closes", client_frame(CLOSE_FRAME, b"\x03\xe8"), 1000),
+            ("breaks the protocol", client_frame(3) + b"x" * 5_000_000, 1002),
+        ):
+            ended = threading.Event()
+            with self.subTest(name=name), FakeOpenAI(always(endless(ended))) as server, Socket(server) as sock:
+                sock.create()
+                server.wait_for_requests(1, WAIT)
+                sender = threading.Thread(target=lambda: sock.sock.sendall(data))  # noqa: B023
+                sender.start()
+                while (frame := sock.frame())[0] == TEXT_FRAME:
+                    pass
+                self.assertEqual((frame[0], frame[1][:2], sock.rest()), (CLOSE_FRAME, code.to_bytes(2, "big"), b""))
+                sender.join(WAIT)
+                self.assertTrue(ended.wait(WAIT))
+
+    def test_a_disconnect_of_a_stream_is_on_the_wire(self) -> None:
+        """As in a stream over HTTP: the test's Stream was sent whole."""
+        stream = Stream()
+        with FakeOpenAI(always(stream)) as server, Socket(server) as sock:
+            sock.create()
+            stream.send("a", Disconnect())
+            stream.close()
+            sock.rest()
+            self.assertEqual((stream.flush(WAIT), stream.disconnected), (True, False))
+
+    def test_a_blocked_write_is_given_up(self) -> None:
+        """A write that makes no progress for too long ends the connection."""
+        ended = threading.Event()
+        with FakeOpenAI(lambda request: endless(ended)) as server:
+            server._running().limits[openai_fake._State.SENDING] = 0.1
+            server._running().sweep = 0.02
+            with Socket(server) as sock:
+                sock.create()
+                self.assertTrue(ended.wait(WAIT))
+
+    def test_stop_says_so(self) -> None:
+        """stop() closes with 1001, whether a response streams or not."""
+        with FakeOpenAI(silent) as server, Socket(server) as idle, Socket(server) as live:
+            live.create().event()
+            live.event()
+            server.errors.clear()
+            with contextlib.suppress(RuntimeError):  # the Stream was never closed
+                server.stop()
+            self.assertEqual((idle.closed(), live.closed()), ((1001, b""), (1001, b"")))
+
+    def test_the_time_of_a_connection_is_limited(self) -> None:
+        """After 60 minutes a connection is told to connect again, and closed; until then it may be idle."""
+        with FakeOpenAI(always(["Hi", Raw(b"x" * 8_000_000)])) as server:  # more than fits into the buffers
+            server._running().sweep = 0.02
+            server._running().limits[openai_fake._State.IDLE] = 0.01
+            server._running().limits[openai_fake._State.WEBSOCKET] = 0.5
+            with Socket(server) as sock:
+                sock.create()
+                while b'"response.completed"' not in sock.frame()[1]:
+                    pass
+                event = sock.event()
+                self.assertEqual((event["status"], event["error"]["code"]), (400, "websocket_connection_limit_reached"))
+                self.assertEqual(sock.closed(), (1000, b""))
+        self.assertEqual(openai_fake._LIMITS[openai_fake._State.WEBSOCKET], 3600)
+
+    def test_one_byte_at_a_time(self) -> None:
+        """A client that trickles gets the same."""
+        with FakeOpenAI() as server, Socket(server) as sock:
+            for byte in client_frame(TEXT_FRAME, json.dumps({"type": "response.create", **responses()}).encode()):
+                sock.send(bytes([byte]))
+            self.assertEqual(said_in(sock.events()[-1]), "Hi")
+
+    def test_many_silent_sockets(self) -> None:
+        """300 silent sockets with a response each: others are served, and all threads are gone after the clients."""
+        with FakeOpenAI(silent) as server:
+            baseline = resources()
+            socks = [Socket(server).create() for _ in range(300)]
+            server.wait_for_requests(300, WAIT)
+            self.assert_works(server)
+            for number, sock in enumerate(socks):
+                (reset if number % 2 else socket.socket.close)(sock.sock)
+            self.assert_back_to(baseline)
+            self.assertEqual((server.in_flight, server.errors), ([], []))
+
+
+@needs_openai
+@needs_websockets
+class OfficialWebSocketTest(unittest.TestCase):
+    """The official client's connect(), sync and async, takes it for the real thing."""
+
+    def test_sync(self) -> None:
+        """Turns in a chain on one connection, errors as events, and a response that is steered."""
+        import openai
+
+        server = start(self, lambda request: f"{len(request.messages)}")
+        with (
+            openai.OpenAI(base_url=server.base_url, api_key="test") as client,
+            client.responses.connect() as connection,
+        ):
+            previous: dict[str, Any] = {}
+            for text in ("1", "3", "5"):
+                connection.response.create(model="gpt-4o", input="Hi", store=False, **previous)
+                event: Any = next(each for each in connection if each.type == "response.completed")
+                self.assertEqual(event.response.output_text, text)
+                previous = {"previous_response_id": event.response.id}
+            connection.response.create(model="gpt-4o", input="Hi", previous_response_id="resp_x")
+            event = connection.recv()
+            self.assertEqual(
+                (event.type, event.status, event.error.code), ("error", 400, "previous_response_not_found")
+            )
+            connection.response.steer(input="Hi", previous_response_id="resp_x")
+            event = connection.recv()
+            self.assertEqual((event.type, event.error.code), ("response.steer.failed", "response_not_found"))
+
+    def test_async_lanes(self) -> None:
+        """The session helper collects the responses of lanes that run at the same time."""
+        import openai
+        from openai.lib.responses_websocket import AsyncResponsesWebSocketSession, ResponsesWebSocketLimits
+
+        together = threading.Barrier(2)
+
+        def handler(request: Request) -> str:
+            together.wait(WAIT)
+            return request.text
+
+        limits = ResponsesWebSocketLimits(8, 128, 512, 1 << 20, 1 << 20)
+
+        async def talk(server: FakeOpenAI) -> list[str]:
+            asyncio.get_running_loop().slow_callback_duration = WAIT  # the client imports much of itself at first use
+            async with (
+                openai.AsyncOpenAI(base_url=server.base_url, api_key="test") as client,
+                client.responses.connect() as connection,
+                AsyncResponsesWebSocketSession(connection, limits=limits) as session,
+            ):
+                lanes = [session.lane(name) for name in ("a", "b")]
+                for lane, text in zip(lanes, ("one", "two"), strict=True):
+                    await lane.send({"type": "response.create", "model": "gpt-4o", "input": text})
+                return [(await lane.get_final_response()).output_text for lane in lanes]
+
+        server = start(self, handler)
+        self.assertEqual(asyncio.run(talk(server)), ["one", "two"])
+
+
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
@@ -7574,7 +8373,7 @@ class ReadmeBlocksTest(unittest.TestCase):
         first, common, *recipes = fenced("python")
         self.assertIn("class FakeCase", common)
         for block in (first, *recipes):
-            if "import pytest" in block:
+            if "import pytest" in block or ("responses.connect()" in block and not find_spec("websockets")):
                 continue
             names = self.names_of(block)
             with self.subTest(name=re.findall(r"class (\w+)\((?:\w+\.)?\w*TestCase|class (\w+)\(FakeCase", block)):
