@@ -68,6 +68,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import formatdate
 from enum import IntEnum
@@ -151,6 +152,12 @@ _LONGEST = 3600.0  # seconds that a select waits: more than a month is an Overfl
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
 
 _JSON: TypeAlias = "dict[str, Any]"
+
+
+class _Clock:
+    """The server's own clocks, taken once: the time that a test patches is the test's. freezegun patches modules."""
+
+    monotonic, perf_counter, time = map(staticmethod, (time.monotonic, time.perf_counter, time.time))
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -260,6 +267,14 @@ class APIError(Exception):
     def __repr__(self) -> str:
         return f"APIError({self.status}, {self.message!r}, type={self.type!r}, code={self.code!r})"
 
+    def __reduce__(self) -> Any:
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
+    def _shared(self) -> Self:
+        """Itself without what it was raised through, which holds the request: it may be given again, and for ever."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
     def _error(self) -> _JSON:
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
@@ -302,6 +317,14 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
         if kind is int and cast(int, value) < 0:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
+
+
+def _check_seconds(owner: object, **fields: float | None) -> None:
+    """Raises TypeError or ValueError where a field is no time that can be waited for."""
+    for name, value in fields.items():
+        _check_fields(owner, **{name: (value, (int, float, type(None)))})
+        if not 0 <= (value or 0) <= threading.TIMEOUT_MAX:
+            raise ValueError(f"{type(owner).__name__} wants {name} in seconds, 0 to {threading.TIMEOUT_MAX}, not {value!r}")
 
 
 _WORD = (str, type(None))  # a string that may be left out
@@ -1823,6 +1846,7 @@ class Reply:
         itl: float | None = None,
     ) -> None:
         _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, (int, type(None))))
+        _check_seconds(self, ttft=ttft, itl=itl)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         self.parts = parts
@@ -1887,7 +1911,8 @@ class Stream:
         self._changed = threading.Condition()  # guards the fields below, and tells when they change
         self._request: Request | None = None
         self._sent = 0  # parts, and the end
-        self._written = 0  # of them, on the wire
+        self._taken = 0  # parts, by the answer
+        self._written = 0  # of what was sent, on the wire
         self._ended = False
         self._gone = False
 
@@ -2099,7 +2124,7 @@ def non_streaming_response(text: str) -> Reply:
 
 def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
     """One chunk per delta, all with one id and time, for the choices 0, 1, 2, ...; or all for the choice `index`."""
-    id, created = "chatcmpl-" + _Ids(random.getrandbits).alnum(29), int(time.time())
+    id, created = "chatcmpl-" + _Ids(random.getrandbits).alnum(29), int(_Clock.time())
     return [
         Chunk([ChunkChoice(number if index is None else index, delta)], id=id, created=created, model="gpt-4")
         for number, delta in enumerate(deltas)
@@ -2111,7 +2136,7 @@ def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     ids = _Ids(random.getrandbits)
     call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
     return Chunk(
-        [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(time.time()), model="gpt-4"
+        [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(_Clock.time()), model="gpt-4"
     )
 
 
@@ -2810,7 +2835,7 @@ class _ResponsesEncoder(_Encoder):
 
         def number(key: str, default: float) -> Any:
             value = told(key, default)
-            return float(value) if type(value) is int else value  # the API's are floats: 1.0 (R)
+            return float(value) if type(value) is int and value.bit_length() < 1024 else value  # the API's are floats (R)
 
         asked = _dict(body.get("reasoning"))
         reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
@@ -3130,7 +3155,7 @@ class _Waiter:
             return math.inf
         if self.streams:
             raise _Gone
-        now = time.monotonic()
+        now = _Clock.monotonic()
         self.given_up = min(self.given_up, now + _HALF_CLOSED)
         if now >= self.given_up:
             raise _Gone
@@ -3139,13 +3164,13 @@ class _Waiter:
     def get(self, source: queue.SimpleQueue[_T], timeout: float | None = None) -> _T:
         """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
         self.enter(lambda: source.put(_WAKE))
-        due = math.inf if timeout is None else time.monotonic() + timeout
+        due = math.inf if timeout is None else _Clock.monotonic() + timeout
         while True:
-            rest = min(self.patience(), due - time.monotonic(), _LONGEST)
+            rest = min(self.patience(), due - _Clock.monotonic(), _LONGEST)
             try:
                 value = source.get(timeout=max(0.0, rest))
             except queue.Empty:
-                if time.monotonic() >= due:
+                if _Clock.monotonic() >= due:
                     raise
                 continue
             if value is not _WAKE:
@@ -3155,8 +3180,8 @@ class _Waiter:
         """Waits. Raises _Gone where the client of a stream has left; who has half-closed gets its JSON, just sooner."""
         alarm: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.enter(lambda: alarm.put(None))
-        due = time.monotonic() + seconds
-        while self.patience() == math.inf and (rest := due - time.monotonic()) > 0:
+        due = _Clock.monotonic() + seconds
+        while self.patience() == math.inf and (rest := due - _Clock.monotonic()) > 0:
             with suppress(queue.Empty):
                 alarm.get(timeout=min(rest, _LONGEST))
 
@@ -3167,6 +3192,7 @@ class _Waiter:
         loop = self.loop
         if loop is None:
             loop = self.loop = asyncio.new_event_loop()
+            loop.time = _Clock.monotonic  # type: ignore[method-assign]  # its own asks time.monotonic, which may be patched
         given: list[_T] = []  # by the task, and not taken yet
         resume, closing = asyncio.Event(), False
 
@@ -3487,7 +3513,7 @@ class _Delivery:
             if isinstance(error, _Gone) or not self.sink.begun:
                 raise
             if isinstance(error, APIError):
-                self._fail(error)
+                self._fail(error._shared())
             else:  # the handler's own, or what can't be encoded
                 message = self.request._outcome = self.fake._keep_error(error, self.request)
                 self.sink.break_off(APIError(500, message))
@@ -3596,14 +3622,13 @@ class _Delivery:
 
     def _live(self, stream: Stream) -> Iterator[_Part]:
         """The parts of a Stream, as the test sends them."""
-        taken = 0
         self.sink.open()
         while True:
             try:
                 part = stream._queue.get_nowait()
             except queue.Empty:
                 self.sink.flush()
-                stream._on_wire(taken)
+                stream._on_wire(stream._taken)
                 try:
                     part = self.waiter.get(stream._queue, stream._timeout)
                 except queue.Empty:
@@ -3614,16 +3639,16 @@ class _Delivery:
             if part is _END:
                 return
             if part is not _WAKE:
-                taken += 1
+                stream._taken += 1
                 yield part
 
     def _conclude(self, stream: Stream) -> None:
         """Tells a Stream that its answer is over."""
         waiter = self.waiter
         gone = waiter.connection is not None and waiter.connection.gone
-        if not gone and not waiter.server.stopping:
+        if not gone and stream._taken == stream._sent - stream._ended and not waiter.server.stopping:
             stream._on_wire(stream._sent)
-        elif not gone and not stream._ended:
+        elif not gone and not stream._ended and not self.over and waiter.server.stopping:
             error = RuntimeError("a Stream was never closed: the server stopped while its client was waiting for more")
             self.fake._keep_error(error, self.request)
         stream._left()
@@ -4071,8 +4096,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
         stored = _StoredResponse(encoder, history, resolved, log)
         fake._remember(fake._responses, encoder.id, stored)
-        conversation = encoder.base.get("conversation")
-        kept = fake._conversations.get(str(conversation.get("id"))) if conversation else None
+        kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
         if kept is not None:
             kept.responses.append(stored)
 
@@ -4657,7 +4681,7 @@ class _Connection(BaseRequestHandler):
         """Reads more into the inbox. The time for it runs from the beginning of the state."""
         if state is not self.state or self.deadline == math.inf:
             self.state = state
-            self.deadline = time.monotonic() + self.server.limits[state]
+            self.deadline = _Clock.monotonic() + self.server.limits[state]
         data = self.sock.recv(_BATCH if state is _State.BODY else _READ)
         self.inbox.data += data
         self.inbox.ended = not data
@@ -4721,7 +4745,7 @@ class _Connection(BaseRequestHandler):
         rest = memoryview(data)[sent:]
         try:
             while rest:  # in pieces: who reads steadily may take its time
-                self.deadline = time.monotonic() + self.server.limits[_State.SENDING]
+                self.deadline = _Clock.monotonic() + self.server.limits[_State.SENDING]
                 rest = rest[self.sock.send(rest[:_BATCH]) :]
         except OSError:
             self.state = _State.GONE
@@ -4748,9 +4772,9 @@ class _Connection(BaseRequestHandler):
             head += _CORS
         if asked is None or not asked.keep_alive or self.state >= _State.CLOSING:
             head += b"connection: close\r\n"
-        head += _date_field(int(time.time())) + b"x-request-id: req_%b\r\n" % fake._ids().hex(32).encode()
+        head += _date_field(int(_Clock.time())) + b"x-request-id: req_%b\r\n" % fake._ids().hex(32).encode()
         if usual != _GATEWAY:
-            head += b"openai-processing-ms: %d\r\n" % ((time.perf_counter() - self.started) * 1000)
+            head += b"openai-processing-ms: %d\r\n" % ((_Clock.perf_counter() - self.started) * 1000)
         if fields:
             head = _with_fields(head, fields)
         if length is not None:
@@ -4799,11 +4823,11 @@ class _Connection(BaseRequestHandler):
             self._refuse(refused)
         else:
             self.state, self.deadline = _State.ANSWERING, math.inf
-            self._answer(cast(_Head, self.inbox.head), raw_body)
+            Context().run(self._answer, cast(_Head, self.inbox.head), raw_body)  # what a handler sets ends with it
 
     def _end_of_input(self) -> _Refused | None:
         """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
-        expired = time.monotonic() >= self.deadline
+        expired = _Clock.monotonic() >= self.deadline
         if self.inbox.head is None:
             return _Refused(408, "The request did not arrive in time.") if expired and self.inbox.data else None
         if expired:
@@ -4812,7 +4836,7 @@ class _Connection(BaseRequestHandler):
 
     def _refuse(self, refused: _Refused) -> None:
         self.state, self.deadline = _State.CLOSING, math.inf
-        self.started = time.perf_counter()
+        self.started = _Clock.perf_counter()
         head = self.inbox.head
         method, path = (head.method, head.path) if head is not None else ("", "")
         self.asked = Request("", method, path, "", {})
@@ -4825,15 +4849,15 @@ class _Connection(BaseRequestHandler):
         """Reads what the client still sends, for a while: closing at once would reset, and destroy the reply."""
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            end = time.monotonic() + 1.0
-            while (rest := end - time.monotonic()) > 0:
+            end = _Clock.monotonic() + 1.0
+            while (rest := end - _Clock.monotonic()) > 0:
                 self.sock.settimeout(rest)
                 if not self.sock.recv(_BATCH):
                     break
 
     def _answer(self, head: _Head, raw_body: bytes) -> None:
         fake = self.server.fake
-        self.started = time.perf_counter()
+        self.started = _Clock.perf_counter()
         self.http11 = head.http11
         route = fake._router.find(head.method, head.route)
         self.asked = request = Request(route.api, head.method, head.path, head.query, head.headers, raw_body)
@@ -4850,7 +4874,7 @@ class _Connection(BaseRequestHandler):
                 answer = _HTTPResponse(_utf8(_dumps(cast(_JSON, answer))))
             answer.send(self)
         except APIError as error:
-            self._send_error(error)
+            self._send_error(error._shared())
         except _Gone:
             request._outcome = request._outcome or "client left"
             self.hang_up(False)
@@ -4925,7 +4949,7 @@ class _Server(ThreadingHTTPServer):
         select, listener, waker = self.selector.select, self.socket, self.waker
         sweep, resume = math.inf, math.inf
         while True:
-            now = time.monotonic()
+            now = _Clock.monotonic()
             sweep = min(sweep, now + self.sweep) if self.sockets else math.inf
             until = min(sweep, resume)
             events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
@@ -4935,13 +4959,13 @@ class _Server(ThreadingHTTPServer):
                 if key.fileobj is listener:
                     if not self._accept():
                         self.selector.unregister(listener)
-                        resume = time.monotonic() + 0.1  # out of descriptors: try again when some may be free
+                        resume = _Clock.monotonic() + 0.1  # out of descriptors: try again when some may be free
                 elif key.fileobj is waker:
                     waker.recv(4096)
                 else:
                     self.unwatch(cast(socket.socket, key.fileobj))
                     key.data.notice()
-            now = time.monotonic()
+            now = _Clock.monotonic()
             if now >= sweep:
                 sweep = math.inf
                 self._sweep(now)
@@ -5069,10 +5093,10 @@ class _Server(ThreadingHTTPServer):
             threads = tuple(self.threads)
         for _ in threads:
             self.jobs.put(None)
-        end = time.monotonic() + _STOP_SECONDS
+        end = _Clock.monotonic() + _STOP_SECONDS
         for thread in threads:
             if thread is not current:
-                thread.join(max(0.0, end - time.monotonic()))
+                thread.join(max(0.0, end - _Clock.monotonic()))
         self.selector.close()
         self.waker.close()
         self.alarm.close()
@@ -5172,8 +5196,6 @@ class FakeOpenAI:
         self.clock = clock
         self.errors: list[BaseException] = []
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
-        if cors:
-            own["OPTIONS /{path*}"] = _preflight
         others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
         self._router = _Router({**own, **others}) if own else _usual_router()
         self._keep = keep
@@ -5189,15 +5211,30 @@ class FakeOpenAI:
         self._responses: dict[str, _StoredResponse] = {}
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
-        self._stopping = threading.Lock()  # taken by the first stop()
+        self._stopping = threading.Lock()  # taken, for ever, by the first stop() that came to its end
         self._pid = 0
 
     # For tests.
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options may be set at any time, and count from the next request on, but for those that are refused here."""
+        if name in ("keep", "routes") or (name in ("host", "port") and self._server is not None):
+            raise AttributeError(f"{name} is said when the server is made, FakeOpenAI(..., {name}=...): it can't be set")
+        if name in ("ttft", "itl"):
+            _check_seconds(self, **{name: value})
+        super().__setattr__(name, value)
 
     def start(self) -> Self:
         """Starts the server. Raises OSError where it can't listen, RuntimeError when it was started before."""
         if self._server is not None:
             raise RuntimeError("the server was started before; a FakeOpenAI is started once")
+        for each in (socket.socket, threading.get_ident):
+            if (patcher := each.__module__.partition(".")[0]) in ("gevent", "eventlet"):
+                raise RuntimeError(
+                    f"{patcher} has replaced sockets or threads, which this server cannot run on; start it in a process "
+                    "of its own, as `python -m openai_fake`"
+                )
         server = _Server(self, self.host, self.port)
         try:
             server.start()
@@ -5219,9 +5256,12 @@ class FakeOpenAI:
 
     def _stop(self, failing: bool, failure: BaseException | None = None) -> None:
         server = self._server
-        if server is None or self._pid != os.getpid() or not self._stopping.acquire(blocking=False):
+        if server is None or self._pid != os.getpid() or self._stopping.locked():
             return  # in a forked child the server is the parent's
-        for thread in server.stop():
+        running = server.stop()  # where a signal's exception breaks it off, the next stop() does it all again
+        if not self._stopping.acquire(blocking=False):
+            return
+        for thread in running:
             _LOG.warning("stopped, but a handler still runs on %s", thread.name)
         if isinstance(self.handler, Script) and not self.errors and not failing:
             try:
@@ -5351,7 +5391,7 @@ class FakeOpenAI:
         return message
 
     def _ended(self, request: Request, started: float) -> None:
-        request._seconds = time.perf_counter() - started
+        request._seconds = _Clock.perf_counter() - started
         self._flying.pop(id(request), None)
         self._recent.append(request)
         while len(self._recent) > 12:
