@@ -157,7 +157,9 @@ _JSON: TypeAlias = "dict[str, Any]"
 class _Clock:
     """The server's own clocks, taken once: the time that a test patches is the test's. freezegun patches modules."""
 
-    monotonic, perf_counter, time = map(staticmethod, (time.monotonic, time.perf_counter, time.time))
+    monotonic = staticmethod(time.monotonic)
+    perf_counter = staticmethod(time.perf_counter)
+    time = staticmethod(time.time)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -215,6 +217,11 @@ def _finite(text: str) -> float:
 
 
 _loads = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
+
+
+def _own(value: Any) -> Any:
+    """A copy of JSON for a reader, who may change it: the server goes on with its own."""
+    return value if isinstance(value, (str, type(None))) else _loads(_dumps(value))
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -324,7 +331,7 @@ def _check_seconds(owner: object, **fields: float | None) -> None:
     for name, value in fields.items():
         _check_fields(owner, **{name: (value, (int, float, type(None)))})
         if not 0 <= (value or 0) <= threading.TIMEOUT_MAX:
-            raise ValueError(f"{type(owner).__name__} wants {name} in seconds, 0 to {threading.TIMEOUT_MAX}, not {value!r}")
+            raise ValueError(f"{type(owner).__name__} wants seconds for {name}, 0 or more, not {value!r}")
 
 
 _WORD = (str, type(None))  # a string that may be left out
@@ -371,6 +378,11 @@ def _text_of(content: object) -> str:
         return content
     parts = (part if isinstance(part, str) else _dict(part).get("text") for part in _list(content))
     return "".join(part for part in parts if isinstance(part, str))
+
+
+def _last_text(items: list[Any]) -> str:
+    sent = (each for each in map(_dict, reversed(items)) if each.get("role") == "user")
+    return next((_text_of(each.get("content")) for each in sent), "")
 
 
 def _string(value: object) -> str:
@@ -433,7 +445,9 @@ def _chat_messages(value: object) -> list[Message]:
         made = [call for each in _list(calls) if (call := _chat_call(each)) is not None] if calls else ()
         id = sent.get("tool_call_id")
         messages.append(
-            Message(_string(sent.get("role")), sent.get("content"), tuple(made), id if isinstance(id, str) else None)
+            Message(
+                _string(sent.get("role")), _own(sent.get("content")), tuple(made), id if isinstance(id, str) else None
+            )
         )
     return messages
 
@@ -451,7 +465,7 @@ def _items_messages(items: Iterable[object]) -> list[Message]:
         item = _dict(each)
         kind = _item_type(item)
         if kind == "message":
-            messages.append(Message(_string(item.get("role")), item.get("content")))
+            messages.append(Message(_string(item.get("role")), _own(item.get("content"))))
         elif kind in ("function_call", "custom_tool_call"):
             make, key = (ToolCall, "arguments") if kind == "function_call" else (CustomToolCall, "input")
             call = make(_string(item.get("name")), _string(item.get(key)), id=_string(item.get("call_id")))
@@ -461,7 +475,7 @@ def _items_messages(items: Iterable[object]) -> list[Message]:
             else:
                 messages.append(Message("assistant", None, (call,)))
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            messages.append(Message("tool", item.get("output"), tool_call_id=_string(item.get("call_id"))))
+            messages.append(Message("tool", _own(item.get("output")), tool_call_id=_string(item.get("call_id"))))
     return messages
 
 
@@ -508,15 +522,17 @@ class Request:
     """
 
     __slots__ = (
+        "_before",
         "_body",
         "_connection",
-        "_conversation",
         "_deployment",
         "_encoder",
         "_gone",
         "_messages",
         "_outcome",
+        "_resolved",
         "_seconds",
+        "_shown",
         "_status",
         "api",
         "headers",
@@ -536,9 +552,11 @@ class Request:
         self.headers = headers
         self.raw_body = raw_body
         self._deployment: str | None = None  # Azure names the model in the path
-        self._body: _JSON | None = None
+        self._body: _JSON | None = None  # the server's
+        self._shown: _JSON | None = None  # the reader's
         self._messages: list[Message] | None = None
-        self._conversation: list[Any] | None = None  # Responses: stored turns and input, where they are not the input
+        self._before: _History = _NO_HISTORY  # Responses: what is stored from before the input
+        self._resolved: list[Any] | None = None  # the input, where it referred to stored items
         self._connection: _Connection | None = None
         self._gone = False
         # What became of it, for the transcript and the command line.
@@ -564,7 +582,15 @@ class Request:
 
     @property
     def body(self) -> _JSON:
-        """The JSON object that was sent; {} where there was none."""
+        """The JSON object that was sent; {} where there was none. It is the reader's own."""
+        shown = self._shown
+        if shown is None:
+            self._shown = shown = _own(self._json)
+        return shown
+
+    @property
+    def _json(self) -> _JSON:
+        """The body as the server reads it."""
         body = self._body
         if body is None:
             try:
@@ -577,17 +603,17 @@ class Request:
         """Drops what can be made again from the bytes: the journal holds many requests."""
         if self._connection is not None:
             self._gone = self._connection.state is _State.GONE
-        self._body = self._messages = self._connection = None
+        self._body = self._shown = self._messages = self._connection = None
 
     @property
     def model(self) -> str:
         """The model that was asked for."""
-        return _string(self.body.get("model"))
+        return _string(self._json.get("model"))
 
     @property
     def stream(self) -> bool:
         """Whether the client wants server-sent events."""
-        return self.body.get("stream") is True
+        return self._json.get("stream") is True
 
     @property
     def messages(self) -> list[Message]:
@@ -598,30 +624,31 @@ class Request:
         messages = self._messages
         if messages is None:
             responses = self.api == "responses"
-            messages = _items_messages(self._items) if responses else _chat_messages(self.body.get("messages"))
+            messages = _items_messages(self._items()) if responses else _chat_messages(self._json.get("messages"))
             self._messages = messages
         return messages
 
-    @property
-    def _items(self) -> list[Any]:
-        instructions = self.body.get("instructions")
+    def _items(self, before: bool = True) -> list[Any]:
+        """Instructions, the stored turns (not of interest unless `before`), and input."""
+        instructions = self._json.get("instructions")
         if isinstance(instructions, str):
             instructions = [{"role": "system", "content": instructions}]
-        items = _input_items(self.input) if self._conversation is None else self._conversation
-        return [*_input_items(instructions), *items]
+        stored = self._before.items() if before else ()
+        items = _input_items(self._json.get("input")) if self._resolved is None else self._resolved
+        return [*_input_items(instructions), *stored, *items]
 
     @property
     def text(self) -> str:
         """The text of the last user message; "" where there is none."""
-        for message in reversed(self.messages):
-            if message.role == "user":
-                return message.text
-        return ""
+        if self.api != "responses":
+            return _last_text(_list(self._json.get("messages")))
+        # The input nearly always has one: the turns before it, which may be many, are not gone through.
+        return _last_text(self._items(False)) or _last_text(self._items())
 
     @property
     def tools(self) -> list[Tool]:
         """The tools that are offered, in one shape for both APIs."""
-        return [_tool(tool) for tool in _list(self.body.get("tools"))]
+        return [_tool(_own(tool)) for tool in _list(self._json.get("tools"))]
 
     @property
     def prompt(self) -> Any:
@@ -2324,7 +2351,7 @@ class _Encoder:
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
-        self.asked = request.body
+        self.asked = request._json
         model = _string(self.asked.get("model"))
         self.ids = ids
         self.created = reply.created if reply.created is not None else created
@@ -2425,10 +2452,10 @@ class _Encoder:
         for item in self.items:
             thought += 64 * (type(item.part) is Reasoning)
             said += 4 * isinstance(item.part, _Call)
-        return Usage(_estimate(self.prompt()), max(1, said + thought), reasoning_tokens=thought)
+        return Usage(self.prompt_tokens(), max(1, said + thought), reasoning_tokens=thought)
 
-    def prompt(self) -> list[Any]:
-        """What the model was told: messages, or items."""
+    def prompt_tokens(self) -> int:
+        """About how many tokens the model was told."""
         raise NotImplementedError
 
 
@@ -2456,8 +2483,8 @@ class _ChatEncoder(_Encoder):
         self.finished: set[int] = set()  # the choices that a Chunk has finished
         self.calls: dict[int, int] = {}  # how many calls each choice has made
 
-    def prompt(self) -> list[Any]:
-        return _list(self.asked.get("messages"))
+    def prompt_tokens(self) -> int:
+        return _estimate(_list(self.asked.get("messages")))
 
     def name_item(self, item: _Item) -> None:
         part = item.part
@@ -2802,8 +2829,8 @@ class _ResponsesEncoder(_Encoder):
         self.status = "queued" if self.background else "in_progress"
         self.base = self._echo(asked)
 
-    def prompt(self) -> list[Any]:
-        return self.request._items
+    def prompt_tokens(self) -> int:
+        return _estimate(self.request._items(False)) + self.request._before.tokens()
 
     def _id(self, prefix: str) -> str:
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
@@ -2835,7 +2862,8 @@ class _ResponsesEncoder(_Encoder):
 
         def number(key: str, default: float) -> Any:
             value = told(key, default)
-            return float(value) if type(value) is int and value.bit_length() < 1024 else value  # the API's are floats (R)
+            whole = type(value) is int and value.bit_length() < 1024
+            return float(value) if whole else value  # the API's are floats: 1.0 (R)
 
         asked = _dict(body.get("reasoning"))
         reasoning: _JSON = {"context": model.context, "effort": asked.get("effort") or model.effort}
@@ -3192,7 +3220,7 @@ class _Waiter:
         loop = self.loop
         if loop is None:
             loop = self.loop = asyncio.new_event_loop()
-            loop.time = _Clock.monotonic  # type: ignore[method-assign]  # its own asks time.monotonic, which may be patched
+            loop.time = _Clock.monotonic  # type: ignore[method-assign]
         given: list[_T] = []  # by the task, and not taken yet
         resume, closing = asyncio.Event(), False
 
@@ -3932,7 +3960,7 @@ class _StoredChat:
     def __init__(self, request: Request, encoder: _ChatEncoder) -> None:
         self.request = request
         self.encoder = encoder
-        self.metadata: Any = request.body.get("metadata") or {}
+        self.metadata: Any = request._json.get("metadata") or {}
 
     def body(self) -> _JSON:
         return {**self.encoder.body(), "metadata": self.metadata}
@@ -4001,25 +4029,62 @@ def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages: list[_JSON] = _list(_stored_chat(fake, id).request.body.get("messages"))
+    messages: list[_JSON] = _list(_stored_chat(fake, id).request._json.get("messages"))
     return _listing(request, [{"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)], "asc")
+
+
+class _History:
+    """The items up to one response, linked to those before it: a chain of n turns holds each once. Cut, it is empty."""
+
+    def __init__(self, before: _History | None, said: Callable[[], list[Any]]) -> None:
+        self.before = before
+        self.said = said  # by this turn
+        self.told = before.tokens() if before is not None else 0  # tokens, before this turn
+
+    def items(self) -> list[Any]:
+        """All items, up to the end of this turn."""
+        turns = [self]
+        while (before := turns[-1].before) is not None:
+            turns.append(before)
+        return [item for turn in reversed(turns) for item in turn.said()]
+
+    def tokens(self) -> int:
+        """About how many tokens the items are."""
+        return self.told + _estimate(self.said()) - _estimate(())
+
+    def cut(self) -> None:
+        self.before, self.said = None, list
+
+
+_NO_HISTORY = _History(None, list)
 
 
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    def __init__(self, encoder: _ResponsesEncoder, history: list[Any], items: list[Any], log: _Log | None) -> None:
+    def __init__(
+        self,
+        encoder: _ResponsesEncoder,
+        items: list[Any],
+        log: _Log | None,
+        before: _History,
+        kept: _Conversation | None,
+    ) -> None:
         self.encoder = encoder
-        self.history = history
         self.input = [_stored_item(item, self.encoder._id) for item in items]
         self.log = log  # in the background
+        self.waits = kept is not None  # a conversation gets it when it is over
+        if kept is None:
+            self.history = _History(before, self.said)
+        else:
+            with kept.lock:
+                self.history = kept.last = _History(kept.last, self.said)
 
-    def over(self) -> bool:
-        return self.encoder.status in ("completed", "incomplete")
-
-    def conversation(self) -> list[Any]:
-        """All items, up to the end of this response."""
-        return [*self.history, *self.input, *self.encoder.output()]
+    def said(self) -> list[Any]:
+        """The items that it adds to what was before."""
+        if self.waits and self.encoder.status not in ("completed", "incomplete"):
+            return []
+        return [*self.input, *self.encoder.output()]
 
     def body(self) -> _JSON:
         cancelled = self.log is not None and self.log.cancelled
@@ -4041,19 +4106,19 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     return {"id": id, **({"status": "completed"} if stored["type"] == "message" else {}), **stored}
 
 
-def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
-    """The stored items before this request's input. Raises APIError for what is not stored."""
+def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> _History:
+    """What is stored from before this request's input. Raises APIError for what is not stored."""
     conversation, previous = body.get("conversation"), body.get("previous_response_id")
     if isinstance(conversation, dict):
         conversation = _dict(conversation).get("id")
     if isinstance(conversation, str):
         if (kept := fake._conversations.get(conversation)) is not None:
-            return kept.items()
+            return kept.last
         if fake.validate:
             raise APIError(404, f"Conversation with id '{conversation}' not found.")
     if isinstance(previous, str):
         if (stored := fake._responses.get(previous)) is not None:
-            return stored.conversation()
+            return stored.history
         if fake.validate:
             raise APIError(
                 400,
@@ -4061,7 +4126,20 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-    return []
+    return _NO_HISTORY
+
+
+def _check_turn(before: _History, items: list[Any], reasons: bool) -> None:
+    """Raises the first fault between the input and what was before. That was checked when it was new: nearly always the
+    last turn is enough, so that one more costs the same however long the chain is."""
+
+    def check(stored: list[Any]) -> None:
+        _check_conversation([*stored, *items], len(stored), reasons)
+
+    if not any(_dict(item).get("id") for item in items):
+        with suppress(APIError):
+            return check(before.said())
+    return check(before.items())
 
 
 def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
@@ -4081,24 +4159,22 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
 @_endpoint("POST /responses")
 def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     body = _checked_body(fake, request)
-    history = _history(fake, request, body)
+    request._before = before = _history(fake, request, body)
     items = _input_items(body.get("input"))
     resolved = _resolved(fake, items)
-    if history or resolved is not items:
-        request._conversation = [*history, *resolved]
+    if resolved is not items:
+        request._resolved = resolved
     if fake.validate:
-        reasons = _model(request.model).effort is not None
-        _check_conversation([*history, *resolved], len(history), reasons)
+        _check_turn(before, resolved, _model(request.model).effort is not None)
     if fake.strict:
         _check_model(fake, request)
     background = body.get("background") is True
 
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
-        stored = _StoredResponse(encoder, history, resolved, log)
-        fake._remember(fake._responses, encoder.id, stored)
         kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
-        if kept is not None:
-            kept.responses.append(stored)
+        stored = _StoredResponse(encoder, resolved, log, before, kept)
+        fake._remember(fake._responses, encoder.id, stored)
+        fake._remember(fake._histories, id(stored.history), stored.history)
 
     stores = background or body.get("store") is not False
     delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
@@ -4133,7 +4209,8 @@ def _delete_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("GET /responses/{id}/input_items")
 def _input_items_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     stored = _stored_response(fake, id)
-    return _listing(request, [*stored.history, *stored.input], "desc")
+    before = stored.history.before or _NO_HISTORY
+    return _listing(request, [*before.items(), *stored.input], "desc")
 
 
 @_endpoint("POST /responses/{id}/cancel")
@@ -4148,9 +4225,9 @@ def _cancel_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("POST /responses/input_tokens")
 def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse()
-    history = _history(fake, request, body)
+    before = _history(fake, request, body)
     items = [{"content": body.get("instructions")}] if body.get("instructions") else []
-    tokens = _estimate([*items, *history, *_input_items(body.get("input"))])
+    tokens = _estimate([*items, *_input_items(body.get("input"))]) + before.tokens()
     return {"object": "response.input_tokens", "input_tokens": tokens}
 
 
@@ -4160,14 +4237,8 @@ class _Conversation:
     def __init__(self, created: int, metadata: Any, items: list[Any]) -> None:
         self.created = created
         self.metadata = metadata
-        self.added = items
-        self.responses: list[_StoredResponse] = []
-
-    def items(self) -> list[Any]:
-        return [
-            *self.added,
-            *(item for each in self.responses if each.over() for item in (*each.input, *each.encoder.output())),
-        ]
+        self.last = _History(None, lambda: items)
+        self.lock = threading.Lock()  # guards last: several responses may begin in a conversation at a time
 
     def body(self, id: str) -> _JSON:
         return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
@@ -4212,7 +4283,7 @@ def _delete_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 @_endpoint("GET /conversations/{id}/items")
 def _conversation_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    return _listing(request, _conversation_of(fake, id).items(), "desc")
+    return _listing(request, _conversation_of(fake, id).last.items(), "desc")
 
 
 def _model_object(id: str) -> _JSON:
@@ -5207,8 +5278,9 @@ class FakeOpenAI:
         self._observe: Callable[[Request], None] | None = None
         self._unseeded = _Ids(random.Random().getrandbits)
         self._numbers = iter(range(sys.maxsize))
-        # Three stores without a lock: each access is one operation of a dict, or goes over a copy.
+        # Stores without a lock: each access is one operation of a dict, or goes over a copy.
         self._responses: dict[str, _StoredResponse] = {}
+        self._histories: dict[int, _History] = {}  # of stored responses, also of those that were deleted
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
         self._stopping = threading.Lock()  # taken, for ever, by the first stop() that came to its end
@@ -5220,7 +5292,7 @@ class FakeOpenAI:
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set at any time, and count from the next request on, but for those that are refused here."""
         if name in ("keep", "routes") or (name in ("host", "port") and self._server is not None):
-            raise AttributeError(f"{name} is said when the server is made, FakeOpenAI(..., {name}=...): it can't be set")
+            raise AttributeError(f"{name} can't be set; it is said when the server is made: FakeOpenAI({name}=...)")
         if name in ("ttft", "itl"):
             _check_seconds(self, **{name: value})
         super().__setattr__(name, value)
@@ -5229,12 +5301,9 @@ class FakeOpenAI:
         """Starts the server. Raises OSError where it can't listen, RuntimeError when it was started before."""
         if self._server is not None:
             raise RuntimeError("the server was started before; a FakeOpenAI is started once")
-        for each in (socket.socket, threading.get_ident):
-            if (patcher := each.__module__.partition(".")[0]) in ("gevent", "eventlet"):
-                raise RuntimeError(
-                    f"{patcher} has replaced sockets or threads, which this server cannot run on; start it in a process "
-                    "of its own, as `python -m openai_fake`"
-                )
+        patcher = f"{socket.socket.__module__} {threading.get_ident.__module__}"
+        if "gevent" in patcher or "eventlet" in patcher:
+            raise RuntimeError(f"the server needs real sockets and threads, not {patcher}: run `python -m openai_fake`")
         server = _Server(self, self.host, self.port)
         try:
             server.start()
@@ -5343,11 +5412,14 @@ class FakeOpenAI:
             return self.models
         return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS})
 
-    def _remember(self, store: dict[str, Any], id: str, value: object) -> None:
+    # One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least.
+
+    def _remember(self, store: dict[Any, Any], id: object, value: object) -> None:
         store[id] = value
         if self._keep is not None and len(store) > (keep := max(1, self._keep)):
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
-                store.pop(old, None)
+                if isinstance(dropped := store.pop(old, None), _History):
+                    dropped.cut()
 
     def _arrive(self, request: Request) -> None:
         self._journal.append(request)
@@ -5394,7 +5466,7 @@ class FakeOpenAI:
         request._seconds = _Clock.perf_counter() - started
         self._flying.pop(id(request), None)
         self._recent.append(request)
-        while len(self._recent) > 12:
+        while len(self._recent) > (12 if self._keep is None else min(12, self._keep)):
             with suppress(IndexError):
                 self._recent.popleft()._encoder = None
         if self._observe is not None:
@@ -5403,7 +5475,7 @@ class FakeOpenAI:
 
     def _transcript(self) -> str:
         if not self._recent:
-            return "No request came to the fake."
+            return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in tuple(self._recent):  # a handler that outlived stop() may end just now
             said = ", ".join(_short(repr(part)) for part in request._said[:4])
