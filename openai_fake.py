@@ -138,6 +138,7 @@ _LOG.addHandler(logging.NullHandler())  # without it, logging's last resort woul
 
 _MAX_CHOICES = 8  # the API's bound of n (P)
 _MAX_BODY = 64 << 20  # bytes, decoded; OpenAI documents 50 MB for a request with images
+_MAX_INFLATED = 8 << 20  # bytes that any compressed body may be; beyond, 200 times itself, which Apache allows
 _MAX_LINE = 64 << 10  # bytes of a request line; RFC 9112 3 asks for 8,000 at least
 _MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 to 64 KiB, Go at 1 MiB
 _MAX_DEPTH = 200  # of JSON in requests: Python gives up at 1,000 frames, and some code takes two or three a level
@@ -322,19 +323,12 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
         if not isinstance(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind is int and cast(int, value) < 0:
-            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
-
-
-def _check_seconds(owner: object, **fields: float | None) -> None:
-    """Raises TypeError or ValueError where a field is no time that can be waited for."""
-    for name, value in fields.items():
-        _check_fields(owner, **{name: (value, (int, float, type(None)))})
-        if not 0 <= (value or 0) <= threading.TIMEOUT_MAX:
-            raise ValueError(f"{type(owner).__name__} wants seconds for {name}, 0 or more, not {value!r}")
+        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) < math.inf:
+            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, and finite, not {value!r}")
 
 
 _WORD = (str, type(None))  # a string that may be left out
+_SECONDS = (int, float, type(None))
 
 
 # ---- What the client sent --------------------------------------------------------------------------------------------
@@ -443,12 +437,9 @@ def _chat_messages(value: object) -> list[Message]:
         sent = _dict(each)
         calls = sent.get("tool_calls")
         made = [call for each in _list(calls) if (call := _chat_call(each)) is not None] if calls else ()
+        content = _own(sent.get("content"))
         id = sent.get("tool_call_id")
-        messages.append(
-            Message(
-                _string(sent.get("role")), _own(sent.get("content")), tuple(made), id if isinstance(id, str) else None
-            )
-        )
+        messages.append(Message(_string(sent.get("role")), content, tuple(made), id if isinstance(id, str) else None))
     return messages
 
 
@@ -1873,7 +1864,7 @@ class Reply:
         itl: float | None = None,
     ) -> None:
         _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, (int, type(None))))
-        _check_seconds(self, ttft=ttft, itl=itl)
+        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         self.parts = parts
@@ -3966,31 +3957,40 @@ class _StoredChat:
         return {**self.encoder.body(), "metadata": self.metadata}
 
 
-def _digits(text: str, default: int) -> int:
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) else default
-
-
 def _query(request: Request) -> dict[str, str]:
     """The query's parameters; the last where one came several times."""
     return {key: values[-1] for key, values in parse_qs(request.query).items()}
 
 
-def _listing(request: Request, items: Sequence[_JSON], order: str) -> _JSON:
-    """A page of a list: `limit`, `order` and `after` as the query says."""
-    query = _query(request)
-    ordered = list(items) if query.get("order", order) == "asc" else list(items)[::-1]
-    ids = [item.get("id") for item in ordered]
-    if "after" in query and query["after"] in ids:
-        ordered = ordered[ids.index(query["after"]) + 1 :]
-    limit = max(1, min(_digits(query.get("limit", ""), 20), 100))
-    page = ordered[:limit]
+_LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")
+
+
+def _listing(request: Request, items: Mapping[str, Any], order: str, show: Callable[[Any], _JSON] = _dict) -> _JSON:
+    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown."""
+    query: dict[str, Any] = {"limit": "20", "order": order, **_query(request)}
+    if re.fullmatch("-?[0-9]{1,18}", query["limit"]):
+        query["limit"] = int(query["limit"])
+    _LIMIT(query["limit"], "limit", query)
+    _ORDER(query["order"], "order", query)
+    ids = list(items) if query["order"] == "asc" else list(items)[::-1]
+    if (after := query.get("after", "")) and after not in items:
+        raise APIError(404, f"There is no item with id '{after}' in this list.", param="after")
+    begin = ids.index(after) + 1 if after else 0
+    page = ids[begin : begin + query["limit"]]
     return {
         "object": "list",
-        "data": page,
-        "first_id": page[0].get("id") if page else None,
-        "last_id": page[-1].get("id") if page else None,
-        "has_more": len(ordered) > limit,
+        "data": [show(items[id]) for id in page],
+        "first_id": page[0] if page else None,
+        "last_id": page[-1] if page else None,
+        "has_more": len(ids) > begin + query["limit"],
     }
+
+
+def _new_metadata(body: _JSON) -> Any:
+    """The metadata that a request says. Raises APIError for what the API refuses."""
+    metadata: Any = body.get("metadata") or {}
+    _metadata(metadata, "metadata", body)
+    return metadata
 
 
 def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
@@ -4003,9 +4003,10 @@ def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
 @_endpoint("GET /chat/completions")
 def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
     model = parse_qs(request.query).get("model")
-    chats = [(chat.request.model, chat.body()) for chat in tuple(fake._chats.values()) if chat.encoder.ended]
-    bodies = [body for asked, body in chats if model is None or asked in model or body["model"] in model]
-    return _listing(request, bodies, "asc")
+    chats = {id: chat for id, chat in tuple(fake._chats.items()) if chat.encoder.ended}
+    if model is not None:
+        chats = {id: each for id, each in chats.items() if {each.request.model, each.encoder.model_name} & set(model)}
+    return _listing(request, chats, "asc", _StoredChat.body)
 
 
 @_endpoint("GET /chat/completions/{id}")
@@ -4016,7 +4017,7 @@ def _get_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("POST /chat/completions/{id}")
 def _update_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     chat = _stored_chat(fake, id)
-    chat.metadata = request._parse().get("metadata") or {}
+    chat.metadata = _new_metadata(request._parse())
     return chat.body()
 
 
@@ -4030,7 +4031,9 @@ def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     messages: list[_JSON] = _list(_stored_chat(fake, id).request._json.get("messages"))
-    return _listing(request, [{"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)], "asc")
+    return _listing(
+        request, {f"{id}-{at}": {"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)}, "asc"
+    )
 
 
 class _History:
@@ -4038,12 +4041,12 @@ class _History:
 
     def __init__(self, before: _History | None, said: Callable[[], list[Any]]) -> None:
         self.before = before
-        self.said = said  # by this turn
+        self.said: Callable[[], list[Any]] = said  # by this turn
         self.told = before.tokens() if before is not None else 0  # tokens, before this turn
 
     def items(self) -> list[Any]:
         """All items, up to the end of this turn."""
-        turns = [self]
+        turns: list[_History] = [self]
         while (before := turns[-1].before) is not None:
             turns.append(before)
         return [item for turn in reversed(turns) for item in turn.said()]
@@ -4062,20 +4065,16 @@ _NO_HISTORY = _History(None, list)
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
+    log: _Log | None = None  # in the background
+
     def __init__(
-        self,
-        encoder: _ResponsesEncoder,
-        items: list[Any],
-        log: _Log | None,
-        before: _History,
-        kept: _Conversation | None,
+        self, encoder: _ResponsesEncoder, items: list[Any], past: _History, kept: _Conversation | None
     ) -> None:
         self.encoder = encoder
         self.input = [_stored_item(item, self.encoder._id) for item in items]
-        self.log = log  # in the background
         self.waits = kept is not None  # a conversation gets it when it is over
         if kept is None:
-            self.history = _History(before, self.said)
+            self.history = _History(past, self.said)
         else:
             with kept.lock:
                 self.history = kept.last = _History(kept.last, self.said)
@@ -4172,7 +4171,8 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
 
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
         kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
-        stored = _StoredResponse(encoder, resolved, log, before, kept)
+        stored = _StoredResponse(encoder, resolved, before, kept)
+        stored.log = log
         fake._remember(fake._responses, encoder.id, stored)
         fake._remember(fake._histories, id(stored.history), stored.history)
 
@@ -4196,7 +4196,8 @@ def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
         return stored.body()
     if stored.log is None:
         raise APIError(400, "This response cannot be streamed because it was not created with background=true.")
-    return _Replay(stored.log, _digits(query.get("starting_after", ""), -1) + 1)
+    after = query.get("starting_after", "")
+    return _Replay(stored.log, int(after) + 1 if re.fullmatch("[0-9]{1,9}", after) else 0)
 
 
 @_endpoint("DELETE /responses/{id}")
@@ -4210,7 +4211,7 @@ def _delete_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 def _input_items_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     stored = _stored_response(fake, id)
     before = stored.history.before or _NO_HISTORY
-    return _listing(request, [*before.items(), *stored.input], "desc")
+    return _listing(request, {item["id"]: item for item in (*before.items(), *stored.input)}, "desc")
 
 
 @_endpoint("POST /responses/{id}/cancel")
@@ -4257,7 +4258,7 @@ def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     ids = fake._ids()
     items = [_stored_item(item, lambda prefix: prefix + ids.hex(50)) for item in _input_items(body.get("items"))]
     id = "conv_" + ids.hex(48)
-    conversation = _Conversation(int(fake.clock()), body.get("metadata") or {}, items)
+    conversation = _Conversation(int(fake.clock()), _new_metadata(body), items)
     fake._remember(fake._conversations, id, conversation)
     return conversation.body(id)
 
@@ -4270,7 +4271,7 @@ def _get_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 @_endpoint("POST /conversations/{id}")
 def _update_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     conversation = _conversation_of(fake, id)
-    conversation.metadata = request._parse().get("metadata") or {}
+    conversation.metadata = _new_metadata(request._parse())
     return conversation.body(id)
 
 
@@ -4283,7 +4284,7 @@ def _delete_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 @_endpoint("GET /conversations/{id}/items")
 def _conversation_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    return _listing(request, _conversation_of(fake, id).last.items(), "desc")
+    return _listing(request, {item["id"]: item for item in _conversation_of(fake, id).last.items()}, "desc")
 
 
 def _model_object(id: str) -> _JSON:
@@ -4310,8 +4311,11 @@ def _embedding(text: str, dimensions: int) -> list[float]:
     return [round(number / length, 8) for number in raw]
 
 
+_INPUTS = _length("an array", 1, 2048)  # S: of embeddings; B: of moderations
+
+
 @_endpoint("POST /embeddings")
-def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
+def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
     body = request._parse()
     model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
     if not isinstance(model, str) or not model:
@@ -4323,44 +4327,36 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     inputs: list[Any] = [given] if isinstance(given, str) else _list(given)
     if all(isinstance(each, int) for each in inputs):  # one text, as tokens
         inputs = [inputs]
+    _INPUTS(inputs, "input", {})
     if dimensions is None:
         dimensions = 3072 if model == "text-embedding-3-large" else 1536
     elif type(dimensions) is not int or dimensions < 1:
         raise APIError(400, f"{dimensions} is less than the minimum of 1 - 'dimensions'")
-    data: list[_JSON] = []
+    data: list[str] = []  # encoded one by one: the encoder lets no other thread run
     for index, each in enumerate(inputs):
         text = each if isinstance(each, str) else _dumps(each)
         vector: Any = _embedding(text, min(dimensions, 3072))
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
-        data.append({"object": "embedding", "index": index, "embedding": vector})
+        data.append(_dumps({"object": "embedding", "index": index, "embedding": vector}))
     tokens = sum(len(each) // 4 + 1 if isinstance(each, str) else len(_list(each)) for each in inputs)
     name = "text-embedding-ada-002-v2" if model == "text-embedding-ada-002" else model
-    return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    rest = _dumps({"model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return _HTTPResponse(_utf8(f'{{"object":"list","data":[{",".join(data)}],{rest[1:]}'))
 
 
-_MODERATION = [
-    "harassment",
-    "harassment/threatening",
-    "sexual",
-    "hate",
-    "hate/threatening",
-    "illicit",
-    "illicit/violent",
-    "self-harm/intent",
-    "self-harm/instructions",
-    "self-harm",
-    "sexual/minors",
-    "violence",
-    "violence/graphic",
-]
+_MODERATION = (
+    "harassment", "harassment/threatening", "sexual", "hate", "hate/threatening", "illicit", "illicit/violent",
+    "self-harm/intent", "self-harm/instructions", "self-harm", "sexual/minors", "violence", "violence/graphic",
+)  # fmt: skip
 
 
 @_endpoint("POST /moderations")
 def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     """Nothing is ever flagged; a test that wants it flagged gives its own route."""
     body = request._parse()
-    given = _list(body.get("input"))
+    given = _list(body.get("input")) or [""]
+    _INPUTS(given, "input", {})
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     result = {
         "flagged": False,
@@ -4370,7 +4366,7 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     }
     model = _string(body.get("model")) or "omni-moderation-latest"
     id = "modr-" + fake._ids().alnum(29)
-    return {"id": id, "model": model, "results": [result] * max(1, texts)}
+    return {"id": id, "model": model, "results": [result] * texts}
 
 
 # ---- HTTP: what arrives ----------------------------------------------------------------------------------------------
@@ -4662,12 +4658,13 @@ def _decoded(body: bytes, coding: str) -> bytes:
 
 
 def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Callable[[], bool]) -> bytes:
+    most = min(_MAX_BODY, max(_MAX_INFLATED, 200 * len(body)))
     try:
-        data = decompress(body, _MAX_BODY + 1)
+        data = decompress(body, most + 1)
     except Exception:  # zlib.error, ZstdError
         data, whole = b"", lambda: False
-    if len(data) > _MAX_BODY:
-        raise APIError(413, f"The request body is larger than {_MAX_BODY} bytes when it is decoded.")
+    if len(data) > most:
+        raise APIError(413, f"The request body of {len(body)} bytes is larger than {most} bytes when it is decoded.")
     if not whole():
         raise APIError(400, "The request body is not what its Content-Encoding says.")
     return data
@@ -4834,6 +4831,7 @@ class _Connection(BaseRequestHandler):
     ) -> bytes:
         """The head of an answer, with that length, or of a stream, whose end tells its length."""
         fake, asked = self.server.fake, self.inbox.head
+        fields = fields and _header_fields(fields)  # again: those of a Reply may have been changed
         self.asked._status = status
         if length is None and not self.http11:
             self.hang_up(False)  # the end of the connection ends the stream
@@ -4861,6 +4859,11 @@ class _Connection(BaseRequestHandler):
 
     def _send_error(self, error: APIError) -> None:
         """Answers with an error of the API, in the form of who sends it there: the gateway or the application."""
+        try:
+            fields = _header_fields(error.headers)  # again: they may have been changed
+        except (TypeError, ValueError) as wrong:
+            self._send_fault(wrong)
+            return
         status, request = error.status, self.asked
         responses = request.api == "responses"
         unknown_model = error.code == "model_not_found" and error.param is None
@@ -4871,12 +4874,16 @@ class _Connection(BaseRequestHandler):
             usual = _VERSION
         else:
             usual = _USUAL + (_RATE_LIMITS if request.api == "chat.completions" else b"")
-        fields = dict(error.headers)
         if status == 401 and responses:
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
         content_type = "application/json; charset=utf-8" if gateway else "application/json"
         self.send_whole(_utf8(_dumps({"error": error._error()})), status, content_type, usual, fields)
         request._outcome = request._outcome or error.message
+
+    def _send_fault(self, error: BaseException) -> None:
+        """Answers with what the handler did wrong, and keeps it for the test."""
+        message = self.server.fake._keep_error(error, self.asked)
+        self._send_error(APIError(500, message, headers={"x-should-retry": "false"}))
 
     # One request and its answer.
 
@@ -4898,11 +4905,11 @@ class _Connection(BaseRequestHandler):
 
     def _end_of_input(self) -> _Refused | None:
         """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
-        expired = _Clock.monotonic() >= self.deadline
-        if self.inbox.head is None:
-            return _Refused(408, "The request did not arrive in time.") if expired and self.inbox.data else None
-        if expired:
+        begun = self.inbox.head is not None
+        if _Clock.monotonic() >= self.deadline and (begun or self.inbox.data):
             return _Refused(408, "The request did not arrive in time.")
+        if not begun:
+            return None
         return _Refused(400, "The connection was closed before the request body was whole.")
 
     def _refuse(self, refused: _Refused) -> None:
@@ -4938,9 +4945,11 @@ class _Connection(BaseRequestHandler):
         try:
             if head.coding:
                 request.raw_body = _decoded(raw_body, head.coding)
+            fake._check_page(request, head.route)
             if fake.api_key is not None:
                 fake._check_key(request)
-            answer = route.endpoint(fake, request, *route.values)
+            endpoint = _preflight if fake.cors and head.method == "OPTIONS" else route.endpoint
+            answer = endpoint(fake, request, *route.values)
             if isinstance(answer, dict):
                 answer = _HTTPResponse(_utf8(_dumps(cast(_JSON, answer))))
             answer.send(self)
@@ -4951,8 +4960,7 @@ class _Connection(BaseRequestHandler):
             self.hang_up(False)
             _LOG.info("%s %s: the client left, the answer stopped", head.method, head.path)
         except BaseException as error:  # the handler's fault: or else this server's own
-            message = fake._keep_error(error, request)
-            self._send_error(APIError(500, message, headers={"x-should-retry": "false"}))
+            self._send_fault(error)
         finally:
             fake._ended(request, self.started)
             request._forget()
@@ -5294,7 +5302,7 @@ class FakeOpenAI:
         if name in ("keep", "routes") or (name in ("host", "port") and self._server is not None):
             raise AttributeError(f"{name} can't be set; it is said when the server is made: FakeOpenAI({name}=...)")
         if name in ("ttft", "itl"):
-            _check_seconds(self, **{name: value})
+            _check_fields(self, **{name: (value, _SECONDS)})
         super().__setattr__(name, value)
 
     def start(self) -> Self:
@@ -5432,6 +5440,18 @@ class FakeOpenAI:
     def _depart(self, request: Request) -> None:
         self._flying.pop(id(request), None)
 
+    def _check_page(self, request: Request, path: str) -> None:
+        """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
+        to lead here (DNS rebinding)."""
+        origin, host = (request.headers.get(name, "").lower() for name in ("origin", "host"))
+        if self.cors or not (origin or path == "/" or path.startswith("/_fake")):
+            return
+        if origin and not re.fullmatch("https?://" + _LOOPBACK, origin):
+            raise APIError(403, f"Web pages of {origin} may not call this fake, unless it is made with cors=True.")
+        local = re.fullmatch(_LOOPBACK, "[::1]" if (at := self._running().server_address[0]) == "::1" else str(at))
+        if local and not origin and not re.fullmatch(_LOOPBACK, host):
+            raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host}.")
+
     def _check_key(self, request: Request) -> None:
         if request.method == "OPTIONS":
             return
@@ -5489,6 +5509,7 @@ def _place(error: BaseException) -> str:
     return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
+_LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?"
 _OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "omni-moderation-latest")
 
 _NO_KEY = (
@@ -5549,7 +5570,7 @@ def _own_route(function: Callable[[Request], object]) -> _Endpoint:
     return endpoint
 
 
-def _preflight(fake: FakeOpenAI, request: Request, path: str) -> _HTTPResponse:
+def _preflight(fake: FakeOpenAI, request: Request, *values: str) -> _HTTPResponse:
     headers = {
         "access-control-allow-methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
         "access-control-allow-headers": request.headers.get("access-control-request-headers", "*"),
@@ -5731,7 +5752,8 @@ class _ShownServer(FakeOpenAI):
         with suppress(IndexError):
             while True:
                 error = self.errors.pop(0)
-                shown.append(_safe("".join(traceback.format_exception(error)), 10 * _SHOWN))
+                trace = _safe("".join(traceback.format_exception(error)), 10 * _SHOWN)
+                shown.append(trace.rstrip("\n").replace("\n", "\n    ") + "\n")  # no line of it looks like the log's
         return "".join(shown)
 
 
