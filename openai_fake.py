@@ -4570,7 +4570,7 @@ def _read_head(inbox: _Inbox) -> _Reading[_Head]:
             del data[:2]
             inbox.head = parsed = _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
             return parsed
-        if data and bytes(data) != b"\r":
+        if data and data != b"\r":
             seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
         yield from _more(inbox, _State.HEAD if data else _State.IDLE)
 
@@ -4585,7 +4585,7 @@ def _check_beginning(data: bytearray, seen: int) -> int:
         line, crlf, _ = bytes(data[:end]).partition(b"\r\n")
         if crlf or len(line) > _MAX_LINE:
             _request_line(line)
-        if not re.fullmatch(_BEGINNING, line):
+        if not re.fullmatch(_BEGINNING, line[:_READ]):  # not all of it: a line may come byte by byte
             raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
     if _BARE.search(data, seen, end):
         raise _Refused(400, "A line of the head does not end with CR LF.")
@@ -5472,11 +5472,7 @@ class FakeOpenAI:
         """Keeps what went wrong for the test. Returns what the client is told."""
         if self._keep is None or len(self.errors) < max(1, self._keep):  # a traceback holds its request
             self.errors.append(error)
-        try:
-            text = str(error)
-        except BaseException:
-            text = "(and its str() raised as well)"
-        message = text
+        message = text = _told(str, error)
         if not text.startswith("handler returned"):
             message = f"handler raised {type(error).__name__}: {text}{_place(error)}"
         _LOG.info("%s %s: %s", request.method, request.path, message)
@@ -5520,6 +5516,13 @@ _NO_KEY = (
 )
 
 
+def _told(words: Callable[[object], str], error: BaseException) -> str:
+    try:
+        return words(error)
+    except BaseException:
+        return f"(and its {words.__name__}() raised as well)"
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
@@ -5528,9 +5531,11 @@ def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
     """The first error, with a transcript that is shown under its traceback."""
     error = errors[0]
     if len(errors) > 1:
-        transcript += "".join(f"\nAnother error: {_short(repr(other))}" for other in errors[1:])
+        transcript += "".join(f"\nAnother error: {_short(_told(repr, other))}" for other in errors[1:])
     if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
-        told = RuntimeError(f"handler raised {type(error).__name__}: {error}")  # itself would end the whole test run
+        told = RuntimeError(
+            f"handler raised {type(error).__name__}: {_told(str, error)}"
+        )  # itself would end the whole test run
         told.__cause__ = error
         error = told
     if sys.version_info >= (3, 11):
