@@ -4570,7 +4570,7 @@ def _read_head(inbox: _Inbox) -> _Reading[_Head]:
             del data[:2]
             inbox.head = parsed = _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
             return parsed
-        if data and data != b"\r":
+        if data and bytes(data) != b"\r":
             seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
         yield from _more(inbox, _State.HEAD if data else _State.IDLE)
 
