@@ -3962,7 +3962,8 @@ def _query(request: Request) -> dict[str, str]:
     return {key: values[-1] for key, values in parse_qs(request.query).items()}
 
 
-_LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")
+_LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")  # S: of lists
+_INPUTS = _length("an array", 1, 2048)  # S: of embeddings; B: of moderations
 
 
 def _listing(request: Request, items: Mapping[str, Any], order: str, show: Callable[[Any], _JSON] = _dict) -> _JSON:
@@ -4037,7 +4038,7 @@ def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 
 class _History:
-    """The items up to one response, linked to those before it: a chain of n turns holds each once. Cut, it is empty."""
+    """The items up to one response, linked to those before it: a chain of n turns holds each once."""
 
     def __init__(self, before: _History | None, said: Callable[[], list[Any]]) -> None:
         self.before = before
@@ -4054,9 +4055,6 @@ class _History:
     def tokens(self) -> int:
         """About how many tokens the items are."""
         return self.told + _estimate(self.said()) - _estimate(())
-
-    def cut(self) -> None:
-        self.before, self.said = None, list
 
 
 _NO_HISTORY = _History(None, list)
@@ -4309,9 +4307,6 @@ def _embedding(text: str, dimensions: int) -> list[float]:
     raw = [number / 2**31 - 1 for number in struct.unpack(f"<{dimensions}I", digest)]
     length = math.sqrt(math.fsum(number * number for number in raw)) or 1.0  # fsum: the same in every version
     return [round(number / length, 8) for number in raw]
-
-
-_INPUTS = _length("an array", 1, 2048)  # S: of embeddings; B: of moderations
 
 
 @_endpoint("POST /embeddings")
@@ -5427,7 +5422,7 @@ class FakeOpenAI:
         if self._keep is not None and len(store) > (keep := max(1, self._keep)):
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
                 if isinstance(dropped := store.pop(old, None), _History):
-                    dropped.cut()
+                    dropped.before, dropped.said = None, list
 
     def _arrive(self, request: Request) -> None:
         self._journal.append(request)
@@ -5472,7 +5467,10 @@ class FakeOpenAI:
         """Keeps what went wrong for the test. Returns what the client is told."""
         if self._keep is None or len(self.errors) < max(1, self._keep):  # a traceback holds its request
             self.errors.append(error)
-        message = text = _told(str, error)
+        try:
+            message = text = str(error)
+        except BaseException:
+            message = text = "(and its str() raised as well)"
         if not text.startswith("handler returned"):
             message = f"handler raised {type(error).__name__}: {text}{_place(error)}"
         _LOG.info("%s %s: %s", request.method, request.path, message)
@@ -5516,13 +5514,6 @@ _NO_KEY = (
 )
 
 
-def _told(words: Callable[[object], str], error: BaseException) -> str:
-    try:
-        return words(error)
-    except BaseException:
-        return f"(and its {words.__name__}() raised as well)"
-
-
 def _short(text: str) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
@@ -5531,11 +5522,9 @@ def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
     """The first error, with a transcript that is shown under its traceback."""
     error = errors[0]
     if len(errors) > 1:
-        transcript += "".join(f"\nAnother error: {_short(_told(repr, other))}" for other in errors[1:])
+        transcript += "".join(f"\nAnother error: {_short(_error_words(other))}" for other in errors[1:])
     if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
-        told = RuntimeError(
-            f"handler raised {type(error).__name__}: {_told(str, error)}"
-        )  # itself would end the whole test run
+        told = RuntimeError(f"handler raised {_error_words(error)}")  # itself would end the whole test run
         told.__cause__ = error
         error = told
     if sys.version_info >= (3, 11):
@@ -5763,7 +5752,7 @@ class _ShownServer(FakeOpenAI):
 
 
 def _error_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return traceback.format_exception_only(error)[-1].strip()  # also where its str() raises
 
 
 class _NamedHandler:

@@ -5152,7 +5152,7 @@ class FailingFakeTest(unittest.TestCase):
             self.assertEqual([type(error) for error in server.errors], [ZeroDivisionError, AssertionError])
         self.assertIs(raised.exception, server.errors[0])
         report = "".join(traceback.format_exception(raised.exception))
-        self.assertIn("Another error: AssertionError('the wrong prompt')", report)
+        self.assertIn("Another error: AssertionError: the wrong prompt", report)
 
     def test_the_client_is_told_to_give_up(self) -> None:
         """The client gets a 500 in the API's shape, with the words of the error, and is told not to retry."""
