@@ -147,6 +147,7 @@ _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
 _FIRST_BATCH = 8 << 10  # so many at first: the beginning of a long answer goes out at once, a short one in one piece
 _RUN = 256  # Texts in a row that are encoded together; their events fill a batch
+_UNREAD = 128 << 10  # bytes that a socket holds for its client: in the usual megabytes, slow progress is not seen
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
@@ -3293,6 +3294,8 @@ class _Waiter:
             import asyncio
 
             with suppress(Exception):
+                self.loop.call_soon(self.loop.stop)  # after a SystemExit another is due: it would end what follows
+                self.loop.run_forever()
                 tasks = asyncio.all_tasks(self.loop)  # that the handler started, and left
                 for task in tasks:
                     task.cancel()
@@ -5004,6 +5007,7 @@ class _Server(ThreadingHTTPServer):
         self.socket.setblocking(False)
         with suppress(OSError):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
         self.waker, self.alarm = socket.socketpair()
         self.waker.setblocking(False)
         self.selector = selectors.DefaultSelector()
