@@ -5227,11 +5227,11 @@ class FakeOpenAI:
     - `models`: what GET /models lists.
     - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
       what is sent as JSON, or bytes, or an APIError. A {name} in a route stands for any one segment of the path.
-    - `keep`: how many requests are kept in `requests`, answers with `store`, and `errors`, the first; None keeps all.
-    - `cors`: answer browsers of any origin.
+    - `keep`: how many are kept of each: requests, stored answers, turns, and `errors`, the first; None keeps all.
+    - `cors`: answer browsers of any origin; without it those of other sites get a 403.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
 
-    What went wrong in the fake so far is in `errors`; `stop` raises the first. Raises TypeError for a handler that is
+    Options can be set later, but for host, port, routes and keep. What went wrong in the fake so far is in `errors`; `stop` raises the first. Raises TypeError for a handler that is
     not callable, ValueError for a route that is not "METHOD /path".
     """
 
