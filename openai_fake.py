@@ -5231,8 +5231,9 @@ class FakeOpenAI:
     - `cors`: answer browsers of any origin; without it those of other sites get a 403.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
 
-    Options can be set later, but for host, port, routes and keep. What went wrong in the fake so far is in `errors`; `stop` raises the first. Raises TypeError for a handler that is
-    not callable, ValueError for a route that is not "METHOD /path".
+    Options can be set later, but for host, port, routes and keep. What went wrong in the fake so far is in `errors`;
+    `stop` raises the first. Raises TypeError for a handler that is not callable, ValueError for a route that is not
+    "METHOD /path".
     """
 
     _server: _Server | None = None
@@ -5443,12 +5444,12 @@ class FakeOpenAI:
         """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
         to lead here (DNS rebinding)."""
         origin, host = (request.headers.get(name, "").lower() for name in ("origin", "host"))
-        if self.cors or not (origin or path == "/" or path.startswith("/_fake")):
+        if self.cors:
             return
         if origin and not re.fullmatch("https?://" + _LOOPBACK, origin):
             raise APIError(403, f"Web pages of {origin} may not call this fake, unless it is made with cors=True.")
-        local = re.fullmatch(_LOOPBACK, "[::1]" if (at := self._running().server_address[0]) == "::1" else str(at))
-        if local and not origin and not re.fullmatch(_LOOPBACK, host):
+        local = str(self._running().server_address[0]).startswith(("127.", "::1"))
+        if local and (path == "/" or path.startswith("/_fake")) and not re.fullmatch(_LOOPBACK, host):
             raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host}.")
 
     def _check_key(self, request: Request) -> None:
