@@ -4057,7 +4057,8 @@ class _History:
 
     def tokens(self) -> int:
         """About how many tokens the items are."""
-        return self.told + _estimate(self.said()) - _estimate(())
+        said = self.said()
+        return self.told + _estimate(said) - _estimate(()) if said else self.told
 
 
 _NO_HISTORY = _History(None, list)
@@ -5443,14 +5444,18 @@ class FakeOpenAI:
     def _check_page(self, request: Request, path: str) -> None:
         """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
         to lead here (DNS rebinding)."""
-        origin, host = (request.headers.get(name, "").lower() for name in ("origin", "host"))
+        fields = request.headers
         if self.cors:
             return
-        if origin and not re.fullmatch("https?://" + _LOOPBACK, origin):
-            raise APIError(403, f"Web pages of {origin} may not call this fake, unless it is made with cors=True.")
+        if "origin" in fields and not re.fullmatch("https?://" + _LOOPBACK, fields["origin"].lower()):
+            raise APIError(
+                403, f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True."
+            )
+        if path != "/" and not path.startswith("/_fake"):
+            return
         local = str(self._running().server_address[0]).startswith(("127.", "::1"))
-        if local and (path == "/" or path.startswith("/_fake")) and not re.fullmatch(_LOOPBACK, host):
-            raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host}.")
+        if local and not re.fullmatch(_LOOPBACK, host := fields.get("host", "").lower()):
+            raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host!r}.")
 
     def _check_key(self, request: Request) -> None:
         if request.method == "OPTIONS":
