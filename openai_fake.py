@@ -3214,13 +3214,17 @@ class _Waiter:
             loop = self.loop = asyncio.new_event_loop()
             loop.time = _Clock.monotonic  # type: ignore[method-assign]
         given: list[_T] = []  # by the task, and not taken yet
-        resume, closing = asyncio.Event(), False
+        resume, closing, over = asyncio.Event(), False, False
+
+        def halt(*_: object) -> None:
+            if not over:  # it may be due still: it must not end what comes after
+                loop.stop()
 
         async def work() -> None:
             try:
                 async for value in coming:
                     given.append(value)
-                    loop.stop()  # the thread takes it
+                    halt()  # the thread takes it
                     await resume.wait()
                     resume.clear()
                     if closing:
@@ -3231,7 +3235,7 @@ class _Waiter:
                     await close()
 
         task = loop.create_task(work())
-        task.add_done_callback(lambda task: loop.stop())
+        task.add_done_callback(halt)
         cancelled: list[bool] = []
 
         def look() -> None:  # on the loop's thread, which may read ahead
@@ -3266,8 +3270,9 @@ class _Waiter:
             cancelled.append(True)
             resume.set()
             if not task.done() and not self.server.stopping:
-                loop.call_later(_STOP_SECONDS, loop.stop)
+                loop.call_later(_STOP_SECONDS, halt)
                 loop.run_forever()
+            over = True
             if task.done() and not task.cancelled():
                 task.exception()  # looked at: asyncio would log it else
 
@@ -3294,8 +3299,6 @@ class _Waiter:
             import asyncio
 
             with suppress(Exception):
-                self.loop.call_soon(self.loop.stop)  # after a SystemExit another is due: it would end what follows
-                self.loop.run_forever()
                 tasks = asyncio.all_tasks(self.loop)  # that the handler started, and left
                 for task in tasks:
                     task.cancel()
