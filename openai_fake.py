@@ -4077,17 +4077,17 @@ class _StoredResponse:
     ) -> None:
         self.encoder = encoder
         self.input = [_stored_item(item, self.encoder._id) for item in items]
-        self.waits = kept is not None  # a conversation gets it when it is over
         if kept is None:
             self.history = _History(past, self.said)
-        else:
+        else:  # a conversation gets nothing of it before it is over
             with kept.lock:
-                self.history = kept.last = _History(kept.last, self.said)
+                self.history = kept.last = _History(kept.last, lambda: self.said() if self.over() else [])
+
+    def over(self) -> bool:
+        return self.encoder.status in ("completed", "incomplete")
 
     def said(self) -> list[Any]:
         """The items that it adds to what was before."""
-        if self.waits and self.encoder.status not in ("completed", "incomplete"):
-            return []
         return [*self.input, *self.encoder.output()]
 
     def body(self) -> _JSON:
@@ -4134,16 +4134,13 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> _History:
 
 
 def _check_turn(before: _History, items: list[Any], reasons: bool) -> None:
-    """Raises the first fault between the input and what was before. That was checked when it was new: nearly always the
-    last turn is enough, so that one more costs the same however long the chain is."""
-
-    def check(stored: list[Any]) -> None:
-        _check_conversation([*stored, *items], len(stored), reasons)
-
+    """Raises the first fault between the input and what was before, which was checked when it was new."""
     if not any(_dict(item).get("id") for item in items):
-        with suppress(APIError):
-            return check(before.said())
-    return check(before.items())
+        with suppress(APIError):  # its last turn is nearly always enough, however long the chain is
+            stored = before.said()
+            return _check_conversation([*stored, *items], len(stored), reasons)
+    stored = before.items()
+    return _check_conversation([*stored, *items], len(stored), reasons)
 
 
 def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
