@@ -616,18 +616,22 @@ class Request:
         messages = self._messages
         if messages is None:
             responses = self.api == "responses"
-            messages = _items_messages(self._items()) if responses else _chat_messages(self._json.get("messages"))
+            messages = _items_messages(self._items) if responses else _chat_messages(self._json.get("messages"))
             self._messages = messages
         return messages
 
-    def _items(self, before: bool = True) -> list[Any]:
-        """Instructions, the stored turns (not of interest unless `before`), and input."""
+    def _told(self) -> tuple[list[Any], list[Any]]:
+        """Instructions, and input, as items."""
         instructions = self._json.get("instructions")
         if isinstance(instructions, str):
             instructions = [{"role": "system", "content": instructions}]
-        stored = self._before.items() if before else ()
         items = _input_items(self._json.get("input")) if self._resolved is None else self._resolved
-        return [*_input_items(instructions), *stored, *items]
+        return _input_items(instructions), items
+
+    @property
+    def _items(self) -> list[Any]:
+        instructions, items = self._told()
+        return [*instructions, *self._before, *items]
 
     @property
     def text(self) -> str:
@@ -635,7 +639,7 @@ class Request:
         if self.api != "responses":
             return _last_text(_list(self._json.get("messages")))
         # The input nearly always has one: the turns before it, which may be many, are not gone through.
-        return _last_text(self._items(False)) or _last_text(self._items())
+        return _last_text(self._told()[1]) or _last_text(self._items)
 
     @property
     def tools(self) -> list[Tool]:
@@ -2822,7 +2826,8 @@ class _ResponsesEncoder(_Encoder):
         self.base = self._echo(asked)
 
     def prompt_tokens(self) -> int:
-        return _estimate(self.request._items(False)) + self.request._before.tokens()
+        instructions, items = self.request._told()
+        return _estimate([*instructions, *items]) + self.request._before.tokens()
 
     def _id(self, prefix: str) -> str:
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
@@ -4051,12 +4056,12 @@ class _History:
         self.said: Callable[[], list[Any]] = said  # by this turn
         self.told = before.tokens() if before is not None else 0  # tokens, before this turn
 
-    def items(self) -> list[Any]:
-        """All items, up to the end of this turn."""
+    def __iter__(self) -> Iterator[Any]:
         turns: list[_History] = [self]
         while (before := turns[-1].before) is not None:
             turns.append(before)
-        return [item for turn in reversed(turns) for item in turn.said()]
+        for turn in reversed(turns):
+            yield from turn.said()
 
     def tokens(self) -> int:
         """About how many tokens the items are."""
@@ -4139,7 +4144,7 @@ def _check_turn(before: _History, items: list[Any], reasons: bool) -> None:
         with suppress(APIError):  # its last turn is nearly always enough, however long the chain is
             stored = before.said()
             return _check_conversation([*stored, *items], len(stored), reasons)
-    stored = before.items()
+    stored = list(before)
     return _check_conversation([*stored, *items], len(stored), reasons)
 
 
@@ -4213,7 +4218,7 @@ def _delete_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 def _input_items_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     stored = _stored_response(fake, id)
     before = stored.history.before or _NO_HISTORY
-    return _listing(request, {item["id"]: item for item in (*before.items(), *stored.input)}, "desc")
+    return _listing(request, {item["id"]: item for item in (*before, *stored.input)}, "desc")
 
 
 @_endpoint("POST /responses/{id}/cancel")
@@ -4286,7 +4291,7 @@ def _delete_conversation(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 @_endpoint("GET /conversations/{id}/items")
 def _conversation_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    return _listing(request, {item["id"]: item for item in _conversation_of(fake, id).last.items()}, "desc")
+    return _listing(request, {item["id"]: item for item in _conversation_of(fake, id).last}, "desc")
 
 
 def _model_object(id: str) -> _JSON:
