@@ -3217,7 +3217,7 @@ class _Waiter:
         loop = self.loop
         if loop is None:
             loop = self.loop = asyncio.new_event_loop()
-            loop.time = _Clock.monotonic  # type: ignore[method-assign]
+            loop.time = _Clock.monotonic  # type: ignore[method-assign]  # its own looks time.monotonic up
         given: list[_T] = []  # by the task, and not taken yet
         resume, closing, over = asyncio.Event(), False, False
 
@@ -4042,10 +4042,8 @@ def _delete_chat(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages: list[_JSON] = _list(_stored_chat(fake, id).request._json.get("messages"))
-    return _listing(
-        request, {f"{id}-{at}": {"id": f"{id}-{at}", **_dict(each)} for at, each in enumerate(messages)}, "asc"
-    )
+    messages = enumerate(_list(_stored_chat(fake, id).request._json.get("messages")))
+    return _listing(request, {f"{id}-{at}": {"id": f"{id}-{at}", **_dict(each)} for at, each in messages}, "asc")
 
 
 class _History:
@@ -4077,9 +4075,7 @@ class _StoredResponse:
 
     log: _Log | None = None  # in the background
 
-    def __init__(
-        self, encoder: _ResponsesEncoder, items: list[Any], past: _History, kept: _Conversation | None
-    ) -> None:
+    def __init__(self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None) -> None:
         self.encoder = encoder
         self.input = [_stored_item(item, self.encoder._id) for item in items]
         if kept is None:
