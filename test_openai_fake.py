@@ -4782,14 +4782,14 @@ class PatienceTest(LeakTest):
         """The limit of a write is for one that makes no progress: a body may take many times as long."""
         with FakeOpenAI(lambda request: "x" * (5 << 20)) as server, Wire(server) as wire:
             running, tick, taken = server._running(), threading.Event(), 0
-            running.limits[openai_fake._State.SENDING], running.sweep = 0.25, 0.05
+            running.limits[openai_fake._State.SENDING], running.sweep = 0.5, 0.05
             wire.send(http_bytes(chat(), PATHS["chat.completions"], "POST", "Connection: close"))
             began = time.monotonic()
             while wire.more():
                 taken, wire.buffer = taken + len(wire.buffer), b""
-                tick.wait(0.016)  # a slow reader: so much a second is nothing beside the buffers of sockets
+                tick.wait(0.032)  # a slow reader: so much a second is nothing beside the buffers of sockets
             self.assertGreater(taken, 5 << 20)
-            self.assertGreater(time.monotonic() - began, 2 * 0.25)
+            self.assertGreater(time.monotonic() - began, 2 * 0.5)
 
     def test_a_long_request_behind_a_waiting_answer(self) -> None:
         """A client that has sent its next request, of whatever length, has not left."""
