@@ -68,6 +68,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import formatdate
 from enum import IntEnum
@@ -140,6 +141,7 @@ _LOG.addHandler(logging.NullHandler())  # without it, logging's last resort woul
 
 _MAX_CHOICES = 8  # the API's bound of n (P)
 _MAX_BODY = 64 << 20  # bytes, decoded; OpenAI documents 50 MB for a request with images
+_MAX_INFLATED = 8 << 20  # bytes that any compressed body may be; beyond, 200 times itself, which Apache allows
 _MAX_LINE = 64 << 10  # bytes of a request line; RFC 9112 3 asks for 8,000 at least
 _MAX_HEAD = 128 << 10  # bytes of a request's head; Apache and nginx stop at 8 to 64 KiB, Go at 1 MiB
 _MAX_DEPTH = 200  # of JSON in requests: Python gives up at 1,000 frames, and some code takes two or three a level
@@ -148,6 +150,7 @@ _MAX_FIELDS = 256  # header fields; Apache stops at 100
 _BATCH = 64 << 10  # bytes gathered before a send, while more is known to follow
 _FIRST_BATCH = 24 << 10  # so many at first: a long answer begins at once, a short one goes out in one piece
 _RUN = 64  # deltas that are encoded together, before it is looked whether they fill a batch
+_UNREAD = 128 << 10  # bytes that a socket holds for its client: in the usual megabytes, slow progress is not seen
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
@@ -155,6 +158,14 @@ _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
 _AT_ONCE = 0.1  # seconds in which a handler answers at once, before a background response is told to be queued
 
 _JSON: TypeAlias = "dict[str, Any]"
+
+
+class _Clock:
+    """The server's own clocks, taken once: the time that a test patches is the test's. freezegun patches modules."""
+
+    monotonic = staticmethod(time.monotonic)
+    perf_counter = staticmethod(time.perf_counter)
+    time = staticmethod(time.time)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -214,6 +225,11 @@ def _finite(text: str) -> float:
 _loads = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
 
 
+def _own(value: Any) -> Any:
+    """A copy of JSON for a reader, who may change it: the server goes on with its own."""
+    return value if isinstance(value, (str, type(None))) else _loads(_dumps(value))
+
+
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 _FIELD_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -264,6 +280,14 @@ class APIError(Exception):
     def __repr__(self) -> str:
         return f"APIError({self.status}, {self.message!r}, type={self.type!r}, code={self.code!r})"
 
+    def __reduce__(self) -> Any:
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
+    def _shared(self) -> Self:
+        """Itself without what it was raised through, which holds the request: it may be given again, and for ever."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
     def _error(self) -> _JSON:
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
@@ -304,11 +328,12 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
         if not isinstance(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind is int and cast(int, value) < 0:
-            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
+        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) < math.inf:
+            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, and finite, not {value!r}")
 
 
 _WORD = (str, type(None))  # a string that may be left out
+_SECONDS = (int, float, type(None))
 
 
 # ---- What the client sent --------------------------------------------------------------------------------------------
@@ -352,6 +377,11 @@ def _text_of(content: object) -> str:
         return content
     parts = (part if isinstance(part, str) else _dict(part).get("text") for part in _list(content))
     return "".join(part for part in parts if isinstance(part, str))
+
+
+def _last_text(items: list[Any]) -> str:
+    sent = (each for each in map(_dict, reversed(items)) if each.get("role") == "user")
+    return next((_text_of(each.get("content")) for each in sent), "")
 
 
 def _string(value: object) -> str:
@@ -412,10 +442,9 @@ def _chat_messages(value: object) -> list[Message]:
         sent = _dict(each)
         calls = sent.get("tool_calls")
         made = [call for each in _list(calls) if (call := _chat_call(each)) is not None] if calls else ()
+        content = _own(sent.get("content"))
         id = sent.get("tool_call_id")
-        messages.append(
-            Message(_string(sent.get("role")), sent.get("content"), tuple(made), id if isinstance(id, str) else None)
-        )
+        messages.append(Message(_string(sent.get("role")), content, tuple(made), id if isinstance(id, str) else None))
     return messages
 
 
@@ -432,7 +461,7 @@ def _items_messages(items: Iterable[object]) -> list[Message]:
         item = _dict(each)
         kind = _item_type(item)
         if kind == "message":
-            messages.append(Message(_string(item.get("role")), item.get("content")))
+            messages.append(Message(_string(item.get("role")), _own(item.get("content"))))
         elif kind in ("function_call", "custom_tool_call"):
             make, key = (ToolCall, "arguments") if kind == "function_call" else (CustomToolCall, "input")
             call = make(_string(item.get("name")), _string(item.get(key)), id=_string(item.get("call_id")))
@@ -442,7 +471,7 @@ def _items_messages(items: Iterable[object]) -> list[Message]:
             else:
                 messages.append(Message("assistant", None, (call,)))
         elif kind in ("function_call_output", "custom_tool_call_output"):
-            messages.append(Message("tool", item.get("output"), tool_call_id=_string(item.get("call_id"))))
+            messages.append(Message("tool", _own(item.get("output")), tool_call_id=_string(item.get("call_id"))))
     return messages
 
 
@@ -496,17 +525,19 @@ class Request:
     """
 
     __slots__ = (
+        "_before",
         "_body",
         "_connection",
-        "_conversation",
         "_deployment",
         "_encoder",
         "_gone",
         "_messages",
         "_outcome",
         "_remembered",
+        "_resolved",
         "_said",
         "_seconds",
+        "_shown",
         "_status",
         "api",
         "headers",
@@ -526,9 +557,11 @@ class Request:
         self.headers = headers
         self.raw_body = raw_body
         self._deployment: str | None = None  # Azure names the model in the path
-        self._body: _JSON | None = None
+        self._body: _JSON | None = None  # the server's
+        self._shown: _JSON | None = None  # the reader's
         self._messages: list[Message] | None = None
-        self._conversation: list[Any] | None = None  # Responses: stored turns and input, where they are not the input
+        self._before: _History = _NO_HISTORY  # Responses: what is stored from before the input
+        self._resolved: list[Any] | None = None  # the input, where it referred to stored items
         self._connection: _Connection | None = None
         self._remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
         self._gone = False
@@ -556,7 +589,15 @@ class Request:
 
     @property
     def body(self) -> _JSON:
-        """The JSON object that was sent; {} where there was none."""
+        """The JSON object that was sent; {} where there was none. It is the reader's own."""
+        shown = self._shown
+        if shown is None:
+            self._shown = shown = _own(self._json)
+        return shown
+
+    @property
+    def _json(self) -> _JSON:
+        """The body as the server reads it."""
         body = self._body
         if body is None:
             try:
@@ -569,18 +610,18 @@ class Request:
         """Drops what can be made again from the bytes: the journal holds many requests."""
         if self._connection is not None:
             self._gone = self._connection.state is _State.GONE
-        self._body = self._messages = self._connection = None
+        self._body = self._shown = self._messages = self._connection = None
         self._remembered = {}
 
     @property
     def model(self) -> str:
         """The model that was asked for."""
-        return _string(self.body.get("model"))
+        return _string(self._json.get("model"))
 
     @property
     def stream(self) -> bool:
         """Whether the client wants server-sent events."""
-        return self.body.get("stream") is True
+        return self._json.get("stream") is True
 
     @property
     def messages(self) -> list[Message]:
@@ -596,7 +637,7 @@ class Request:
             elif self.api == "completions":
                 messages = [Message("user", each) for each in _prompts(self.prompt)]
             else:
-                messages = _chat_messages(self.body.get("messages"))
+                messages = _chat_messages(self._json.get("messages"))
             self._messages = messages
         return messages
 
@@ -617,27 +658,34 @@ class Request:
                 results = []
         return results
 
-    @property
-    def _items(self) -> list[Any]:
-        instructions = self.body.get("instructions")
+    def _told(self) -> tuple[list[Any], list[Any]]:
+        """Instructions, and input, as items."""
+        instructions = self._json.get("instructions")
         if isinstance(instructions, str):
             instructions = [{"role": "system", "content": instructions}]
-        items = _input_items(self.input) if self._conversation is None else self._conversation
-        return [*_input_items(instructions), *items]
+        items = _input_items(self._json.get("input")) if self._resolved is None else self._resolved
+        return _input_items(instructions), items
+
+    @property
+    def _items(self) -> list[Any]:
+        instructions, items = self._told()
+        return [*instructions, *self._before, *items]
 
     @property
     def text(self) -> str:
         """The text of the last user message; "" where there is none."""
-        for message in reversed(self.messages):
-            if message.role == "user":
-                return message.text
-        return ""
+        if self.api == "completions":
+            return _string(self.messages[-1].content) if self.messages else ""
+        if self.api != "responses":
+            return _last_text(_list(self._json.get("messages")))
+        # The input nearly always has one: the turns before it, which may be many, are not gone through.
+        return _last_text(self._told()[1]) or _last_text(self._items)
 
     @property
     def tools(self) -> list[Tool]:
         """The tools that are offered, in one shape for both APIs; after a namespace, those in it."""
-        given = _list(self.body.get("tools"))
-        return [_tool(each) for tool in given for each in (tool, *_list(_dict(tool).get("tools")))]
+        given = _list(self._json.get("tools"))
+        return [_tool(_own(each)) for tool in given for each in (tool, *_list(_dict(tool).get("tools")))]
 
     def tool(self, name: str) -> Tool | None:
         """The tool of that name, or else of a name that ends so, as in "server__name"; None where none is offered."""
@@ -2499,6 +2547,7 @@ class Reply:
         itl: float | None = None,
     ) -> None:
         _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, (int, type(None))))
+        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         self.parts = parts
@@ -2570,7 +2619,8 @@ class Stream:
         self._changed = threading.Condition()  # guards the fields below, and tells when they change
         self._request: Request | None = None
         self._sent = 0  # parts, and the end
-        self._written = 0  # of them, on the wire
+        self._taken = 0  # parts, by the answer
+        self._written = 0  # of what was sent, on the wire
         self._ended = False
         self._gone = False
 
@@ -2794,7 +2844,7 @@ def non_streaming_response(text: str) -> Reply:
 
 def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
     """One chunk per delta, all with one id and time, for the choices 0, 1, 2, ...; or all for the choice `index`."""
-    id, created = "chatcmpl-" + _Ids(random.getrandbits).alnum(29), int(time.time())
+    id, created = "chatcmpl-" + _Ids(random.getrandbits).alnum(29), int(_Clock.time())
     return [
         Chunk([ChunkChoice(number if index is None else index, delta)], id=id, created=created, model="gpt-4")
         for number, delta in enumerate(deltas)
@@ -2806,7 +2856,7 @@ def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     ids = _Ids(random.getrandbits)
     call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
     return Chunk(
-        [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(time.time()), model="gpt-4"
+        [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(_Clock.time()), model="gpt-4"
     )
 
 
@@ -3356,7 +3406,7 @@ class _Encoder:
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
-        self.asked = request.body
+        self.asked = request._json
         model = _string(self.asked.get("model")) or ("gpt-4o" if self.asked.get("prompt") else "")  # the prompt's own
         self.ids = ids
         self.extra = reply.extra
@@ -3484,10 +3534,10 @@ class _Encoder:
             said += len(_tokens(item.text))
             thought += 64 * (type(item.part) is Reasoning)
             said += 4 * isinstance(item.part, _Call)
-        return Usage(_estimate(self.prompt()), max(1, said + thought), reasoning_tokens=thought)
+        return Usage(self.prompt_tokens(), max(1, said + thought), reasoning_tokens=thought)
 
-    def prompt(self) -> list[Any]:
-        """What the model was told: messages, or items."""
+    def prompt_tokens(self) -> int:
+        """About how many tokens the model was told."""
         raise NotImplementedError
 
 
@@ -3519,8 +3569,8 @@ class _ChatEncoder(_Encoder):
         self.finished: set[int] = set()  # the choices that a Chunk has finished
         self.calls: dict[int, int] = {}  # how many calls each choice has made
 
-    def prompt(self) -> list[Any]:
-        return _list(self.asked.get("messages"))
+    def prompt_tokens(self) -> int:
+        return _estimate(_list(self.asked.get("messages")))
 
     def name_item(self, item: _Item) -> None:
         part = item.part
@@ -4025,8 +4075,9 @@ class _ResponsesEncoder(_Encoder):
         self.added_status = "completed" if pro else "in_progress"  # of a message in output_item.added (R)
         self.base = self._echo(asked)
 
-    def prompt(self) -> list[Any]:
-        return self.request._items
+    def prompt_tokens(self) -> int:
+        instructions, items = self.request._told()
+        return _estimate([*instructions, *items]) + self.request._before.tokens()
 
     def _id(self, prefix: str) -> str:
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
@@ -4066,7 +4117,8 @@ class _ResponsesEncoder(_Encoder):
 
         def number(key: str, default: float) -> Any:
             value = told(key, default)
-            return float(value) if type(value) is int else value  # the API's are floats: 1.0 (R)
+            whole = type(value) is int and value.bit_length() < 1024
+            return float(value) if whole else value  # the API's are floats: 1.0 (R)
 
         asked = _dict(body.get("reasoning"))
         context, summary, tier = asked.get("context"), asked.get("summary"), told("service_tier", "auto")
@@ -4355,13 +4407,13 @@ class _CompletionsEncoder(_ChatEncoder):
         self.model_name = _INSTRUCT.get(self.model_name, self.model_name)
         self.head = {"id": self.id, "object": "text_completion", "created": self.created}
         n, top = self.asked.get("n"), self.asked.get("logprobs")
-        self.n = len(self.prompt()) * (min(n, 128) if type(n) is int else 1)
+        self.n = len(_prompts(self.asked.get("prompt"))) * (min(n, 128) if type(n) is int else 1)
         self.logprobs, self.top_logprobs = (True, min(top, 5)) if type(top) is int else (False, 0)
         self.ends: dict[int, int] = {}  # how long each choice's text with logprobs is so far
 
-    def prompt(self) -> list[Any]:
+    def prompt_tokens(self) -> int:
         prompts = _prompts(self.asked.get("prompt"))
-        return [{"content": "four" * len(_list(each)) if isinstance(each, list) else each} for each in prompts]
+        return _estimate({"content": "four" * len(_list(each)) if isinstance(each, list) else each} for each in prompts)
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         if not isinstance(part, _MessagePart):  # there is no place for others
@@ -4530,7 +4582,7 @@ class _Waiter:
             return math.inf
         if self.streams:
             raise _Gone
-        now = time.monotonic()
+        now = _Clock.monotonic()
         self.given_up = min(self.given_up, now + _HALF_CLOSED)
         if now >= self.given_up:
             raise _Gone
@@ -4539,13 +4591,13 @@ class _Waiter:
     def get(self, source: queue.SimpleQueue[_T], timeout: float | None = None) -> _T:
         """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
         self.enter(lambda: source.put(_WAKE))
-        due = math.inf if timeout is None else time.monotonic() + timeout
+        due = math.inf if timeout is None else _Clock.monotonic() + timeout
         while True:
-            rest = min(self.patience(), due - time.monotonic(), _LONGEST)
+            rest = min(self.patience(), due - _Clock.monotonic(), _LONGEST)
             try:
                 value = source.get(timeout=max(0.0, rest))
             except queue.Empty:
-                if time.monotonic() >= due:
+                if _Clock.monotonic() >= due:
                     raise
                 continue
             if value is not _WAKE:
@@ -4555,8 +4607,8 @@ class _Waiter:
         """Waits. Raises _Gone where the client of a stream has left; who has half-closed gets its JSON, just sooner."""
         alarm: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.enter(lambda: alarm.put(None))
-        due = time.monotonic() + seconds
-        while self.patience() == math.inf and (rest := due - time.monotonic()) > 0:
+        due = _Clock.monotonic() + seconds
+        while self.patience() == math.inf and (rest := due - _Clock.monotonic()) > 0:
             with suppress(queue.Empty):
                 alarm.get(timeout=min(rest, _LONGEST))
 
@@ -4567,14 +4619,19 @@ class _Waiter:
         loop = self.loop
         if loop is None:
             loop = self.loop = asyncio.new_event_loop()
+            loop.time = _Clock.monotonic  # type: ignore[method-assign]  # its own looks time.monotonic up
         given: list[_T] = []  # by the task, and not taken yet
-        resume, closing = asyncio.Event(), False
+        resume, closing, over = asyncio.Event(), False, False
+
+        def halt(*_: object) -> None:
+            if not over:  # it may be due still: it must not end what comes after
+                loop.stop()
 
         async def work() -> None:
             try:
                 async for value in coming:
                     given.append(value)
-                    loop.stop()  # the thread takes it
+                    halt()  # the thread takes it
                     await resume.wait()
                     resume.clear()
                     if closing:
@@ -4585,7 +4642,7 @@ class _Waiter:
                     await close()
 
         task = loop.create_task(work())
-        task.add_done_callback(lambda task: loop.stop())
+        task.add_done_callback(halt)
         cancelled: list[bool] = []
 
         def look() -> None:  # on the loop's thread, which may read ahead
@@ -4620,8 +4677,9 @@ class _Waiter:
             cancelled.append(True)
             resume.set()
             if not task.done() and not self.server.stopping:
-                loop.call_later(_STOP_SECONDS, loop.stop)
+                loop.call_later(_STOP_SECONDS, halt)
                 loop.run_forever()
+            over = True
             if task.done() and not task.cancelled():
                 task.exception()  # looked at: asyncio would log it else
 
@@ -4922,7 +4980,7 @@ class _Delivery:
             if isinstance(error, _Gone) or not self.sink.begun:
                 raise
             if isinstance(error, APIError):
-                self._fail(error)
+                self._fail(error._shared())
             else:  # the handler's own, or what can't be encoded
                 message = self.request._outcome = self.fake._keep_error(error, self.request)
                 self.sink.break_off(APIError(500, message))
@@ -5035,14 +5093,13 @@ class _Delivery:
 
     def _live(self, stream: Stream) -> Iterator[_Part]:
         """The parts of a Stream, as the test sends them."""
-        taken = 0
         self.sink.open()
         while True:
             try:
                 part = stream._queue.get_nowait()
             except queue.Empty:
                 self.sink.flush()
-                stream._on_wire(taken)
+                stream._on_wire(stream._taken)
                 try:
                     part = self.waiter.get(stream._queue, stream._timeout)
                 except queue.Empty:
@@ -5053,16 +5110,16 @@ class _Delivery:
             if part is _END:
                 return
             if part is not _WAKE:
-                taken += 1
+                stream._taken += 1
                 yield part
 
     def _conclude(self, stream: Stream) -> None:
         """Tells a Stream that its answer is over."""
         waiter = self.waiter
         gone = waiter.connection is not None and waiter.connection.state is _State.GONE
-        if not gone and not waiter.server.stopping:
+        if not gone and stream._taken == stream._sent - stream._ended and not waiter.server.stopping:
             stream._on_wire(stream._sent)
-        elif not gone and not stream._ended:
+        elif not gone and not stream._ended and not self.over and waiter.server.stopping:
             error = RuntimeError("a Stream was never closed: the server stopped while its client was waiting for more")
             self.fake._keep_error(error, self.request)
         stream._left()
@@ -5381,7 +5438,7 @@ class _StoredChat:
     def __init__(self, request: Request, encoder: _ChatEncoder) -> None:
         self.request = request
         self.encoder = encoder
-        self.metadata: Any = request.body.get("metadata") or {}
+        self.metadata: Any = request._json.get("metadata") or {}
         self.request_id = "req_" + encoder.ids.hex(32)
         self.seed = encoder.ids.bits(63)  # there is one, also unasked (R)
 
@@ -5415,28 +5472,48 @@ def _stored_message(id: str, message: _JSON) -> _JSON:
     return {**told, "name": message.get("name")}
 
 
-def _digits(text: str, default: int) -> int:
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) else default
-
-
 def _query(request: Request) -> dict[str, str]:
     """The query's parameters; the last where one came several times."""
     return {key: values[-1] for key, values in parse_qs(request.query).items()}
 
 
-def _listing(request: Request, items: Sequence[_JSON], order: str, last: str = "last_id") -> _JSON:
-    """A page of a list: `limit`, `order` and `after` as the query says. `last` of its keys depends on the list (R)."""
-    query = _query(request)
-    ordered = list(items) if query.get("order", order) == "asc" else list(items)[::-1]
-    ids = [item.get("id") for item in ordered]
-    if "after" in query and query["after"] in ids:
-        ordered = ordered[ids.index(query["after"]) + 1 :]
-    limit = max(1, min(_digits(query.get("limit", ""), 20), 100))
-    page = ordered[:limit]
-    first_id, last_id = (page[0].get("id"), page[-1].get("id")) if page else (None, None)
-    listing: _JSON = {"object": "list", "data": page, "first_id": first_id}
-    ends = {"has_more": len(ordered) > limit, "last_id": last_id}
+_LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")  # S: of lists
+_INPUTS = _length("an array", 1, 2048)  # S: of embeddings; B: of moderations
+
+
+def _listing(
+    request: Request,
+    items: Mapping[str, Any],
+    order: str,
+    show: Callable[[Any], _JSON] = _dict,
+    last: str = "last_id",
+) -> _JSON:
+    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown.
+
+    Which of its keys is the last depends on the list (R).
+    """
+    query: dict[str, Any] = {"limit": "20", "order": order, **_query(request)}
+    if re.fullmatch("-?[0-9]{1,18}", query["limit"]):
+        query["limit"] = int(query["limit"])
+    _LIMIT(query["limit"], "limit", query)
+    _ORDER(query["order"], "order", query)
+    ids = list(items) if query["order"] == "asc" else list(items)[::-1]
+    if (after := query.get("after", "")) and after not in items:
+        raise APIError(404, f"There is no item with id '{after}' in this list.", param="after")
+    begin = ids.index(after) + 1 if after else 0
+    page = ids[begin : begin + query["limit"]]
+    first_id, last_id = (page[0], page[-1]) if page else (None, None)
+    listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": first_id}
+    ends = {"has_more": len(ids) > begin + query["limit"], "last_id": last_id}
     return listing | (ends if last == "last_id" else dict(reversed(ends.items())))
+
+
+def _new_metadata(fake: FakeOpenAI, body: _JSON) -> Any:
+    """The metadata that a request says. Raises APIError for what the API refuses."""
+    metadata: Any = body.get("metadata") or {}
+    if fake.validate:
+        _metadata(metadata, "metadata", body)
+    return metadata
 
 
 def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
@@ -5450,38 +5527,66 @@ def _stored_chat(fake: FakeOpenAI, id: str) -> _StoredChat:
 def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
     query = _query(request)
     wanted = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[")}
-    chats = [(chat.request.model, chat.body()) for chat in tuple(fake._chats.values()) if chat.encoder.ended]
-    bodies = [
-        body
-        for asked, body in chats
-        if query.get("model", asked) in (asked, body["model"])
-        and wanted.items() <= {key: str(value) for key, value in body["metadata"].items()}.items()
-    ]
-    return _listing(request, bodies, "desc", "has_more")
+    chats = {
+        id: chat
+        for id, chat in tuple(fake._chats.items())
+        if chat.encoder.ended
+        and query.get("model", chat.encoder.model_name) in (chat.request.model, chat.encoder.model_name)
+        and wanted.items() <= {key: str(value) for key, value in chat.metadata.items()}.items()
+    }
+    return _listing(request, chats, "desc", _StoredChat.body, "has_more")
 
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages = _list(_stored_chat(fake, id).request.body.get("messages"))
-    stored = [_stored_message(f"{id}-{at}", _dict(each)) for at, each in enumerate(messages)]
-    return _listing(request, stored, "asc", "has_more")
+    messages = enumerate(_list(_stored_chat(fake, id).request._json.get("messages")))
+    stored = {f"{id}-{at}": _stored_message(f"{id}-{at}", _dict(each)) for at, each in messages}
+    return _listing(request, stored, "asc", last="has_more")
+
+
+class _History:
+    """The items up to one response, linked to those before it: a chain of n turns holds each once."""
+
+    def __init__(self, before: _History | None, said: Callable[[], list[Any]]) -> None:
+        self.before = before
+        self.said: Callable[[], list[Any]] = said  # by this turn
+        self.told = before.tokens() if before is not None else 0  # tokens, before this turn
+
+    def __iter__(self) -> Iterator[Any]:
+        turns: list[_History] = [self]
+        while (before := turns[-1].before) is not None:
+            turns.append(before)
+        for turn in reversed(turns):
+            yield from turn.said()
+
+    def tokens(self) -> int:
+        """About how many tokens the items are."""
+        said = self.said()
+        return self.told + _estimate(said) - _estimate(()) if said else self.told
+
+
+_NO_HISTORY = _History(None, list)
 
 
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    def __init__(self, encoder: _ResponsesEncoder, history: list[Any], items: list[Any], log: _Log | None) -> None:
+    log: _Log | None = None  # in the background
+
+    def __init__(self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None) -> None:
         self.encoder = encoder
-        self.history = history
         self.input = [_stored_item(item, self.encoder._id) for item in items]
-        self.log = log  # in the background
+        if kept is None:
+            self.history = _History(past, self.said)
+        else:  # a conversation gets nothing of it before it is over
+            self.history = kept.add(lambda: self.said() if self.over() else [])
 
     def over(self) -> bool:
         return self.encoder.status in ("completed", "incomplete")
 
-    def conversation(self) -> list[Any]:
-        """All items, up to the end of this response."""
-        return [*self.history, *self.input, *self.encoder.output()]
+    def said(self) -> list[Any]:
+        """The items that it adds to what was before."""
+        return [*self.input, *self.encoder.output()]
 
     def body(self) -> _JSON:
         cancelled = self.log is not None and self.log.cancelled
@@ -5506,19 +5611,19 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     return {**told, **dict(sorted(stored.items()))}
 
 
-def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
-    """The stored items before this request's input. Raises APIError for what is not stored."""
+def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> _History:
+    """What is stored from before this request's input. Raises APIError for what is not stored."""
     conversation, previous = body.get("conversation"), body.get("previous_response_id")
     if isinstance(conversation, dict):
         conversation = _dict(conversation).get("id")
     if isinstance(conversation, str):
         if (kept := fake._conversations.get(conversation)) is not None:
-            return kept.items()
+            return kept.last
         if fake.validate:
             raise APIError(404, f"Conversation with id '{conversation}' not found.")
     if isinstance(previous, str):
         if (stored := request._remembered.get(previous) or fake._responses.get(previous)) is not None:
-            return stored.conversation()
+            return stored.history
         if fake.validate:
             raise APIError(
                 400,
@@ -5526,7 +5631,17 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> list[Any]:
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-    return []
+    return _NO_HISTORY
+
+
+def _check_turn(before: _History, items: list[Any], reasons: bool, stored: bool) -> None:
+    """Raises the first fault between the input and what was before, which was checked when it was new."""
+    if not any(_dict(item).get("id") for item in items):
+        with suppress(APIError):  # its last turn is nearly always enough, however long the chain is
+            last = before.said()
+            return _check_conversation([*last, *items], len(last), reasons, stored)
+    past = list(before)
+    return _check_conversation([*past, *items], len(past), reasons, stored)
 
 
 def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
@@ -5546,26 +5661,24 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
 @_endpoint("POST /responses")
 def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     body = _checked_body(fake, request)
-    history = _history(fake, request, body)
+    request._before = before = _history(fake, request, body)
     items = _input_items(body.get("input"))
     resolved = _resolved(fake, items)
-    if history or resolved is not items:
-        request._conversation = [*history, *resolved]
+    if resolved is not items:
+        request._resolved = resolved
     if fake.validate:
         effort = _dict(body.get("reasoning")).get("effort") or _model(request.model).effort
-        stored = body.get("store") is not False
-        _check_conversation([*history, *resolved], len(history), effort not in (None, "none"), stored)
+        _check_turn(before, resolved, effort not in (None, "none"), body.get("store") is not False)
     if fake.strict:
         _check_model(fake, request)
     background = body.get("background") is True
 
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
-        stored = _StoredResponse(encoder, history, resolved, log)
+        kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
+        stored = _StoredResponse(encoder, resolved, before, kept)
+        stored.log = log
         fake._remember(fake._responses, encoder.id, stored)
-        conversation = encoder.base.get("conversation")
-        kept = fake._conversations.get(str(conversation.get("id"))) if conversation else None
-        if kept is not None:
-            kept.turns.append(stored)
+        fake._remember(fake._histories, id(stored.history), stored.history)
 
     stores = background or body.get("store") is not False
     delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
@@ -5589,13 +5702,15 @@ def _get_response(fake: FakeOpenAI, request: Request, id: str) -> Any:
         return stored.body()
     if stored.log is None:
         raise APIError(400, "This response cannot be streamed because it was not created with background=true.")
-    return _Replay(stored.log, _digits(query.get("starting_after", ""), -1) + 1)
+    after = query.get("starting_after", "")
+    return _Replay(stored.log, int(after) + 1 if re.fullmatch("[0-9]{1,9}", after) else 0)
 
 
 @_endpoint("GET /responses/{id}/input_items")
 def _input_items_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     stored = _stored_response(fake, id)
-    return _listing(request, [*stored.history, *stored.input], "desc")
+    before = stored.history.before or _NO_HISTORY
+    return _listing(request, {item["id"]: item for item in (*before, *stored.input)}, "desc")
 
 
 @_endpoint("POST /responses/{id}/cancel")
@@ -5612,7 +5727,8 @@ def _compact_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse()
     for name in ("model", "input") if fake.validate else ():
         _RESPONSES[name](body.get(name), name, body)
-    items = request._conversation = [*_history(fake, request, body), *_input_items(body.get("input"))]
+    request._before = _history(fake, request, body)
+    items = [*request._before, *_input_items(body.get("input"))]
     encoder = _ResponsesEncoder(request, Reply(), fake._ids(), int(fake.clock()))
     encoder.say(Item("compaction"), ())
     users = [_stored_item(item, encoder._id) for item in items if _dict(item).get("role") == "user"]
@@ -5623,9 +5739,9 @@ def _compact_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
 @_endpoint("POST /responses/input_tokens")
 def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse()
-    history = _history(fake, request, body)
+    before = _history(fake, request, body)
     items = [{"content": body.get("instructions")}] if body.get("instructions") else []
-    tokens = _estimate([*items, *history, *_input_items(body.get("input"))])
+    tokens = _estimate([*items, *_input_items(body.get("input"))]) + before.tokens()
     return {"object": "response.input_tokens", "input_tokens": tokens}
 
 
@@ -5635,15 +5751,20 @@ class _Conversation:
     def __init__(self, created: int, metadata: Any, items: list[Any]) -> None:
         self.created = created
         self.metadata = metadata
-        self.turns: list[_StoredResponse | list[Any]] = [items]
+        self.lock = threading.Lock()  # guards last: several responses may begin in a conversation at a time
+        self.last = _NO_HISTORY
         self.deleted: set[str] = set()  # ids of items
+        self.add(lambda: items)
 
-    def items(self) -> list[Any]:
-        turns = [
-            each if isinstance(each, list) else [*each.input, *each.encoder.output()] if each.over() else []
-            for each in self.turns
-        ]
-        return [item for turn in turns for item in turn if str(item["id"]) not in self.deleted]
+    def add(self, said: Callable[[], list[Any]]) -> _History:
+        """Adds a turn that says these items, without those that were deleted."""
+        with self.lock:
+            self.last = _History(self.last, lambda: [item for item in said() if item["id"] not in self.deleted])
+            return self.last
+
+    def items(self) -> dict[str, Any]:
+        """All items, by id."""
+        return {str(item["id"]): item for item in self.last}
 
     def body(self, id: str) -> _JSON:
         return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
@@ -5669,7 +5790,7 @@ def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse() if request.raw_body else {}
     items = _new_items(fake, body)
     id = "conv_" + fake._ids().hex(48)
-    conversation = _Conversation(int(fake.clock()), body.get("metadata") or {}, items)
+    conversation = _Conversation(int(fake.clock()), _new_metadata(fake, body), items)
     fake._remember(fake._conversations, id, conversation)
     return conversation.body(id)
 
@@ -5685,15 +5806,15 @@ def _add_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     if body.get("items") is None:
         raise _missing("items")
     items = _new_items(fake, body)
-    conversation.turns.append(items)
-    return _listing(request, items, "asc")
+    conversation.add(lambda: items)
+    return _listing(request, {item["id"]: item for item in items}, "asc")
 
 
 def _item_of(conversation: _Conversation, id: str) -> _JSON:
-    for item in conversation.items():
-        if item["id"] == id:
-            return _dict(item)
-    raise APIError(404, f"Item with id '{id}' not found.")
+    item = conversation.items().get(id)
+    if item is None:
+        raise APIError(404, f"Item with id '{id}' not found.")
+    return _dict(item)
 
 
 @_endpoint("GET /conversations/{id}/items/{item_id}")
@@ -5718,9 +5839,7 @@ def _stored_routes(path: str, kind: str, find: Callable[[FakeOpenAI, str], Any],
         stored, body = find(fake, id), request._parse()
         if "metadata" not in body:  # what is there would be lost
             raise _missing("metadata")
-        if fake.validate and body["metadata"] is not None:
-            _metadata(body["metadata"], "metadata", body)
-        stored.metadata = body["metadata"] or {}
+        stored.metadata = _new_metadata(fake, body)
         return cast(_JSON, stored.body(id))
 
     def delete(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
@@ -5780,7 +5899,7 @@ def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
 
 
 @_endpoint("POST /embeddings")
-def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
+def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
     body = request._parse()
     model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
     if not isinstance(model, str) or not model:
@@ -5794,20 +5913,22 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     inputs: list[Any] = [given] if isinstance(given, str) else _list(given)
     if all(isinstance(each, int) for each in inputs):  # one text, as tokens
         inputs = [inputs]
+    _INPUTS(inputs, "input", {})
     if dimensions is None:
         dimensions = 3072 if model == "text-embedding-3-large" else 1536
     elif type(dimensions) is not int or dimensions < 1:
         raise APIError(400, f"{dimensions} is less than the minimum of 1 - 'dimensions'")
-    data: list[_JSON] = []
+    data: list[str] = []  # encoded one by one: the encoder lets no other thread run
     for index, each in enumerate(inputs):
         text = each if isinstance(each, str) else _dumps(each)
         vector: Any = _embedding(text, min(dimensions, 3072))
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
-        data.append({"object": "embedding", "index": index, "embedding": vector})
+        data.append(_dumps({"object": "embedding", "index": index, "embedding": vector}))
     tokens = sum(len(each) // 4 + 1 if isinstance(each, str) else len(_list(each)) for each in inputs)
     name = "text-embedding-ada-002-v2" if model == "text-embedding-ada-002" else model
-    return {"object": "list", "data": data, "model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    rest = _dumps({"model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return _HTTPResponse(_utf8(f'{{"object":"list","data":[{",".join(data)}],{rest[1:]}'))
 
 
 @_endpoint("POST /moderations")
@@ -5816,12 +5937,13 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse()
     if body.get("input") is None:
         raise _missing("input")
-    given = _list(body["input"])
+    given = _list(body["input"]) or [""]
+    _INPUTS(given, "input", {})
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     result = _moderation_result()
     model = _string(body.get("model")) or "omni-moderation-latest"
     id = "modr-" + fake._ids().alnum(29)
-    return {"id": id, "model": model, "results": [result] * max(1, texts)}
+    return {"id": id, "model": model, "results": [result] * texts}
 
 
 # ---- HTTP: what arrives ----------------------------------------------------------------------------------------------
@@ -6041,7 +6163,7 @@ def _check_beginning(data: bytearray, seen: int) -> int:
         line, crlf, _ = bytes(data[:end]).partition(b"\r\n")
         if crlf or len(line) > _MAX_LINE:
             _request_line(line)
-        if not re.fullmatch(_BEGINNING, line):
+        if not re.fullmatch(_BEGINNING, line[:_READ]):  # not all of it: a line may come byte by byte
             raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
     if _BARE.search(data, seen, end):
         raise _Refused(400, "A line of the head does not end with CR LF.")
@@ -6114,12 +6236,13 @@ def _decoded(body: bytes, coding: str) -> bytes:
 
 
 def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Callable[[], bool]) -> bytes:
+    most = min(_MAX_BODY, max(_MAX_INFLATED, 200 * len(body)))
     try:
-        data = decompress(body, _MAX_BODY + 1)
+        data = decompress(body, most + 1)
     except Exception:  # zlib.error, ZstdError
         data, whole = b"", lambda: False
-    if len(data) > _MAX_BODY:
-        raise APIError(413, f"The request body is larger than {_MAX_BODY} bytes when it is decoded.")
+    if len(data) > most:
+        raise APIError(413, f"The request body of {len(body)} bytes is larger than {most} bytes when it is decoded.")
     if not whole():
         raise APIError(400, "The request body is not what its Content-Encoding says.")
     return data
@@ -6242,12 +6365,8 @@ class _LaneTurn:
         self.request = request
         self.warms = warms  # makes nothing, but can be gone on with
         self.fault = fault
-        self.items: list[Any] = []  # all that came before
+        self.history = _NO_HISTORY  # up to the end of this response
         self.steers: dict[str, list[Any]] = {}  # input that waits for the end, by the id of its steering
-
-    def conversation(self) -> list[Any]:
-        """All items, up to the end of this response."""
-        return [*self.items, *self.encoder.output()]
 
     def steered(self) -> list[Any]:
         """The input that has waited."""
@@ -6313,9 +6432,9 @@ class _WebSocket:
     def send(self, connection: _Connection) -> None:
         """Accepts, and serves until one side closes."""
         connection.asked._status, last = 101, b""
-        connection.send(_STATUS_LINES[101] + self.accept + b"\r\n" + _date_field(int(time.time())) + b"\r\n")
+        connection.send(_STATUS_LINES[101] + self.accept + b"\r\n" + _date_field(int(_Clock.time())) + b"\r\n")
         connection.websocket, connection.state = self, _State.WEBSOCKET
-        connection.until = connection.deadline = time.monotonic() + connection.server.limits[_State.WEBSOCKET]
+        connection.until = connection.deadline = _Clock.monotonic() + connection.server.limits[_State.WEBSOCKET]
         try:
             self._serve()
         except _Closing as closing:
@@ -6358,9 +6477,9 @@ class _WebSocket:
             data = connection.sock.recv(_BATCH)
             connection.inbox.data += data
             connection.inbox.ended = not data
-            if not data and time.monotonic() >= connection.until:
+            if not data and _Clock.monotonic() >= connection.until:
                 connection.until = math.inf
-                if connection.deadline <= time.monotonic():  # else it is that of a write that is blocked
+                if connection.deadline <= _Clock.monotonic():  # else it is that of a write that is blocked
                     connection.deadline = math.inf
                 self._refuse(_bad_request(_TOO_OLD, None, "websocket_connection_limit_reached"))
                 raise _Closing(1000)
@@ -6481,12 +6600,13 @@ class _WebSocket:
                 turn = successor or self._next()
 
     def _respond(self, turn: _LaneTurn) -> None:
-        fake, request, began = self.fake, turn.request, time.perf_counter()
+        fake, request, began = self.fake, turn.request, _Clock.perf_counter()
         parent = _string(request.body.get("previous_response_id"))
 
         def make_sink(reply: Reply) -> _Sink:
             turn.encoder = cast(_ResponsesEncoder, delivery.encoder)
-            turn.items = _input_items(request.input) if request._conversation is None else request._conversation
+            items = request._told()[1]
+            turn.history = _History(request._before, lambda: [*items, *turn.encoder.output()])
             fake._remember(self.turns, turn.encoder.id, turn)
             return _MessageSink(self, turn, reply)
 
@@ -6612,7 +6732,7 @@ class _Connection(BaseRequestHandler):
         """Reads more into the inbox. The time for it runs from the beginning of the state."""
         if state is not self.state or self.deadline == math.inf:
             self.state = state
-            self.deadline = time.monotonic() + self.server.limits[state]
+            self.deadline = _Clock.monotonic() + self.server.limits[state]
         data = self.sock.recv(_BATCH if state is _State.BODY else _READ)
         self.inbox.data += data
         self.inbox.ended = not data
@@ -6676,7 +6796,7 @@ class _Connection(BaseRequestHandler):
         rest = memoryview(data)[sent:]
         try:
             while rest:  # in pieces: who reads steadily may take its time
-                self.deadline = time.monotonic() + self.server.limits[_State.SENDING]
+                self.deadline = _Clock.monotonic() + self.server.limits[_State.SENDING]
                 rest = rest[self.sock.send(rest[:_BATCH]) :]
         except OSError:
             self.state = _State.GONE
@@ -6694,6 +6814,7 @@ class _Connection(BaseRequestHandler):
     ) -> bytes:
         """The head of an answer, with that length, or of a stream, whose end tells its length."""
         fake, asked = self.server.fake, self.inbox.head
+        fields = fields and _header_fields(fields)  # again: those of a Reply may have been changed
         self.asked._status = status
         if length is None and not self.http11:
             self.hang_up(False)  # the end of the connection ends the stream
@@ -6703,9 +6824,9 @@ class _Connection(BaseRequestHandler):
             head += _CORS
         if asked is None or not asked.keep_alive or self.state >= _State.CLOSING:
             head += b"connection: close\r\n"
-        head += _date_field(int(time.time())) + b"x-request-id: req_%b\r\n" % fake._ids().hex(32).encode()
+        head += _date_field(int(_Clock.time())) + b"x-request-id: req_%b\r\n" % fake._ids().hex(32).encode()
         if usual != _GATEWAY:
-            head += b"openai-processing-ms: %d\r\n" % ((time.perf_counter() - self.started) * 1000)
+            head += b"openai-processing-ms: %d\r\n" % ((_Clock.perf_counter() - self.started) * 1000)
         if fields:
             head = _with_fields(head, fields)
         if length is not None:
@@ -6721,6 +6842,11 @@ class _Connection(BaseRequestHandler):
 
     def _send_error(self, error: APIError) -> None:
         """Answers with an error of the API, in the form of who sends it there: the gateway or the application."""
+        try:
+            fields = _header_fields(error.headers)  # again: they may have been changed
+        except (TypeError, ValueError) as wrong:
+            self._send_fault(wrong)
+            return
         status, request = error.status, self.asked
         responses = request.api == "responses"
         unknown_model = error.code == "model_not_found" and error.param is None
@@ -6731,12 +6857,16 @@ class _Connection(BaseRequestHandler):
             usual = _VERSION
         else:
             usual = _USUAL + (_RATE_LIMITS if request.api == "chat.completions" else b"")
-        fields = dict(error.headers)
         if status == 401 and responses:
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
         content_type = "application/json; charset=utf-8" if gateway else "application/json"
         self.send_whole(_utf8(_dumps({"error": error._error()})), status, content_type, usual, fields)
         request._outcome = request._outcome or error.message
+
+    def _send_fault(self, error: BaseException) -> None:
+        """Answers with what the handler did wrong, and keeps it for the test."""
+        message = self.server.fake._keep_error(error, self.asked)
+        self._send_error(APIError(500, message, headers={"x-should-retry": "false"}))
 
     # One request and its answer.
 
@@ -6754,20 +6884,20 @@ class _Connection(BaseRequestHandler):
             self._refuse(refused)
         else:
             self.state, self.deadline = _State.ANSWERING, math.inf
-            self._answer(cast(_Head, self.inbox.head), raw_body)
+            Context().run(self._answer, cast(_Head, self.inbox.head), raw_body)  # what a handler sets ends with it
 
     def _end_of_input(self) -> _Refused | None:
         """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
-        expired = time.monotonic() >= self.deadline
-        if self.inbox.head is None:
-            return _Refused(408, "The request did not arrive in time.") if expired and self.inbox.data else None
-        if expired:
+        begun = self.inbox.head is not None
+        if _Clock.monotonic() >= self.deadline and (begun or self.inbox.data):
             return _Refused(408, "The request did not arrive in time.")
+        if not begun:
+            return None
         return _Refused(400, "The connection was closed before the request body was whole.")
 
     def _refuse(self, refused: _Refused) -> None:
         self.state, self.deadline = _State.CLOSING, math.inf
-        self.started = time.perf_counter()
+        self.started = _Clock.perf_counter()
         head = self.inbox.head
         method, path = (head.method, head.path) if head is not None else ("", "")
         self.asked = Request("", method, path, "", {})
@@ -6780,15 +6910,15 @@ class _Connection(BaseRequestHandler):
         """Reads what the client still sends, for a while: closing at once would reset, and destroy the reply."""
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-            end = time.monotonic() + 1.0
-            while (rest := end - time.monotonic()) > 0:
+            end = _Clock.monotonic() + 1.0
+            while (rest := end - _Clock.monotonic()) > 0:
                 self.sock.settimeout(rest)
                 if not self.sock.recv(_BATCH):
                     break
 
     def _answer(self, head: _Head, raw_body: bytes) -> None:
         fake = self.server.fake
-        self.started = time.perf_counter()
+        self.started = _Clock.perf_counter()
         self.http11 = head.http11
         route = fake._router.find(head.method, head.route)
         self.asked = request = Request(route.api, head.method, head.path, head.query, head.headers, raw_body)
@@ -6800,25 +6930,26 @@ class _Connection(BaseRequestHandler):
         try:
             if head.coding:
                 request.raw_body = _decoded(raw_body, head.coding)
+            fake._check_page(request, head.route)
             if fake.api_key is not None:
                 fake._check_key(request)
             if opens != (route.endpoint is _open_websocket):
                 raise _upgrade_required()
-            answer = route.endpoint(fake, request, *route.values)
+            endpoint = _preflight if fake.cors and head.method == "OPTIONS" else route.endpoint
+            answer = endpoint(fake, request, *route.values)
             if isinstance(answer, dict):
                 answer = _HTTPResponse(_utf8(_dumps(cast(_JSON, answer))))
             answer.send(self)
         except APIError as error:
             if opens:
                 fake._arrive(request)
-            self._send_error(error)
+            self._send_error(error._shared())
         except _Gone:
             request._outcome = request._outcome or "client left"
             self.hang_up(False)
             _LOG.info("%s %s: the client left, the answer stopped", head.method, head.path)
         except BaseException as error:  # the handler's fault: or else this server's own
-            message = fake._keep_error(error, request)
-            self._send_error(APIError(500, message, headers={"x-should-retry": "false"}))
+            self._send_fault(error)
         finally:
             fake._ended(request, self.started)
             request._forget()
@@ -6868,6 +6999,7 @@ class _Server(ThreadingHTTPServer):
         self.socket.setblocking(False)
         with suppress(OSError):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
         self.waker, self.alarm = socket.socketpair()
         self.waker.setblocking(False)
         self.selector = selectors.DefaultSelector()
@@ -6887,7 +7019,7 @@ class _Server(ThreadingHTTPServer):
         select, listener, waker = self.selector.select, self.socket, self.waker
         sweep, resume = math.inf, math.inf
         while True:
-            now = time.monotonic()
+            now = _Clock.monotonic()
             sweep = min(sweep, now + self.sweep) if self.sockets else math.inf
             until = min(sweep, resume)
             if self.stopping:  # before the select: its wake-up may have been read together with another
@@ -6897,13 +7029,13 @@ class _Server(ThreadingHTTPServer):
                 if key.fileobj is listener:
                     if not self._accept():
                         self.selector.unregister(listener)
-                        resume = time.monotonic() + 0.1  # out of descriptors: try again when some may be free
+                        resume = _Clock.monotonic() + 0.1  # out of descriptors: try again when some may be free
                 elif key.fileobj is waker:
                     waker.recv(4096)
                 else:
                     self.unwatch(cast(socket.socket, key.fileobj))
                     key.data.notice()
-            now = time.monotonic()
+            now = _Clock.monotonic()
             if now >= sweep:
                 sweep = math.inf
                 self._sweep(now)
@@ -7035,10 +7167,10 @@ class _Server(ThreadingHTTPServer):
             threads = tuple(self.threads)
         for _ in threads:
             self.jobs.put(None)
-        end = time.monotonic() + _STOP_SECONDS
+        end = _Clock.monotonic() + _STOP_SECONDS
         for thread in threads:
             if thread is not current:
-                thread.join(max(0.0, end - time.monotonic()))
+                thread.join(max(0.0, end - _Clock.monotonic()))
         self.selector.close()
         self.waker.close()
         self.alarm.close()
@@ -7093,12 +7225,13 @@ class FakeOpenAI:
       what is sent as JSON, or bytes, or an iterator of bytes or str that is sent as it comes, or one of these with a
       status and headers: `(201, {"content-type": "text/csv"}, "a,b")`; or an APIError. `ttft` and `itl` hold there
       too. A {name} in a route stands for any one segment of the path.
-    - `keep`: how many requests are kept in `requests`, answers with `store`, and `errors`, the first; None keeps all.
-    - `cors`: answer browsers of any origin.
+    - `keep`: how many are kept of each: requests, stored answers, turns, and `errors`, the first; None keeps all.
+    - `cors`: answer browsers of any origin; without it those of other sites get a 403.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
 
-    What went wrong in the fake so far is in `errors`; `stop` raises the first. Raises TypeError for a handler that is
-    not callable, ValueError for a route that is not "METHOD /path".
+    Options can be set later, but for host, port, routes and keep. What went wrong in the fake so far is in `errors`;
+    `stop` raises the first. Raises TypeError for a handler that is not callable, ValueError for a route that is not
+    "METHOD /path".
     """
 
     _server: _Server | None = None
@@ -7140,8 +7273,6 @@ class FakeOpenAI:
         self.clock = clock
         self.errors: list[BaseException] = []
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
-        if cors:
-            own["OPTIONS /{path*}"] = _preflight
         others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
         self._router = _Router({**own, **others}) if own else _usual_router()
         self._keep = keep
@@ -7153,19 +7284,32 @@ class FakeOpenAI:
         self._observe: Callable[[Request], None] | None = None
         self._unseeded = _Ids(random.Random().getrandbits)
         self._numbers = iter(range(sys.maxsize))
-        # Three stores without a lock: each access is one operation of a dict, or goes over a copy.
+        # Stores without a lock: each access is one operation of a dict, or goes over a copy.
         self._responses: dict[str, _StoredResponse] = {}
+        self._histories: dict[int, _History] = {}  # of stored responses, also of those that were deleted
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
-        self._stopping = threading.Lock()  # taken by the first stop()
+        self._stopping = threading.Lock()  # taken, for ever, by the first stop() that came to its end
         self._pid = 0
 
     # For tests.
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options may be set at any time, and count from the next request on, but for those that are refused here."""
+        if name in ("keep", "routes") or (name in ("host", "port") and self._server is not None):
+            raise AttributeError(f"{name} can't be set; it is said when the server is made: FakeOpenAI({name}=...)")
+        if name in ("ttft", "itl"):
+            _check_fields(self, **{name: (value, _SECONDS)})
+        super().__setattr__(name, value)
 
     def start(self) -> Self:
         """Starts the server. Raises OSError where it can't listen, RuntimeError when it was started before."""
         if self._server is not None:
             raise RuntimeError("the server was started before; a FakeOpenAI is started once")
+        patcher = f"{socket.socket.__module__} {threading.get_ident.__module__}"
+        if "gevent" in patcher or "eventlet" in patcher:
+            raise RuntimeError(f"the server needs real sockets and threads, not {patcher}: run `python -m openai_fake`")
         server = _Server(self, self.host, self.port)
         try:
             server.start()
@@ -7187,9 +7331,12 @@ class FakeOpenAI:
 
     def _stop(self, failing: bool, failure: BaseException | None = None) -> None:
         server = self._server
-        if server is None or self._pid != os.getpid() or not self._stopping.acquire(blocking=False):
+        if server is None or self._pid != os.getpid() or self._stopping.locked():
             return  # in a forked child the server is the parent's
-        for thread in server.stop():
+        running = server.stop()  # where a signal's exception breaks it off, the next stop() does it all again
+        if not self._stopping.acquire(blocking=False):
+            return
+        for thread in running:
             _LOG.warning("stopped, but a handler still runs on %s", thread.name)
         if isinstance(self.handler, Script) and not self.errors and not failing:
             try:
@@ -7271,11 +7418,14 @@ class FakeOpenAI:
             return self.models
         return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS})
 
-    def _remember(self, store: dict[str, Any], id: str, value: object) -> None:
+    # One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least.
+
+    def _remember(self, store: dict[Any, Any], id: object, value: object) -> None:
         store[id] = value
         if self._keep is not None and len(store) > (keep := max(1, self._keep)):
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
-                store.pop(old, None)
+                if isinstance(dropped := store.pop(old, None), _History):
+                    dropped.before, dropped.said = None, list
 
     def _arrive(self, request: Request) -> None:
         self._journal.append(request)
@@ -7287,6 +7437,22 @@ class FakeOpenAI:
 
     def _depart(self, request: Request) -> None:
         self._flying.pop(id(request), None)
+
+    def _check_page(self, request: Request, path: str) -> None:
+        """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
+        to lead here (DNS rebinding)."""
+        fields = request.headers
+        if self.cors:
+            return
+        if "origin" in fields and not re.fullmatch("https?://" + _LOOPBACK, fields["origin"].lower()):
+            raise APIError(
+                403, f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True."
+            )
+        if path != "/" and not path.startswith("/_fake"):
+            return
+        local = str(self._running().server_address[0]).startswith(("127.", "::1"))
+        if local and not re.fullmatch(_LOOPBACK, host := fields.get("host", "").lower()):
+            raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host!r}.")
 
     def _check_key(self, request: Request) -> None:
         if request.method == "OPTIONS":
@@ -7309,20 +7475,19 @@ class FakeOpenAI:
         if self._keep is None or len(self.errors) < max(1, self._keep):  # a traceback holds its request
             self.errors.append(error)
         try:
-            text = str(error)
+            message = text = str(error)
         except BaseException:
-            text = "(and its str() raised as well)"
-        message = text
+            message = text = "(and its str() raised as well)"
         if not text.startswith("handler returned"):
             message = f"handler raised {type(error).__name__}: {text}{_place(error)}"
         _LOG.info("%s %s: %s", request.method, request.path, message)
         return message
 
     def _ended(self, request: Request, started: float) -> None:
-        request._seconds = time.perf_counter() - started
+        request._seconds = _Clock.perf_counter() - started
         self._flying.pop(id(request), None)
         self._recent.append(request)
-        while len(self._recent) > 12:
+        while len(self._recent) > (12 if self._keep is None else min(12, self._keep)):
             with suppress(IndexError):
                 old = self._recent.popleft()
                 old._settle(old._encoder)
@@ -7332,7 +7497,7 @@ class FakeOpenAI:
 
     def _transcript(self) -> str:
         if not self._recent:
-            return "No request came to the fake."
+            return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in tuple(self._recent):  # a handler that outlived stop() may end just now
             said = ", ".join(_short(repr(part)) for part in request.answer[:4])
@@ -7346,6 +7511,7 @@ def _place(error: BaseException) -> str:
     return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
+_LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?"
 # What GET /models and `strict` know beside _SNAPSHOTS (S, R), in any order.
 _OTHER_MODELS = """
     gpt-6-astra gpt-6.2-astra gpt-6.1-sol gpt-6.2-sol gpt-6.1-terra gpt-6-sol gpt-6-luna gpt-5.6-terra gpt-5.6-luna
@@ -7375,9 +7541,9 @@ def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
     """The first error, with a transcript that is shown under its traceback."""
     error = errors[0]
     if len(errors) > 1:
-        transcript += "".join(f"\nAnother error: {_short(repr(other))}" for other in errors[1:])
+        transcript += "".join(f"\nAnother error: {_short(_error_words(other))}" for other in errors[1:])
     if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
-        told = RuntimeError(f"handler raised {type(error).__name__}: {error}")  # itself would end the whole test run
+        told = RuntimeError(f"handler raised {_error_words(error)}")  # itself would end the whole test run
         told.__cause__ = error
         error = told
     if sys.version_info >= (3, 11):
@@ -7461,7 +7627,7 @@ def _own_route(function: Callable[[Request], object]) -> _Endpoint:
     return endpoint
 
 
-def _preflight(fake: FakeOpenAI, request: Request, path: str) -> _HTTPResponse:
+def _preflight(fake: FakeOpenAI, request: Request, *values: str) -> _HTTPResponse:
     headers = {
         "access-control-allow-methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
         "access-control-allow-headers": request.headers.get("access-control-request-headers", "*"),
@@ -7643,12 +7809,13 @@ class _ShownServer(FakeOpenAI):
         with suppress(IndexError):
             while True:
                 error = self.errors.pop(0)
-                shown.append(_safe("".join(traceback.format_exception(error)), 10 * _SHOWN))
+                trace = _safe("".join(traceback.format_exception(error)), 10 * _SHOWN)
+                shown.append(trace.rstrip("\n").replace("\n", "\n    ") + "\n")  # no line of it looks like the log's
         return "".join(shown)
 
 
 def _error_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return traceback.format_exception_only(error)[-1].strip()  # also where its str() raises
 
 
 class _NamedHandler:

@@ -6,6 +6,8 @@ import ast
 import asyncio
 import base64
 import contextlib
+import contextvars
+import copy
 import doctest
 import errno
 import functools
@@ -20,6 +22,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import queue
 import random
 import re
@@ -36,13 +39,14 @@ import time
 import traceback
 import tracemalloc
 import unittest
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 from unittest import mock
 
 import openai_fake
@@ -3502,7 +3506,7 @@ class StateTest(unittest.TestCase):
             for query, expected in (
                 ("order=asc", data[::-1]),
                 ("limit=2", data[:2]),
-                ("limit=100000", data),
+                ("limit=100", data),
                 ("after=msg_b", data[2:]),
                 ("order=asc&after=msg_b", data[:1]),
             ):
@@ -4679,9 +4683,9 @@ class LeakTest(unittest.TestCase):
 
 
 @contextlib.contextmanager
-def faulty(handler: Callable[[Request], Any]) -> Iterator[FakeOpenAI]:
+def faulty(handler: Callable[[Request], Any], **options: Any) -> Iterator[FakeOpenAI]:
     """A server whose handler's faults are looked at, and don't fail the test."""
-    server = FakeOpenAI(handler).start()
+    server = FakeOpenAI(handler, **options).start()
     try:
         yield server
     finally:
@@ -4819,7 +4823,8 @@ ANSWERED: dict[int, dict[str, bytes]] = {
         "not gzip": coded("gzip", CHAT),
         "deflate cut": coded("deflate", zlib.compress(CHAT)[:-5]),
     },
-    404: {path: got(path) for path in ("/", "/v2/models", "//v1/models", "/v1//models", "/v1/x/../models")},
+    403: {"/": got("/")},  # the page is shown at a loopback Host only
+    404: {path: got(path) for path in ("/v2/models", "//v1/models", "/v1//models", "/v1/x/../models")},
     405: {
         "PUT": http_bytes(CHAT, "/v1/responses", "PUT"),
         "POST": http_bytes(CHAT, "/v1/models"),
@@ -5762,6 +5767,731 @@ server.stop()
 # ---- Time and trouble: live streams, faults, and the real client -----------------------------------------------------
 
 
+# ---- Nothing hangs it, nothing leaks, no test trick breaks it --------------------------------------------------------
+
+
+def growth(work: Callable[[int], object], n: int) -> float:
+    """How many times the CPU seconds of n are those of 4n, at best: 4 where the work is linear, 16 where quadratic."""
+
+    def seconds(n: int) -> float:
+        began = time.thread_time()
+        work(n)
+        return max(time.thread_time() - began, 1e-4)
+
+    return min(min(seconds(4 * n) for _ in range(5)) / max(seconds(n) for _ in range(3)) for _ in range(2))
+
+
+LINEAR = 9.0  # the growth that is still taken for linear
+AWKWARD = [b" ", b"\t", b"1", b":", b"%", b"a", b"%41", b",", b";", b"[", b".", b"a ", b" :", b'"', b"\xe9", b"-_"]
+# Where 64 kB of something can stand in a request; a line of the chunked coding ends at 4 kB.
+PLACES: dict[str, tuple[bytes, bytes]] = {
+    "value": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nX: a", b"b\r\n\r\n"),
+    "value, refused at its end": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nX: a", b"b\0\r\n\r\n"),
+    "name": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\n", b"X: a\r\n\r\n"),
+    "host": (b"GET /v1/models HTTP/1.1\r\nHost: a", b"b\r\n\r\n"),
+    "host, refused at its end": (b"GET /v1/models HTTP/1.1\r\nHost: [", b"@\r\n\r\n"),
+    "method": (b"G", b" /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "target": (b"GET /a", b"b HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "absolute target": (b"GET http://a", b"b/ HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "query": (b"GET /v1/models?a=", b"b HTTP/1.1\r\nHost: a\r\n\r\n"),
+    "connection": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: a", b"b\r\n\r\n"),
+    "length": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nContent-Length: 1", b"2\r\n\r\n"),
+    "coding": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: c", b"d\r\n\r\n"),
+    "chunk line": (in_chunks(b"", end=b"") + b"1;", b"\r\na\r\n0\r\n\r\n"),
+    "chunk size": (in_chunks(b"", end=b"") + b"1", b"\r\na\r\n0\r\n\r\n"),
+    "trailer": (in_chunks(b"", end=b"0\r\nX: a"), b"b\r\n\r\n"),
+    "line without end": (b"GET /a", b""),
+}
+
+
+class WorkTest(unittest.TestCase):
+    """What comes from outside costs what its length says, whatever it is: never the square of it."""
+
+    def test_heads_and_chunks(self) -> None:
+        """64 kB of any character in any place of a request cost about four times what 16 kB do."""
+        for place, (before, after) in PLACES.items():
+            for filler in AWKWARD:
+                with self.subTest(name=place, filler=filler):
+
+                    def read(n: int, data: tuple[bytes, bytes, bytes] = (before, filler, after)) -> None:
+                        ReaderTest.read(data[0] + data[1] * (n // len(data[1])) + data[2])
+
+                    self.assertLess(growth(read, 16_000), LINEAR)
+
+    def test_answers_that_alternate(self) -> None:
+        """An answer of texts and calls in turn costs what its length says, as JSON and as a stream."""
+        for api in PATHS:
+            for stream in (False, True):
+
+                def answer(n: int, api: str = api, stream: bool = stream) -> None:
+                    request = asked(api, **BODIES[api](stream=stream))
+                    make = openai_fake._ChatEncoder if api == "chat.completions" else openai_fake._ResponsesEncoder
+                    encoder = make(request, Reply(), openai_fake._Ids(random.getrandbits), CLOCK)
+                    parts: list[Any] = [Text("word "), ToolCall("f", "{}")] * n
+                    for part, texts in openai_fake._runs(openai_fake._arranged(parts, encoder), False, True):
+                        list(openai_fake._texts(encoder.say(cast(Any, part), texts)))
+                    openai_fake._dumps(encoder.body()) if not stream else list(openai_fake._texts(encoder.end()))
+
+                with self.subTest(name=api, stream=stream):
+                    self.assertLess(growth(answer, 250), LINEAR)
+
+    def test_a_page_of_many_chats(self) -> None:
+        """A page of stored chats builds what is on it, not all that is stored."""
+        with FakeOpenAI() as server:
+            for _ in range(30):
+                call(server, chat(store=True))
+            with mock.patch.object(
+                openai_fake._ChatEncoder, "body", autospec=True, side_effect=openai_fake._ChatEncoder.body
+            ) as body:
+                page = get(server, "/chat/completions?limit=3").json
+        self.assertEqual((len(page["data"]), page["has_more"], body.call_count), (3, True, 3))
+
+    def test_a_clock_is_called_once(self) -> None:
+        """One answer, of any kind, asks the clock what time it is once."""
+        clock = mock.Mock(return_value=CLOCK)
+        with FakeOpenAI(lambda request: ["Hi", ToolCall("f", {})], clock=clock) as server:
+            for api in PATHS:
+                for options in ({}, {"stream": True}, {"store": True}):
+                    call(server, BODIES[api](**options))
+                    self.assertEqual(clock.call_count, 1, (api, options))
+                    clock.reset_mock()
+
+    def test_unknown_paths_do_not_slow_the_known(self) -> None:
+        """A route is found in the same way after any number of unknown paths: nothing is kept of them."""
+        with FakeOpenAI() as server:
+            before = {name: len(value) for name, value in vars(server._router).items()}
+            for number in range(50):
+                server._router.find("GET", f"/{number}")
+            self.assertEqual({name: len(value) for name, value in vars(server._router).items()}, before)
+
+
+class InputBoundsTest(unittest.TestCase):
+    def test_too_many_inputs(self) -> None:
+        """Embeddings and moderations take 1 to 2,048 inputs; more are refused in the API's words."""
+        words = "Invalid 'input': array too long. Expected an array with maximum length 2048, but got an array"
+        with FakeOpenAI() as server:
+            for path in ("/embeddings", "/moderations"):
+                body = {"model": "text-embedding-3-small", "dimensions": 1, "input": ["a"] * 2049}
+                error = get(server, path, "POST", body).error
+                self.assertEqual((error["param"], error["code"]), ("input", "array_above_max_length"))
+                self.assertIn(words, error["message"])
+                self.assertEqual(get(server, path, "POST", {**body, "input": ["a"] * 2048}).status, 200)
+
+    def test_a_small_gzip_is_not_a_large_body(self) -> None:
+        """A compressed body may be 8 MiB, or 200 times what came; one that is more costs no memory."""
+        bomb = zlib.compress(b'{"a":[' + b"0," * (30 << 20) + b"0]}")
+        with FakeOpenAI() as server:
+            for coding, body, status in (
+                ("deflate", bomb, 413),
+                ("gzip", gzip.compress(json.dumps(chat("x" * (7 << 20))).encode()), 200),
+                ("gzip", gzip.compress(json.dumps(chat(random.Random(1).randbytes(6 << 20).hex())).encode(), 1), 200),
+            ):
+                with Wire(server) as wire:
+                    wire.send(http_bytes(body, PATHS["chat.completions"], "POST", f"Content-Encoding: {coding}"))
+                    self.assertEqual(wire.answer().status, status)
+
+    def test_huge_integers(self) -> None:
+        """An integer of 400 digits where a decimal is meant is refused as one too large, or is sent back: no 500."""
+        huge = 10**400
+        for validate, expected in ((True, 400), (False, 200)):
+            with FakeOpenAI(validate=validate) as server:
+                for api, names in {"chat.completions": ("temperature", "top_p"), "responses": ("temperature",)}.items():
+                    for name in names:
+                        self.assertEqual(call(server, BODIES[api](**{name: huge})).status, expected, (api, name))
+                for name in ("presence_penalty", "frequency_penalty"):
+                    self.assertEqual(call(server, {**responses(), name: huge}).status, 200, name)
+
+    def test_odd_conversations(self) -> None:
+        """With `validate=False` a conversation that is none is let through."""
+        with FakeOpenAI(validate=False) as server:
+            for odd in ([1], 5, True, {"id": 7}, {}):
+                self.assertEqual(call(server, responses(conversation=odd)).status, 200, odd)
+
+    def test_pages(self) -> None:
+        """`limit` is 1 to 100, `order` asc or desc, and `after` in the list: else the page is refused."""
+        with FakeOpenAI() as server:
+            ids = [call(server, chat(store=True)).json["id"] for _ in range(3)]
+            for query, param in (
+                ("limit=0", "limit"),
+                ("limit=101", "limit"),
+                ("limit=-1", "limit"),
+                ("limit=x", "limit"),
+                ("order=up", "order"),
+                ("after=chatcmpl-foreign", "after"),
+            ):
+                with self.subTest(name=query):
+                    answer = get(server, "/chat/completions?" + query)
+                    self.assertEqual((answer.status // 100, answer.error["param"]), (4, param))
+            get(server, "/chat/completions/" + ids[1], "DELETE")
+            self.assertEqual(get(server, "/chat/completions?after=" + ids[1]).status, 404)
+            page = get(server, "/chat/completions?order=asc&after=" + ids[0]).json["data"]
+            self.assertEqual([each["id"] for each in page], ids[2:])
+
+    def test_metadata_of_updates(self) -> None:
+        """What the API refuses as metadata is refused in updates too."""
+        with FakeOpenAI() as server:
+            conversation = get(server, "/conversations", "POST", {}).json["id"]
+            chat_id = call(server, chat(store=True)).json["id"]
+            for path in ("/conversations", f"/conversations/{conversation}", f"/chat/completions/{chat_id}"):
+                for bad in ({"a": "x" * 513}, {"b" * 65: ""}, {str(n): "" for n in range(17)}, {"a": 1}, "x"):
+                    self.assertEqual(get(server, path, "POST", {"metadata": bad}).status, 400, (path, bad))
+                self.assertEqual(get(server, path, "POST", {"metadata": {"a": "b"}}).json["metadata"], {"a": "b"})
+
+
+class SharedAnswersTest(unittest.TestCase):
+    """An answer is a value: given many times, copied, pickled, it keeps nothing of who asked."""
+
+    def test_no_request_is_kept(self) -> None:
+        """An answer that is returned, raised or sent again and again keeps no request alive, nor the server."""
+        error, cause = rate_limit(), KeyError("x")
+
+        def raising(request: Request) -> str:
+            raise error
+
+        def chained(request: Request) -> str:
+            try:
+                raise cause
+            except KeyError as caught:
+                raise error from caught
+
+        def generating(request: Request) -> Iterator[str]:
+            yield "Hi"
+            raise error
+
+        def failing(request: Request) -> Stream:
+            stream = Stream()
+            stream.fail(error)
+            return stream
+
+        async def coroutine(request: Request) -> APIError:
+            raise error
+
+        reply, parts = Reply("Hi", Usage(1, 2)), ["Hi", ToolCall("f", {})]
+        kinds: dict[str, Callable[[Request], Any]] = {"returned": lambda request: error, "reply": lambda request: reply}
+        kinds |= {"list": lambda request: parts, "raised": raising, "chained": chained, "generator": generating}
+        kinds |= {"stream": failing, "coroutine": coroutine}
+        for name, handler in kinds.items():
+            seen: list[weakref.ref[Any]] = []
+
+            class Marker:
+                pass
+
+            def marked(request: Request, handler: Any = handler, seen: Any = seen, make: Any = Marker) -> Any:
+                marker = make()  # a Request has slots, and no weak references: what its frame holds is as good
+                seen.append(weakref.ref(marker))
+                return handler(request)
+
+            with self.subTest(name=name):
+                server = FakeOpenAI(marked, keep=0).start()
+                server_seen = weakref.ref(server)
+                for api in PATHS:
+                    for stream in (False, True):
+                        call(server, BODIES[api](stream=stream))
+                server.stop()
+                del server
+                cause.__traceback__ = None
+                gc.collect()
+                self.assertEqual([each() for each in seen], [None] * 4)
+                self.assertIsNone(server_seen())
+                self.assertIsNone(error.__traceback__)
+
+    def test_copies(self) -> None:
+        """Answers can be copied and pickled, and say the same then."""
+        error = rate_limit()
+        error.code = "mine"
+        for copied in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+            self.assertEqual((repr(copied), str(copied), copied.headers), (repr(error), str(error), error.headers))
+            self.assertIs(type(copied), APIError)
+        reply = Reply("Hi", ToolCall("f", {}), id="a", headers={"x": "y"})
+        for again in (copy.copy(reply), copy.deepcopy(reply), pickle.loads(pickle.dumps(reply))):
+            self.assertEqual(vars(again), vars(reply))
+
+    def test_waits_are_finite(self) -> None:
+        """A time to wait that is none is refused where it is given: to a Reply, to the server, and later."""
+        server = FakeOpenAI(ttft=1, itl=0.5)
+        for bad, raises in ((math.nan, ValueError), (math.inf, ValueError), (-1, ValueError), ("x", TypeError)):
+            for name in ("ttft", "itl"):
+                for make in (Reply, FakeOpenAI, functools.partial(setattr, server, name)):
+                    with self.subTest(name=name, bad=bad), self.assertRaisesRegex(raises, name):
+                        make(bad) if isinstance(make, functools.partial) else cast(Any, make)(**{name: bad})
+        self.assertEqual((server.ttft, server.itl), (1, 0.5))
+
+    def test_changed_headers(self) -> None:
+        """Headers that were changed after they were given are checked again: a bad one is a 500, never on the wire."""
+
+        def bad(answer: Any) -> Any:
+            answer.headers["x"] = "a\r\ny: b"
+            return answer
+
+        def raising(request: Request) -> str:
+            raise bad(APIError(400, "no"))
+
+        handlers: list[Callable[[Request], Any]] = [lambda request: bad(Reply("Hi")), raising]
+        for handler in (*handlers, lambda request: bad(APIError(400, "no"))):
+            for api in PATHS:
+                for stream in (False, True):
+                    with faulty(handler) as server:
+                        answer = call(server, BODIES[api](stream=stream))
+                        self.assertEqual((answer.status, "y" in answer.headers), (500, False))
+                        self.assertIn("not a header field value", str(server.errors[0]))
+
+
+class PatchedTimeTest(LeakTest):
+    """Time that a test patches is the test's: the server neither waits for it nor uses it up."""
+
+    def test_patched_clocks(self) -> None:
+        """With time.monotonic, time.time and perf_counter that stand still or give out, all answers come as ever."""
+
+        async def sleeping(request: Request) -> list[Any]:
+            await asyncio.sleep(0.001)
+            return ["Hi", Pause(0.001)]
+
+        handlers: list[Callable[[Request], Any]] = [sleeping, lambda request: Reply("Hi you", ttft=0.001, itl=0.001)]
+        for side_effect in (lambda: 0.0, [1.0, 2.0]):
+            for handler in handlers:
+                clocks = [mock.Mock(side_effect=side_effect) for _ in range(3)]
+                with (
+                    mock.patch("time.monotonic", clocks[0]),
+                    mock.patch("time.perf_counter", clocks[1]),
+                    mock.patch("time.time", clocks[2]),
+                    FakeOpenAI(handler) as server,
+                ):
+                    told = [call(server, body, path).status for body, path in ASKED]
+                self.assertEqual((told, [clock.call_count for clock in clocks]), ([200] * 4, [0] * 3))
+
+    def test_no_clock_is_found_in_the_module(self) -> None:
+        """freezegun replaces the clocks that modules have as attributes: this one has none of its own there."""
+        real = {time.monotonic, time.perf_counter, time.time}
+        self.assertEqual([name for name, value in vars(openai_fake).items() if callable(value) and value in real], [])
+
+
+class PatchedThreadsTest(LeakTest):
+    def test_what_cannot_be_supported_refuses_to_start(self) -> None:
+        """Where gevent or eventlet has replaced sockets or threads, start() says so, and nothing is left."""
+        for module in ("gevent._socket3", "eventlet.greenio.base"):
+            for name in ("socket.socket", "threading.get_ident"):
+                green = mock.Mock(spec=[], __module__=module)
+                refusal = self.assertRaisesRegex(RuntimeError, rf"not .*{module}.*python -m openai_fake")
+                with self.subTest(name=name, module=module), mock.patch(name, green), refusal:
+                    FakeOpenAI().start()
+
+    @unittest.skipUnless(find_spec("gevent"), "gevent is not installed")
+    def test_gevent(self) -> None:
+        """After gevent's monkey.patch_all(), before the import or after it, start() refuses."""
+        for order in ("monkey.patch_all(); import openai_fake", "import openai_fake; monkey.patch_all()"):
+            done = python(f"from gevent import monkey; {order}\nopenai_fake.FakeOpenAI().start()")
+            self.assertIn("RuntimeError: the server needs real sockets and threads", done.stderr)
+
+
+class KeepTest(unittest.TestCase):
+    """`keep` bounds all that is kept, by one rule."""
+
+    def test_what_is_kept(self) -> None:
+        """Of requests, stored answers, turns of conversations, errors and last exchanges there are `keep` at most."""
+
+        def failing(request: Request) -> str:
+            if request.text == "bad":
+                raise ZeroDivisionError
+            return "Hi"
+
+        for keep in (0, 1, 3):
+            with self.subTest(name=keep), faulty(failing, keep=keep) as s:
+                conversation = get(s, "/conversations", "POST", {}).json["id"]
+                for _ in range(6):
+                    call(s, responses(conversation=conversation))
+                    call(s, chat(store=True))
+                    call(s, chat("bad"))
+                    get(s, "/conversations", "POST", {})
+                stores = (s._responses, s._chats, s._conversations, s._histories, s.errors)
+                self.assertEqual([len(store) for store in stores], [max(1, keep)] * 5)
+                self.assertEqual((len(s.requests), len(s._recent)), (keep, keep))
+
+    def test_a_conversation_keeps_its_last_turns(self) -> None:
+        """Of a conversation, and of a chain, the last `keep` turns are there; deleted responses count as well."""
+        with FakeOpenAI(keep=3) as server:
+            conversation = get(server, "/conversations", "POST", {}).json["id"]
+            id = None
+            for turn in range(6):
+                call(server, responses(f"turn {turn}", conversation=conversation))
+            told = get(server, f"/conversations/{conversation}/items?order=asc").json["data"]
+            self.assertEqual([item["content"][0]["text"] for item in told[::2]], ["turn 3", "turn 4", "turn 5"])
+            for turn in range(6):
+                old, id = id, call(server, responses(f"link {turn}", previous_response_id=id)).json["id"]
+                if old is not None:
+                    get(server, "/responses/" + old, "DELETE")
+            texts = [message.text for message in server.requests[-2].messages if message.role == "user"]
+        self.assertEqual(texts, ["link 3", "link 4", "link 5"])
+
+    def test_a_chain_costs_what_it_holds(self) -> None:
+        """A chain of n turns holds each item once: four times the turns are four times the memory, and the time."""
+
+        def grown(turns: int, **first: Any) -> tuple[int, float]:
+            with FakeOpenAI(lambda request: "Hi") as server, Wire(server) as wire:
+                path, more, began = PATHS["responses"], first, 0.0
+                tracemalloc.start()
+                for _ in range(turns):
+                    id = wire.send(http_bytes(responses(**more), path)).answer().json["id"]
+                    more = first or {"previous_response_id": id}
+                    began = began or time.process_time()
+                size = tracemalloc.get_traced_memory()[0]
+                tracemalloc.stop()
+                return size, time.process_time() - began
+
+        (small, quick), (large, slow) = grown(60), grown(240)
+        self.assertLess(large / small, LINEAR)
+        self.assertLess(slow / quick, LINEAR)
+
+    def test_names_of_any_size(self) -> None:
+        """Nothing is kept of names, however long, once the server is gone."""
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before = tracemalloc.get_traced_memory()[0]
+        with FakeOpenAI(keep=1) as server:
+            for number in range(20):
+                call(server, chat(model=f"gpt-{number}" + "x" * 1_000_000))
+        del server
+        gc.collect()
+        self.assertLess(tracemalloc.get_traced_memory()[0] - before, 2_000_000)
+
+
+class ReaderChangesTest(unittest.TestCase):
+    def test_what_a_reader_changes_is_its_own(self) -> None:
+        """A handler or a test that changes what a request holds changes no answer, no other request, and no store."""
+        content = [{"type": "input_text", "text": "Hi"}]
+        body = responses(
+            include=["reasoning.encrypted_content"],
+            metadata={"a": "b"},
+            tools=[{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+        )
+        body["input"] = [{"type": "message", "role": "user", "content": content}]
+
+        def vandal(request: Request) -> str:
+            for message in request.messages:
+                message.content[0]["text"] = "changed"
+            request.body["include"].append("message.output_text.logprobs")
+            request.body["metadata"]["a"] = "changed"
+            request.body["input"][0]["content"].append("changed")
+            request.input.clear()
+            request.options["metadata"].clear()
+            cast(Any, request.tools[0].parameters)["type"] = "changed"
+            request.messages.clear()
+            return "Hello"
+
+        def told(handler: Any) -> list[bytes]:
+            with FakeOpenAI(handler, seed=1, clock=lambda: CLOCK) as server:
+                first = call(server, body)
+                second = call(server, {**body, "previous_response_id": first.json["id"]})
+                for request in server.requests:
+                    with contextlib.suppress(IndexError):
+                        vandal(request)
+                items = get(server, f"/responses/{second.json['id']}/input_items")
+                stored = get(server, f"/responses/{first.json['id']}")
+                return [each.body for each in (first, second, items, stored)]
+
+        self.assertEqual(told(vandal), told(lambda request: "Hello"))
+
+
+class OneTaskTest(LeakTest):
+    """A handler's coroutines and generators run as in any program: in one task, with one context, of one request."""
+
+    def test_context_variables(self) -> None:
+        """What a generator sets it finds, and can reset; the next request on the connection does not see it."""
+        variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+        async def generator(request: Request) -> AsyncIterator[str]:
+            found = variable.get()
+            token = variable.set("set")
+            try:
+                yield found + " "
+                await asyncio.sleep(0)
+                yield variable.get()
+            finally:
+                variable.reset(token)
+
+        def plain(request: Request) -> str:
+            found = variable.get()
+            variable.set("left behind")
+            return found
+
+        def stepping(request: Request) -> Iterator[str]:
+            yield variable.get() + " "
+            variable.set("set")
+            yield variable.get()
+
+        async def coroutine(request: Request) -> str:
+            return plain(request)
+
+        handlers: dict[str, tuple[Any, str]] = {
+            "async generator": (generator, "unset set"),
+            "generator": (stepping, "unset set"),
+            "function": (plain, "unset"),
+            "coroutine": (coroutine, "unset"),
+        }
+        for name, (handler, expected) in handlers.items():
+            with self.subTest(name=name), FakeOpenAI(handler) as server, Wire(server) as wire:
+                for api in PATHS:
+                    for _ in range(2):
+                        body = wire.send(http_bytes(BODIES[api](), PATHS[api])).answer().json
+                        self.assertEqual(text_in(api, body), expected)
+                        events = wire.send(http_bytes(BODIES[api](stream=True), PATHS[api])).answer().events
+                        self.assertEqual(text_streamed(api, events), expected)
+
+    def test_scopes_around_steps(self) -> None:
+        """Timeouts and task groups may stand around a yield: every step, and the end, is in the task of the first."""
+
+        async def generator(request: Request) -> AsyncIterator[str]:
+            task = asyncio.current_task()
+            try:
+                if sys.version_info >= (3, 11):
+                    async with asyncio.timeout(WAIT), asyncio.TaskGroup() as group:
+                        told = group.create_task(asyncio.sleep(0.001, "a"))
+                        yield "b"
+                        yield await told
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(0.001):
+                                yield "c"
+                                await asyncio.Event().wait()
+                yield "d"
+            finally:
+                ended.put(asyncio.current_task() is task)
+
+        ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        with FakeOpenAI(generator) as server:
+            for body, path in ASKED:
+                self.assertEqual(call(server, body, path).status, 200)
+                self.assertTrue(ended.get(timeout=WAIT))
+            self.assertIn("bacd" if sys.version_info >= (3, 11) else "d", call(server, chat()).body.decode())
+
+    @unittest.skipUnless(find_spec("anyio"), "anyio is not installed")
+    def test_anyio(self) -> None:
+        """anyio's task groups and cancel scopes, which belong to a task, work around a yield."""
+        import anyio
+
+        async def generator(request: Request) -> AsyncIterator[str]:
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.sleep, 0.001)
+                with anyio.move_on_after(0.001):
+                    yield "a"
+                    await anyio.sleep(WAIT)
+                yield "b"
+
+        with FakeOpenAI(generator) as server:
+            for body, path in ASKED:
+                self.assertEqual(call(server, body, path).status, 200)
+
+    def test_a_client_that_leaves(self) -> None:
+        """The coroutine of an answer whose client leaves is cancelled, of JSON as of a stream."""
+
+        async def endless(request: Request) -> str:
+            came.put(None)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.put(type(sys.exc_info()[1]))
+            return ""
+
+        came: queue.SimpleQueue[None] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        with FakeOpenAI(endless) as server:
+            for body, path in ASKED:
+                for leave in (socket.socket.close, reset):
+                    with Wire(server) as wire:
+                        wire.send(http_bytes(body, path))
+                        came.get(timeout=WAIT)
+                        leave(wire.sock)
+                    self.assertIs(ended.get(timeout=WAIT), asyncio.CancelledError)
+
+
+class PatienceTest(LeakTest):
+    def test_a_body_that_is_steadily_read_is_not_cut(self) -> None:
+        """The limit of a write is for one that makes no progress: a body may take many times as long."""
+        with FakeOpenAI(lambda request: "x" * (5 << 20)) as server, Wire(server) as wire:
+            running, tick, taken = server._running(), threading.Event(), 0
+            running.limits[openai_fake._State.SENDING], running.sweep = 0.5, 0.05
+            wire.send(http_bytes(chat(), PATHS["chat.completions"], "POST", "Connection: close"))
+            began = time.monotonic()
+            while wire.more():
+                taken, wire.buffer = taken + len(wire.buffer), b""
+                tick.wait(0.032)  # a slow reader: so much a second is nothing beside the buffers of sockets
+            self.assertGreater(taken, 5 << 20)
+            self.assertGreater(time.monotonic() - began, 2 * 0.5)
+
+    def test_a_long_request_behind_a_waiting_answer(self) -> None:
+        """A client that has sent its next request, of whatever length, has not left."""
+        for size in (1 << 10, 200 << 10, 8 << 20):
+            streams = [Stream(), Stream()]
+            with self.subTest(size=size), FakeOpenAI(Script(*streams)) as server, Wire(server) as wire:
+                wire.send(FLOW)
+                streams[0].wait_request(WAIT)
+                wire.send(http_bytes(chat("x" * size)))
+                streams[0].send("Hello")
+                streams[0].flush(WAIT)
+                self.assertFalse(streams[0].disconnected)
+                streams[0].close()
+                streams[1].send("again")
+                streams[1].close()
+                self.assertEqual([wire.answer().status for _ in range(2)], [200, 200])
+                self.assertEqual(len(cast(Request, streams[1].request).text), size)
+
+    def test_parts_that_were_never_sent(self) -> None:
+        """flush() is False for what stands behind a Disconnect or a StreamError, and True for what was sent."""
+        for last in (Disconnect(), Disconnect(reset=True), StreamError("no")):
+            rows: list[tuple[list[Any], bool]] = [([], True), (["never"], False), ([Pause(0), "never"], False)]
+            for rest, expected in rows:
+                for body, path in ASKED:
+                    stream = Stream()
+                    with self.subTest(last=last, rest=rest), FakeOpenAI(always(stream)) as server:
+                        stream.send("Hi", last, *rest)
+                        stream.close()
+                        with Wire(server) as wire:
+                            wire.send(http_bytes(body, path, "POST", "Connection: close")).rest()
+                            self.assertIs(stream.flush(WAIT), expected)
+
+    def test_an_interrupted_stop_can_be_finished(self) -> None:
+        """Where a signal's exception breaks stop() off, wherever, the next one does the rest: nothing is left."""
+        owners: dict[str, Any] = {"wake": openai_fake._Server, "server_close": openai_fake._Server}
+        owners |= {"join": threading.Thread, "shutdown": socket.socket, "peer_gone": openai_fake._Connection}
+        for name, owner in owners.items():
+            real: Any = getattr(owner, name)
+
+            def interrupted(*arguments: Any, real: Any = real, **options: Any) -> Any:
+                if threading.current_thread() is threading.main_thread():
+                    raise KeyboardInterrupt
+                return real(*arguments, **options)
+
+            server = FakeOpenAI(lambda request: Stream(timeout=None)).start()
+            with self.subTest(name=name), Wire(server) as wire:
+                wire.send(FLOW).until(b"\r\n\r\n")
+                self.eventually(functools.partial(bool, server._running().waiters), "a stream that waits")
+                with mock.patch.object(owner, name, interrupted), self.assertRaises(KeyboardInterrupt):
+                    server.stop()
+                with self.assertRaisesRegex(RuntimeError, "never closed"):
+                    server.stop()
+                self.assertNotIn(b"[DONE]", wire.rest())
+                server.stop()
+                self.assert_back_to((1, 10**6))
+
+    def test_errors_that_cannot_be_told(self) -> None:
+        """An error whose str() and repr() raise fails its answer, in the background too; stop() can raise it."""
+
+        class Mute(Exception):
+            def __str__(self) -> str:
+                raise SystemExit
+
+            __repr__ = __str__
+
+        def handler(request: Request) -> str:
+            raise Mute
+
+        server = FakeOpenAI(handler).start()
+        paths = [in_background(server) for _ in range(2)]
+        self.eventually(lambda: {get(server, path).json["status"] for path in paths} == {"failed"})
+        self.assertEqual(call(server, chat()).status, 500)
+        with self.assertRaises(Mute):
+            server.stop()
+
+
+class PagesTest(unittest.TestCase):
+    """What a web page in a browser can do with a fake, which is nothing, unless `cors`."""
+
+    def test_origins(self) -> None:
+        """A page of a loopback origin may call, and what is no page; any other gets 403, and no handler is called."""
+        own = (
+            "http://localhost",
+            "http://localhost:3000",
+            "https://127.0.0.1:8443",
+            "http://[::1]:80",
+            "http://127.1.2.3",
+        )
+        foreign: tuple[str, ...] = (
+            "https://evil.example",
+            "null",
+            "http://localhost.evil.example",
+            "http://127.0.0.1.evil.example",
+        )
+        foreign += ("file://", "http://evil.example:80", "http://localhost@evil.example", "http://10.0.0.1", "")
+        handler = mock.Mock(return_value="Hi")
+        for cors in (False, True):
+            with FakeOpenAI(handler, cors=cors) as server:
+                for origin in (*own, *foreign):
+                    allowed = cors or origin in own
+                    handler.reset_mock()
+                    for body, path in ASKED:
+                        fields = ("Content-Type: text/plain", f"Origin: {origin}")
+                        status = call(server, body, path, "POST", *fields).status
+                        self.assertEqual(status, 200 if allowed else 403, (origin, cors))
+                    self.assertEqual(handler.called, allowed)
+                    for method, path in (("GET", "/v1/chat/completions"), ("GET", "/v1/responses/x")):
+                        refused = call(server, None, path, method, f"Origin: {origin}").status == 403
+                        self.assertEqual(refused, not allowed)
+
+    def test_hosts(self) -> None:
+        """What shows the journal wants a Host that leads here, on a loopback listener; others may say any."""
+        near = ("localhost", "LOCALHOST:80", "127.0.0.1:1", "127.0.0.2", "[::1]:8080")
+        far = ("evil.example", "evil.example:80", "localhost.evil.example", "10.0.0.1", "[::2]", "")
+        for listen, cors in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", False), ("127.0.0.1", True)):
+            with FakeOpenAI(host=listen, cors=cors) as server:
+                for host in (*near, *far):
+                    shown = host in near or listen == "0.0.0.0" or cors
+                    for path in ("/_fake/requests", "/"):
+                        with Wire(server) as wire:
+                            wire.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                            self.assertEqual(wire.answer().status == 403, not shown, (listen, host, path))
+                    with Wire(server) as wire:
+                        status = wire.send(FLOW.replace(b"Host: test", b"Host: " + host.encode())).answer().status
+                        self.assertEqual(status, 200)
+
+    def test_cors_can_be_set(self) -> None:
+        """An option that is set later counts from the next request on, also for a browser that asks first."""
+        with FakeOpenAI() as server:
+            for cors, status in ((False, 403), (True, 204), (False, 403)):
+                server.cors = cors
+                answer = call(server, None, PATHS["responses"], "OPTIONS", "Origin: http://a.example")
+                self.assertEqual(answer.status, status)
+
+
+class LaterOptionsTest(unittest.TestCase):
+    def test_options_set_later(self) -> None:
+        """Each option, set on a running server, works from the next request on, or is refused with AttributeError."""
+        rows: dict[str, tuple[Any, Callable[[FakeOpenAI], object], object]] = {
+            "handler": (lambda request: "new", lambda server: call(server, chat()).body.count(b'"new"'), 1),
+            "api_key": ("k", lambda server: call(server, chat()).status, 401),
+            "validate": (False, lambda server: call(server, chat(temperature=9)).status, 200),
+            "strict": (True, lambda server: call(server, chat(colour=9)).status, 400),
+            "models": (["m"], lambda server: [each["id"] for each in get(server, "/models").json["data"]], ["m"]),
+            "clock": (lambda: 7, lambda server: call(server, chat()).json["created"], 7),
+            "ttft": (0.05, lambda server: server.ttft, 0.05),
+            "itl": (0.05, lambda server: server.itl, 0.05),
+            "cors": (True, lambda server: "access-control-allow-origin" in call(server, chat()).headers, True),
+            "seed": (1, lambda server: server.seed, 1),
+        }  # fmt: skip
+        for name, (value, found, expected) in rows.items():
+            with self.subTest(name=name), FakeOpenAI() as server:
+                self.assertNotEqual(found(server), expected)
+                setattr(server, name, value)
+                self.assertEqual(found(server), expected)
+        options = set(inspect.signature(FakeOpenAI).parameters)
+        with FakeOpenAI() as server:
+            for name in sorted(options - set(rows)):
+                with self.subTest(name=name), self.assertRaisesRegex(AttributeError, f"{name} can't be set"):
+                    setattr(server, name, 1)
+
+
+class ForgedLogTest(unittest.TestCase):
+    def test_a_traceback_does_not_look_like_the_log(self) -> None:
+        """No line of what a handler raised begins as a line of the log does: it is indented."""
+        shown: list[str] = []
+        console = cast(Any, SimpleNamespace(colour=False, write=shown.append))
+
+        def handler(request: Request) -> str:
+            raise ValueError("x\n12:00:00 chat.completions gpt-4o json    200  0.001 s\n\r12:00:01")
+
+        with openai_fake._ShownServer(console, handler, True) as server:
+            call(server, chat())
+        self.assertIn("12:00:00 chat.completions gpt-4o", "".join(shown))
+        self.assertNotRegex("".join(shown), r"(?m)^12:00:0")
+
+
 def untyped(value: Any) -> Any:
     """What no type checker would let through."""
     return value
@@ -5942,7 +6672,7 @@ class FailingFakeTest(unittest.TestCase):
             self.assertEqual([type(error) for error in server.errors], [ZeroDivisionError, AssertionError])
         self.assertIs(raised.exception, server.errors[0])
         report = "".join(traceback.format_exception(raised.exception))
-        self.assertIn("Another error: AssertionError('the wrong prompt')", report)
+        self.assertIn("Another error: AssertionError: the wrong prompt", report)
 
     def test_the_client_is_told_to_give_up(self) -> None:
         """The client gets a 500 in the API's shape, with the words of the error, and is told not to retry."""
