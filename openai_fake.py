@@ -77,7 +77,7 @@ from http.server import ThreadingHTTPServer
 from importlib import import_module
 from itertools import accumulate, pairwise
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 if TYPE_CHECKING:
@@ -2509,9 +2509,17 @@ class _Failure(_Part):
 
 # ---- Whole answers, and answers in time ------------------------------------------------------------------------------
 
+
+class _Dumps(Protocol):
+    """An object of the official SDK, or another of pydantic's."""
+
+    def model_dump(self, *, mode: str, exclude_unset: bool) -> dict[str, Any]: ...
+
+
 _Sent: TypeAlias = "str | _Part"
 _Content: TypeAlias = "str | _Part | Stream | Completion | Iterable[_Sent] | AsyncIterable[_Sent]"
-Answer: TypeAlias = "_Content | Reply | APIError"  # what a handler may return
+_Whole: TypeAlias = "Reply | Mapping[str, Any] | _Dumps"  # one answer; the latter two as `recorded` takes them
+Answer: TypeAlias = "_Content | _Whole | APIError"  # what a handler may return
 Handler: TypeAlias = "Callable[[Request], Answer | Awaitable[Answer]]"
 
 
@@ -2527,6 +2535,7 @@ def _part(value: object) -> _Part:
 class Reply:
     """An answer with its envelope: what is said, and the id, model, time and headers around it.
 
+    What is said may also be one whole answer, recorded or a Reply, which then has this envelope where one is given.
     `created` is in unix seconds. `extra` are top-level keys of the answer's JSON, in place of what the server says:
     `{"service_tier": "scale"}`, `{"store": False}`, `{"moderation": {...}}`. `ttft` and `itl` are the seconds before
     the first token and between tokens, in place of the server's. `only="stream"` or `only="json"` refuses the other
@@ -2536,7 +2545,7 @@ class Reply:
 
     def __init__(
         self,
-        *parts: _Content,
+        *parts: _Content | _Whole,
         id: str | None = None,
         model: str | None = None,
         created: int | None = None,
@@ -2550,16 +2559,21 @@ class Reply:
         _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
-        self.parts = parts
-        self.id = id
-        self.model = model
-        self.created = created
-        self.headers = _header_fields(headers) if headers else {}
-        self.extra = extra or {}
+        inner: Any = parts[0] if len(parts) == 1 else None
+        if isinstance(inner, Mapping) or hasattr(inner, "model_dump"):
+            inner = recorded(cast(object, inner))
+        if not isinstance(inner, Reply):
+            inner = None
+        self.parts = cast("Sequence[_Content]", parts if inner is None else inner.parts)
+        self.id: str | None = id or getattr(inner, "id", None)
+        self.model: str | None = model or getattr(inner, "model", None)
+        self.created: int | None = getattr(inner, "created", None) if created is None else created
+        self.headers: Mapping[str, str] = _header_fields(headers) if headers else getattr(inner, "headers", {})
+        self.extra: Mapping[str, Any] = {**getattr(inner, "extra", {}), **(extra or {})}
         self.only = only
         self.ttft = ttft
         self.itl = itl
-        self._fragments = False  # whether all parts are fragments, sent as given
+        self._fragments: bool = getattr(inner, "_fragments", False)  # whether all parts are fragments, sent as given
 
     def _known(self) -> list[_Part] | None:
         """The parts, where they are all known before anything is sent; None where they come in time."""
@@ -5924,7 +5938,8 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
         vector: Any = _embedding(text, min(dimensions, 3072))
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
-        data.append(_dumps({"object": "embedding", "index": index, "embedding": vector}))
+        place = {"embedding": vector, "index": index} if "-3-" in model else {"index": index, "embedding": vector}  # R
+        data.append(_dumps({"object": "embedding", **place}))
     tokens = sum(len(each) // 4 + 1 if isinstance(each, str) else len(_list(each)) for each in inputs)
     name = "text-embedding-ada-002-v2" if model == "text-embedding-ada-002" else model
     rest = _dumps({"model": name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
