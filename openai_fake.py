@@ -486,9 +486,6 @@ class Request:
     """
 
     __slots__ = (
-        "_answer",
-        "_asked",
-        "_began",
         "_body",
         "_connection",
         "_conversation",
@@ -496,7 +493,7 @@ class Request:
         "_encoder",
         "_gone",
         "_messages",
-        "_number",
+        "_note",
         "_outcome",
         "_seconds",
         "_status",
@@ -528,10 +525,7 @@ class Request:
         self._seconds = 0.0
         self._outcome = ""  # why the answer is not whole
         self._encoder: _Encoder | None = None  # what was said; the last few requests have it
-        # For the control routes.
-        self._number, self._began = 0, 0.0  # since 1; in unix seconds
-        self._asked = False  # whether the handler was
-        self._answer: list[_JSON] = []  # what it said in the end
+        self._note: _JSON = {}  # what the control routes tell beside
 
     def _parse(self) -> _JSON:
         """The JSON object in the body. Raises APIError where there is none."""
@@ -2020,21 +2014,7 @@ def echo(request: Request) -> str:
 
 # ---- Answers that are made up ----------------------------------------------------------------------------------------
 
-_WORDS = [
-    "a",
-    "quiet",
-    "river",
-    "carries",
-    "bright",
-    "leaves",
-    "past",
-    "old",
-    "stones",
-    "while",
-    "warm",
-    "light",
-    "falls",
-]
+_WORDS = "a quiet river carries bright leaves past old stones while warm light falls on every green field"
 _DEEP = 4  # levels of a made-up value; below, only what the schema requires
 _LARGE = 10_000  # what is made up is no larger, in items or characters
 
@@ -2060,35 +2040,32 @@ class _Sample:
         unfollowed = _UNFOLLOWED.intersection(schema)
         if unfollowed or depth > 32 or max(schema.get("minLength", 0), schema.get("minItems", 0)) > _LARGE:
             self.fail(schema, " and ".join(sorted(unfollowed)) or "a value so large")
-        if "$ref" in schema:
-            rest = {key: value for key, value in schema.items() if key != "$ref"}
-            return self.make(self.merged(self.target(schema["$ref"]), rest), depth + 1)
-        for key in ("allOf", "anyOf", "oneOf"):
-            if options := schema.get(key):
+        for key, pick in _CHOICES.items():
+            if key in schema:
                 rest = {name: value for name, value in schema.items() if name != key}
-                chosen = options if key == "allOf" else [self.choose(options, depth)]
-                return self.make(self.merged(rest, *chosen), depth + 1)
+                return self.make(self.merged(rest, *pick(self, schema[key], depth)), depth + 1)
         if "const" in schema or "enum" in schema:
             return schema["const"] if "const" in schema else self.rng.choice(schema["enum"])
-        kinds = schema.get("type") or next((kind for key, kind in _IMPLIED.items() if key in schema), "string")
-        if isinstance(kinds, list):
-            kinds = self.choose([{"type": kind} for kind in cast("list[str]", kinds)], depth)["type"]
-        if kinds not in _MAKERS:
-            self.fail(schema, f"type {kinds!r}")
-        return _MAKERS[kinds](self, schema, depth)
+        kind = schema.get("type", next((kind for key, kind in _IMPLIED.items() if key in schema), "string"))
+        if isinstance(kind, list):
+            return self.make({"anyOf": [{**schema, "type": each} for each in cast("list[str]", kind)]}, depth)
+        if kind not in _MAKERS:
+            self.fail(schema, f"type {kind!r}")
+        return _MAKERS[kind](self, schema, depth)
 
     def fail(self, schema: _JSON, what: str) -> NoReturn:
         raise ValueError(f"auto cannot make up {what}, for the schema {_short(repr(schema))}; write a handler for it")
 
-    def target(self, pointer: str) -> Any:
+    def target(self, pointer: str, depth: int) -> list[Any]:
         """What a $ref points to: RFC 6901, in the same schema."""
-        found, (begin, *steps) = self.root, pointer.split("/")
+        found: Any = self.root
+        begin, *steps = pointer.split("/")
         for step in steps:
             name = unquote_to_bytes(step).decode().replace("~1", "/").replace("~0", "~")
-            found = found[int(name)] if isinstance(found, list) else _dict(found).get(name)
+            found = _list(found)[int(name)] if isinstance(found, list) else _dict(found).get(name)
         if begin != "#" or found is None:
             self.fail({"$ref": pointer}, "what is not in the schema")
-        return found
+        return [found]
 
     def merged(self, *schemas: Any) -> _JSON:
         """One schema that asks for what all of these do."""
@@ -2100,31 +2077,24 @@ class _Sample:
             whole |= {key: each for key, each in (("properties", properties), ("required", required)) if each}
         return whole
 
-    def choose(self, options: list[Any], depth: int) -> Any:
+    def choose(self, options: list[Any], depth: int) -> list[Any]:
         """One of some schemas: rather not null, but one that ends, below."""
         nested = [each for each in options if "$ref" in each or each.get("type") in ("object", "array")]
         rather = [each for each in options if each.get("type") != "null"] if depth < _DEEP else []
-        return self.rng.choice(rather or [each for each in options if each not in nested] or options)
+        return [self.rng.choice(rather or [each for each in options if each not in nested] or options)]
 
     def words(self, count: int) -> str:
-        return " ".join(self.rng.choices(_WORDS, k=count))
+        return " ".join(self.rng.choices(_WORDS.split(), k=count))
 
     def object(self, schema: _JSON, depth: int) -> _JSON:
-        properties, more = _dict(schema.get("properties")), schema.get("additionalProperties")
-        required = _list(schema.get("required"))
-        made = {
-            name: self.make(each, depth + 1) for name, each in properties.items() if depth < _DEEP or name in required
-        }
-        for name in required:
-            if name not in made:
-                made[name] = self.make(more, depth + 1)
-        count = schema.get("minProperties", int(isinstance(more, dict) and not properties and depth < _DEEP))
-        for number in range(100):
-            if len(made) >= count:
-                return made
-            name = self.make(schema.get("propertyNames", {"const": f"{self.words(1)}_{number}"}), depth + 1)
-            made[name] = self.make(more, depth + 1)
-        return self.fail(schema, f"{count} properties")
+        more, required = schema.get("additionalProperties"), _list(schema.get("required"))
+        properties = dict.fromkeys(required, more) | _dict(schema.get("properties"))
+        wanted = {name: each for name, each in properties.items() if depth < _DEEP or name in required}
+        if not properties and isinstance(more, dict) and depth < _DEEP:  # a mapping
+            wanted[self.make(schema.get("propertyNames", {}), depth + 1)] = more
+        while len(wanted) < schema.get("minProperties", 0) <= _LARGE:
+            wanted[f"key{len(wanted)}"] = more
+        return {name: self.make(each, depth + 1) for name, each in wanted.items()}
 
     def array(self, schema: _JSON, depth: int) -> list[Any]:
         made = [self.make(each, depth + 1) for each in _list(schema.get("prefixItems"))]
@@ -2140,7 +2110,7 @@ class _Sample:
         return self.fail(schema, f"{count} different items")
 
     def number(self, schema: _JSON, depth: int) -> float:
-        whole = schema.get("type") == "integer" or "integer" in _list(schema.get("type"))
+        whole = schema.get("type") == "integer"
         step = schema.get("multipleOf", 1 if whole else 0.25)
         over, under = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
         low, high = max(schema.get("minimum", -math.inf), over), min(schema.get("maximum", math.inf), under)
@@ -2157,16 +2127,21 @@ class _Sample:
 
     def string(self, schema: _JSON, depth: int) -> str:
         least, most = schema.get("minLength", 0), schema.get("maxLength", _LARGE)
-        given = _FORMATS.get(_string(schema.get("format")).rstrip("1234567")) or _FORMATS.get(schema.get("format", ""))
-        if not given:
-            given = self.words(max(2, least))[: max(least, min(most, 40))].strip().ljust(least, "s")
-        tried = [given] if "pattern" not in schema else [given, *_FORMATS.values(), *_SHAPES]
-        for text in tried:
+        given = (
+            _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
+        )
+        for text in (given.ljust(least, "s"), *_FORMATS.values(), *_SHAPES):
             if least <= len(text) <= most and re.search(schema.get("pattern", ""), text):
                 return text
         return self.fail(schema, "a text of that length, format and pattern")
 
 
+_CHOICES: dict[str, Callable[[_Sample, Any, int], list[Any]]] = {
+    "$ref": _Sample.target,
+    "allOf": lambda sample, schemas, depth: schemas,
+    "anyOf": _Sample.choose,
+    "oneOf": _Sample.choose,
+}
 _MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
     "object": _Sample.object,
     "array": _Sample.array,
@@ -2178,8 +2153,9 @@ _MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
 }
 _IMPLIED = {"properties": "object", "items": "array", "minimum": "number", "maximum": "number"}  # by what has no type
 # tried where there is a pattern: of one kind of character, then mixed
-_SHAPES = [each * count for count in range(1, 21) for each in "1aA"]
-_SHAPES += ["A1", "a1", "AB-123", "ab-cd", "ab_cd", "1.0.0", "1.5", "+14155550100", "#a1b2c3", "12:30", "$1"]
+_SHAPES = [
+    each * count for count in range(1, 21) for each in "1aA"
+] + ["A1", "a1", "AB-123", "a-b", "a_b", "1.0.0", "1.5", "+1415555", "#a1"]
 
 
 def _wanted_tool(request: Request) -> Tool | None:
@@ -2188,8 +2164,8 @@ def _wanted_tool(request: Request) -> Tool | None:
     spoke = next((each.role for each in reversed(request.messages) if each.role in ("user", "tool")), "")
     if choice == "none" or spoke == "tool":
         return None
-    allowed = _dict(choice).get("allowed_tools", _dict(choice).get("tools"))
-    names = {_tool(each).name for each in (choice, *_list(_dict(allowed).get("tools", allowed)))} - {""}
+    named = _dict(_dict(choice).get("allowed_tools")) or _dict(choice)
+    names = {_tool(each).name for each in (choice, *_list(named.get("tools")))} - {""}
     tools = [tool for tool in request.tools if tool.type in ("function", "custom")]
     return next((tool for tool in tools if tool.name in names or not names), None)
 
@@ -4504,11 +4480,11 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
 _CONTROLS: dict[str, _Endpoint] = {}
 _SECRET = ("authorization", "api-key", "proxy-authorization", "cookie")  # header fields that are never shown
 _GLANCE = 0.1  # seconds between looks at an answer under way; a person does not notice
-_LOOPBACK = r"localhost|127(?:\.[0-9]{1,3}){3}|::1"
+_LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?)(?::[0-9]*)?"  # as a host, with its port or without
 _RAN_OUT = "No queued answer is left for this request. POST /_fake/answers queues more; DELETE ends the queue."
 _NO_ANSWERS = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
 _SAID = (Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch)
-_PARTS = {kind.__name__: kind for kind in (*_SAID, Finish, Usage, Pause, Disconnect, StreamError)}
+_PARTS: dict[str, Any] = {kind.__name__: kind for kind in (*_SAID, Finish, Usage, Pause, Disconnect, StreamError)}
 
 
 def _part_json(part: Any) -> _JSON:
@@ -4523,8 +4499,8 @@ def _queued_answer(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        parts = [{"type": "Text", "text": each} if isinstance(each, str) else dict(each) for each in value]
-        return [_PARTS[part.pop("type")](**part) for part in parts]
+        parts: list[Any] = [{"type": "Text", "text": each} if isinstance(each, str) else each for each in _list(value)]
+        return [_PARTS[part.pop("type")](**part) for part in map(dict[str, Any], parts)]
     if "error" in value:
         known = {name: value["error"].get(name) for name in ("type", "code", "param")}
         return APIError(value.get("status", 500), value["error"]["message"], **known, headers=value.get("headers"))
@@ -4557,24 +4533,23 @@ def _tool_words(request: Request) -> list[str]:
 
 def _trouble(request: Request) -> str:
     """The kind of what went wrong; "" for nothing, and where an error was the answer that was wanted."""
-    if request._outcome in (_RAN_OUT, "") or request._outcome.startswith("handler "):
-        return {_RAN_OUT: "ran_out", "": ""}.get(request._outcome, "failed")
-    return "" if request._asked or request._status < 400 else "refused"
-
-
-def _outcome(request: Request) -> str:
-    """How it ended, in words: those of a 401 show the key."""
-    outcome = "wrong or missing API key" if request._status == 401 else request._outcome
-    return (outcome or "answered") if request._seconds else "in flight"
+    if request._outcome.startswith("handler "):
+        return "failed"
+    if request._outcome == _RAN_OUT:
+        return "ran_out"
+    return "refused" if request._status >= 400 and not request._note["asked"] else ""
 
 
 def _became(request: Request) -> _JSON:
     """What became of a request so far. `time` is in unix seconds; `seconds` is what it took, None: it still takes."""
+    outcome = "wrong or missing API key" if request._status == 401 else request._outcome  # whose words show the key
     return {
         **{name: getattr(request, name) for name in ("method", "path", "query", "api", "model", "stream")},
-        **{"number": request._number, "time": request._began, "status": request._status or None},
-        **{"seconds": round(request._seconds, 6) or None, "outcome": _outcome(request)},
-        "answer": request._answer if request._seconds else [*map(_part_json, request._said)],
+        "status": request._status or None,
+        "seconds": round(request._seconds, 6) or None,
+        "outcome": (outcome or "answered") if request._seconds else "in flight",
+        "answer": [*map(_part_json, request._said)],
+        **request._note,
     }
 
 
@@ -4590,10 +4565,11 @@ def _entry(request: Request) -> _JSON:
         for each in request.messages
     ]
     headers = {name: value for name, value in request.headers.items() if name not in _SECRET}
-    entry = _became(request) | {"headers": headers, "body": request.body, "messages": messages}
+    told = {"headers": headers, "body": request.body, "messages": messages, "tools": _tool_words(request)}
+    entry = _became(request) | told
     if request._seconds:
         request._forget()
-    return {**entry, "tools": _tool_words(request)}
+    return entry
 
 
 class _Control:
@@ -4606,7 +4582,7 @@ class _Control:
         self.queues: dict[str, deque[Any]] = {}
         self.numbers = iter(range(1, sys.maxsize))
         self.followers: set[queue.SimpleQueue[Any]] = set()
-        self.watchers: list[Callable[[Request], None]] = []  # called with each that has ended
+        self.watchers: list[Callable[[Request], object]] = []  # called with each that has ended
         fake._control, fake._observe = self, self.end
         fake._router = _Router({**_CONTROLS, **{name: endpoint for name, _, _, endpoint in fake._router.table}})
 
@@ -4615,19 +4591,19 @@ class _Control:
         return request.headers.get("x-fake-session", key)
 
     def begin(self, request: Request) -> None:
-        request._number, request._began = next(self.numbers), time.time()
+        request._note = {"number": next(self.numbers), "time": time.time(), "asked": False}
         self._wake()
 
     def end(self, request: Request) -> None:
         usage = [request._encoder.tally()] if request._encoder is not None and request._status == 200 else []
-        request._answer = [_part_json(part) for part in (*request._said, *usage)]  # only the last keep their encoder
+        request._note["answer"] = [_part_json(part) for part in (*request._said, *usage)]  # few keep their encoder
         self._wake()
         for watcher in self.watchers:
             watcher(request)
 
     def answer(self, request: Request) -> Any:
         """The handler. Where nothing is queued, for the session or without one, the server's own is asked."""
-        request._asked = True
+        request._note["asked"] = True
         with self.lock:
             queued = self.queues.get(self.session(request), self.queues.get(""))
             if queued:
@@ -4635,12 +4611,6 @@ class _Control:
         if queued is None:
             return self.handler(request)
         raise APIError(500, _RAN_OUT, headers={"x-should-retry": "false"})
-
-    def add(self, session: str, answers: list[Any]) -> None:
-        with self.lock:
-            if session not in self.queues:
-                self.fake._remember(self.queues, session, deque())
-            self.queues[session].extend(answers)
 
     def of(self, session: str) -> list[Request]:
         """The requests of a session; all, where none is named."""
@@ -4663,21 +4633,16 @@ class _Control:
             follower.put(None)
 
 
-def _is_loopback(url: str) -> bool:
-    with suppress(ValueError):
-        return re.fullmatch(_LOOPBACK, urlsplit(url).hostname or "") is not None
-    return False
-
-
 def _checked(fake: FakeOpenAI, request: Request) -> tuple[_Control, str]:
     """The control, and the session that is asked for. Who only looks needs no key.
 
     Raises APIError for pages of other sites, told by Origin, or by a Host that was made to point to this machine.
     """
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and not _is_loopback(origin):
+    if origin is not None and not re.fullmatch(f"https?://{_LOOPBACK}", origin, re.IGNORECASE):
         raise APIError(403, f"Origin is {origin!r}: only pages of this machine may use {request.path}.")
-    if _is_loopback(f"http://[{fake._running().server_name}]") and not _is_loopback(f"http://{host}"):
+    local = re.fullmatch(_LOOPBACK, fake._running().server_name)
+    if local and not re.fullmatch(_LOOPBACK, host, re.IGNORECASE):
         raise APIError(403, f"Host is {host!r}: {request.path} is served for localhost and loopback addresses only.")
     if fake.api_key is not None and request.method not in ("GET", "HEAD"):
         fake._check_key(request)
@@ -4690,10 +4655,12 @@ def _queue_answers(fake: FakeOpenAI, request: Request) -> _JSON:
     control, session = _checked(fake, request)
     try:
         sent: Any = _loads(request.raw_body.decode())
-        answers = [_queued_answer(each) for each in (sent if isinstance(sent, list) else [sent])]
+        answers = [_queued_answer(each) for each in (_list(sent) if isinstance(sent, list) else [sent])]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise APIError(400, f"{_NO_ANSWERS} {type(error).__name__}: {error}") from None
-    control.add(session, answers)
+    with control.lock:
+        fake._remember(control.queues, session, control.queues.get(session, deque()))
+        control.queues[session] += answers
     return {"queued": len(answers)}
 
 
@@ -4734,11 +4701,12 @@ def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
 def _get_errors(fake: FakeOpenAI, request: Request) -> _JSON:
     """What went wrong: `ran_out`, `refused` (the client's mistake), `failed` (the handler's), `left_over`."""
     control, session = _checked(fake, request)
-    found = [(kind, each._number, _outcome(each)) for each in control.of(session) if (kind := _trouble(each))]
+    became = [(_trouble(each), _became(each)) for each in control.of(session)]
+    found = [{"kind": kind, "number": each["number"], "message": each["outcome"]} for kind, each in became if kind]
     with control.lock:
         left = sum(len(answers) for name, answers in control.queues.items() if session in ("", name))
-    found += [("left_over", 0, f"{left} queued answers were not used")] * bool(left)
-    return {"object": "list", "data": [dict(zip(("kind", "number", "message"), each, strict=True)) for each in found]}
+    rest = {"kind": "left_over", "number": None, "message": f"{left} queued answers were not used"}
+    return {"object": "list", "data": [*found, rest] if left else found}
 
 
 class _Live(NamedTuple):
@@ -4754,11 +4722,12 @@ class _Live(NamedTuple):
             before, events = told.copy(), list[_JSON]()
             told.clear()
             for each in self.control.of(""):
-                over, last = bool(each._seconds), before.get(each._number)
+                number, over = each._note["number"], bool(each._seconds)
+                last = before.get(number)
                 became = _became(each) if last != {} else {}
                 if became != last:
                     events.append(became if last else _entry(each))
-                told[each._number] = {} if over else became
+                told[number] = {} if over else became
             if events:
                 connection.send(b"".join(_http_chunk(b"data: %b\n\n" % _utf8(_dumps(each))) for each in events))
             return _GLANCE if self.control.fake._flying else _LONGEST
@@ -5995,8 +5964,8 @@ class FakeOpenAI:
 
 def _place(error: BaseException) -> str:
     """Where the user's code raised an error; "" where it was raised here."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not re.match("<frozen ", frame.filename)]
-    frames = [frame for frame in frames if frame.filename != __file__]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")]  # import's own
     return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
@@ -6143,15 +6112,7 @@ def _log_line(request: Request, clock: str, colour: bool = False) -> str:
     return "  ".join(columns) + "\n"
 
 
-# Label and text of a part. One that is not here shows its repr.
-_SPOKEN: dict[type[object], Callable[[Any], tuple[str, str]]] = {
-    Text: lambda part: ("answer", part.text),
-    Refusal: lambda part: ("refusal", part.text),
-    Reasoning: lambda part: ("reasoning", part.summary),
-    ToolCall: lambda part: ("call", f"{part.name}({part.arguments})"),
-    CustomToolCall: lambda part: ("call", f"{part.name}({part.input})"),
-    WebSearch: lambda part: ("search", part.query),
-}
+_LABELS: dict[type[object], str] = {Text: "answer", ToolCall: "call", CustomToolCall: "call", WebSearch: "search"}
 
 
 def _paragraph(mark: str, label: str, text: str) -> str:
@@ -6160,8 +6121,12 @@ def _paragraph(mark: str, label: str, text: str) -> str:
 
 
 def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
-    spoken = [_SPOKEN.get(type(part), lambda part: (type(part).__name__, repr(part)))(part) for part in parts]
-    return "".join(_paragraph(mark, label, text) for label, text in spoken)
+    shown: list[str] = []
+    for part in parts:
+        text = part._string if isinstance(part, _Spoken) else repr(part)
+        text = f"{part.name}({text})" if isinstance(part, _Call) else text
+        shown.append(_paragraph(mark, _LABELS.get(type(part), type(part).__name__.lower()), text))
+    return "".join(shown)
 
 
 def _shown_conversation(messages: Sequence[Message]) -> str:
@@ -6191,7 +6156,8 @@ def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str 
     curl += ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
     page = base_url.removesuffix("v1")
     exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items())
-    return f"openai_fake listens on {base_url}\n\n{exports}  {shlex.join([*curl, '-d', body])}\n\n{page} shows what comes. Ctrl-C ends it.\n"
+    paste = f"{exports}  {shlex.join([*curl, '-d', body])}\n\n"
+    return f"openai_fake listens on {base_url}\n\n{paste}{page} shows what comes. Ctrl-C ends it.\n"
 
 
 class _Console:
@@ -6241,26 +6207,26 @@ def _observer(console: _Console, fake: FakeOpenAI, verbose: bool, log: str) -> C
     def show(request: Request) -> None:
         text = _log_line(request, time.strftime("%H:%M:%S"), console.colour)
         if log == "json":
-            text = _dumps(_entry(request) if verbose else {**_became(request), "answer": None}) + "\n"
+            told = _entry(request) if verbose else {k: v for k, v in _became(request).items() if k != "answer"}
+            text = json.dumps(told) + "\n"  # ASCII: a terminal obeys none of it
         elif verbose:
             text += _shown_request(request) if request.api else ""
             text += _answer_text(request._said)
-            while fake.errors:  # they are dropped: their tracebacks hold requests
-                text += _safe("".join(traceback.format_exception(fake.errors.pop(0))), 10 * _SHOWN)
+            with suppress(IndexError):
+                while True:  # they are dropped: their tracebacks hold requests
+                    text += _safe("".join(traceback.format_exception(fake.errors.pop(0))), 10 * _SHOWN)
         console.write(text)
 
     return show
 
 
-def _dumper(path: str) -> Callable[[Request], None]:
-    """What writes each request to a file as it ends, as a line of JSON. Raises OSError where it cannot be opened."""
-    file, lock = open(path, "ab", buffering=0), threading.Lock()  # guards the file  # noqa: SIM115
-
-    def dump(request: Request) -> None:
-        with lock:
-            file.write(_utf8(_dumps(_entry(request))) + b"\n")
-
-    return dump
+def _dumper(path: str) -> Callable[[Request], object]:
+    """What appends each request to a file as it ends, as a line of JSON. Raises ValueError where it cannot."""
+    try:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115  # each line is one write, which no other can split
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    return lambda request: file.write(_utf8(_dumps(_entry(request))) + b"\n")
 
 
 def _error_words(error: BaseException) -> str:
@@ -6394,6 +6360,10 @@ _HELP = (
 ) + "".join(f"  {usage:<22} {effect}\n" for _, usage, effect in _COMMANDS.values())
 
 
+def _nobody() -> APIError:
+    return APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"})
+
+
 class _Operator:
     """The handler of --interactive: a person at the terminal is the model, for one conversation at a time."""
 
@@ -6408,11 +6378,13 @@ class _Operator:
     def __call__(self, request: Request) -> Stream | APIError:
         turn = _Turn(request, self._over)
         with self._lock:
+            if self._ended and not self._ahead:
+                raise _nobody()
             self._turns.append(turn)
             if self._turns[0] is turn:
                 self._begin(turn)
             else:
-                self._console.write(f"{_request_words(request)} waits, the {len(self._turns)}th in the line.\n")
+                self._console.write(f"{_request_words(request)} waits: {len(self._turns) - 1} before it\n")
         while True:
             try:
                 return turn.begun.get(timeout=_TICK)
@@ -6424,8 +6396,6 @@ class _Operator:
         self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
         while self._ahead and not turn.over:
             self._obey(turn, self._ahead.popleft())
-        if self._ended and not turn.over:
-            self._finish(turn)
 
     def _over(self, turn: _Turn) -> None:
         with self._lock:
@@ -6456,8 +6426,11 @@ class _Operator:
         with self._lock:
             self._console.write("The input has ended: from now on, requests get a 503.\n")
             self._ended = True
-            if self._turns and not self._turns[0].over:
-                self._finish(self._turns[0])
+            for turn in reversed(self._turns):
+                if turn.said and not turn.over:
+                    turn.end()
+                elif not turn.over:
+                    turn.reject(_nobody())
 
     def _lines(self) -> Iterator[str]:
         if self._stdin is None:  # the shell closed it (<&-)
@@ -6478,12 +6451,6 @@ class _Operator:
             for line in raw:
                 yield line.decode(errors="replace").rstrip("\r\n")
 
-    def _finish(self, turn: _Turn) -> None:
-        if turn.said:
-            turn.end()
-        else:
-            turn.reject(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
-
     def _obey(self, turn: _Turn, line: str) -> None:
         word, _, rest = line.partition(" ")
         if word in _COMMANDS:
@@ -6491,7 +6458,7 @@ class _Operator:
             try:
                 run(turn, rest.strip())
             except ValueError as error:
-                self._console.write(f"{_safe_line(str(error))}\nusage: {usage}\n")
+                self._console.write(f"{_safe_line(str(error))}; usage: {usage}\n")
         elif line.startswith("/") and not line.startswith("//"):
             self._console.write(_HELP)
         else:
