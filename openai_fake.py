@@ -2153,9 +2153,17 @@ _MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
 }
 _IMPLIED = {"properties": "object", "items": "array", "minimum": "number", "maximum": "number"}  # by what has no type
 # tried where there is a pattern: of one kind of character, then mixed
-_SHAPES = [
-    each * count for count in range(1, 21) for each in "1aA"
-] + ["A1", "a1", "AB-123", "a-b", "a_b", "1.0.0", "1.5", "+1415555", "#a1"]
+_SHAPES = [each * count for count in range(1, 21) for each in "1aA"] + [
+    "A1",
+    "a1",
+    "AB-123",
+    "a-b",
+    "a_b",
+    "1.0.0",
+    "1.5",
+    "+1415555",
+    "#a1",
+]
 
 
 def _wanted_tool(request: Request) -> Tool | None:
@@ -4489,7 +4497,7 @@ _PARTS: dict[str, Any] = {kind.__name__: kind for kind in (*_SAID, Finish, Usage
 
 def _part_json(part: Any) -> _JSON:
     """A part as JSON, as `_queued_answer` takes it: its type, and the fields that say something."""
-    given = {each.name: getattr(part, each.name) for each in fields(part) if each.init}
+    given = {each.name: getattr(part, each.name) for each in fields(part) if each.init and each.name != "type"}
     said = {name: value for name, value in given.items() if value not in (None, ()) and (name, value) != ("choice", 0)}
     return {"type": type(part).__name__, **said}
 
@@ -4501,12 +4509,16 @@ def _queued_answer(value: Any) -> Any:
     if isinstance(value, list):
         parts: list[Any] = [{"type": "Text", "text": each} if isinstance(each, str) else each for each in _list(value)]
         return [_PARTS[part.pop("type")](**part) for part in map(dict[str, Any], parts)]
+    if value.get("object") in ("chat.completion", "response"):
+        return _said_in(value)
     if "error" in value:
         known = {name: value["error"].get(name) for name in ("type", "code", "param")}
         return APIError(value.get("status", 500), value["error"]["message"], **known, headers=value.get("headers"))
-    if value.get("object") not in ("chat.completion", "response"):
-        return _queued_answer([value])
-    # What follows is to be replaced by `recorded(value)`, which reads all of it.
+    return _queued_answer([value])
+
+
+def _said_in(value: Any) -> list[_Part]:
+    """The texts and calls of OpenAI's own JSON. To be replaced by `recorded(value)`, which reads all of it."""
     chat = value["object"] == "chat.completion"
     messages = _chat_messages([value["choices"][0]["message"]]) if chat else _items_messages(value["output"])
     return [part for each in messages for part in (*([Text(each.text)] if each.text else []), *each.tool_calls)]
@@ -4616,6 +4628,18 @@ class _Control:
         """The requests of a session; all, where none is named."""
         return [each for each in self.fake.requests if session in ("", self.session(each))]
 
+    def settled(self, asking: Request, wanted: int = 0, seconds: float = 1.0) -> list[Request]:
+        """The session's requests, once so many came, and none has its whole answer but is not yet noted as over."""
+        due, session = time.monotonic() + seconds, self.session(asking)
+
+        def look() -> float | None:
+            found, rest = self.of(session), due - time.monotonic()
+            ending = any(not each._seconds and id(each) not in self.fake._flying for each in found)
+            return rest if rest > 0 and (ending or len(found) < wanted) else None
+
+        self.follow(asking._connection, False, look)
+        return self.of(session)
+
     def follow(self, connection: _Connection | None, streams: bool, look: Callable[[], float | None]) -> None:
         """Calls `look` now, when a request comes or ends, and after the seconds that it returned; None ends it."""
         waiter, news = _Waiter(self.fake._running(), connection, streams), queue.SimpleQueue[Any]()
@@ -4681,17 +4705,10 @@ def _reset(fake: FakeOpenAI, request: Request) -> _JSON:
 @_endpoint("GET /_fake/requests", _CONTROLS)
 def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
     """Those that came, the oldest first. With ?wait=N, once N have, or a 504 after ?timeout=SECONDS."""
-    control, session = _checked(fake, request)
+    control, _ = _checked(fake, request)
     query = _query(request)
     wanted, seconds = _digits(query.get("wait", ""), 0), _digits(query.get("timeout", ""), 5)
-    due = time.monotonic() + seconds
-
-    def look() -> float | None:
-        rest = due - time.monotonic()
-        return rest if rest > 0 and len(control.of(session)) < wanted else None
-
-    control.follow(request._connection, False, look)
-    found = control.of(session)
+    found = control.settled(request, wanted, seconds)
     if len(found) < wanted:
         raise APIError(504, f"{len(found)} of {wanted} requests came in {seconds} s.")
     return {"object": "list", "data": [*map(_entry, found)]}
@@ -4701,7 +4718,7 @@ def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
 def _get_errors(fake: FakeOpenAI, request: Request) -> _JSON:
     """What went wrong: `ran_out`, `refused` (the client's mistake), `failed` (the handler's), `left_over`."""
     control, session = _checked(fake, request)
-    became = [(_trouble(each), _became(each)) for each in control.of(session)]
+    became = [(_trouble(each), _became(each)) for each in control.settled(request)]
     found = [{"kind": kind, "number": each["number"], "message": each["outcome"]} for kind, each in became if kind]
     with control.lock:
         left = sum(len(answers) for name, answers in control.queues.items() if session in ("", name))

@@ -69,6 +69,7 @@ from openai_fake import (
     ToolCall,
     Usage,
     WebSearch,
+    auto,
     echo,
     non_streaming_response,
     rate_limit,
@@ -2361,7 +2362,7 @@ USER = {"role": "user", "content": "Rain?"}
 BILLING = {"billing": {"payer": "developer"}}  # in JSON alone (wire 3)
 PINNED = [-0.01300005, -0.00414091, 6.126e-05, 0.00043543]  # the vector of "hello" begins so, on every machine
 NAMES = """
-    FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo
+    FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo auto
     Text Refusal Reasoning ToolCall CustomToolCall WebSearch Finish Usage  Pause Disconnect Raw StreamError
     Chunk ChunkChoice Completion CompletionChoice streaming_response non_streaming_response text_chunks tool_call_chunk
 """  # design.md, "Public names"
@@ -4573,6 +4574,246 @@ class AnswersTest(unittest.TestCase):
 ENDS = {"chat.completions": b"data: [DONE]\n\n", "responses": b"event: response.completed\n"}
 
 
+def fits(value: Any, schema: Any, root: Any) -> bool:
+    """Whether a value fits a JSON Schema: a second opinion, by the specification's words."""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema:
+        target = root
+        for step in schema["$ref"].split("/")[1:]:
+            target = target[step]
+        if not fits(value, target, root):
+            return False
+    kinds = schema.get("type", [])
+    types: dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    types |= {"integer": int, "number": (int, float)}
+    size = len(value) if isinstance(value, (str, list, dict)) else 0
+    known: dict[str, Callable[[Any], Any]] = {
+        "type": lambda kind: any(
+            isinstance(value, types[each]) and (each == "boolean") == isinstance(value, bool)
+            for each in ([kinds] if isinstance(kinds, str) else kinds)
+        ),
+        "const": lambda const: value == const,
+        "enum": lambda values: value in values,
+        "allOf": lambda schemas: all(fits(value, each, root) for each in schemas),
+        "anyOf": lambda schemas: any(fits(value, each, root) for each in schemas),
+        "oneOf": lambda schemas: sum(fits(value, each, root) for each in schemas) == 1,
+    }
+    if isinstance(value, str):
+        known["pattern"] = lambda pattern: re.search(pattern, value)
+        known["minLength"], known["maxLength"] = lambda least: size >= least, lambda most: size <= most
+        known["format"] = lambda name: re.search(FORMS.get(name, ""), value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        known["minimum"], known["maximum"] = lambda least: value >= least, lambda most: value <= most
+        known["exclusiveMinimum"], known["exclusiveMaximum"] = lambda over: value > over, lambda under: value < under
+        known["multipleOf"] = lambda step: abs(value / step - round(value / step)) < 1e-9
+    if isinstance(value, list):
+        prefix = schema.get("prefixItems", [])
+        known["minItems"], known["maxItems"] = lambda least: size >= least, lambda most: size <= most
+        known["uniqueItems"] = lambda unique: len({json.dumps(each) for each in value}) == size
+        known["items"] = lambda items: all(fits(each, items, root) for each in value[len(prefix) :])
+        known["prefixItems"] = lambda items: all(fits(*pair, root) for pair in zip(value, items, strict=False))
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        known["required"] = lambda names: set(names) <= set(value)
+        known["properties"] = lambda each: all(fits(value[name], each[name], root) for name in value if name in each)
+        known["additionalProperties"] = lambda more: all(
+            fits(value[name], more, root) for name in value if name not in properties
+        )
+        known["propertyNames"] = lambda names: all(fits(name, names, root) for name in value)
+        known["minProperties"] = lambda least: size >= least
+    return all(known[key](schema[key]) for key in schema if key in known)
+
+
+FORMS = {
+    "date-time": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$",
+    "date": r"^\d{4}-\d\d-\d\d$",
+    "email": "^[^@ ]+@[^@ ]+$",
+    "uuid": "^[0-9a-f]{8}-[0-9a-f]{4}-[1-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
+    "ipv4": r"^\d+\.\d+\.\d+\.\d+$",
+    "uri": "^https?://[^ ]+$",
+}
+NODE = {
+    "type": "object",
+    "properties": {
+        "value": {"type": "integer"},
+        "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+        "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+    },
+    "required": ["value", "next", "children"],
+    "additionalProperties": False,
+}
+SCHEMAS: dict[str, Any] = {
+    "empty": {},
+    "only properties": {"properties": {"a": {"type": "string"}, "b": {"items": {"type": "null"}}}},
+    "strict object": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["c", "f"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+    "const": {"const": {"a": [1]}},
+    "nullable": {"type": ["integer", "null"], "minimum": 3},
+    "tree": {"$ref": "#/$defs/node", "$defs": {"node": NODE}},
+    "itself": {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+    "all of": {"allOf": [{"type": "object", "required": ["a"]}, {"properties": {"a": {"type": "boolean"}}}]},
+    "one of": {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 3}]},
+    "mapping": {"type": "object", "additionalProperties": {"type": "number"}, "minProperties": 3},
+    "names": {"type": "object", "additionalProperties": True, "propertyNames": {"enum": ["a", "b"]}},
+    "required, not described": {"type": "object", "required": ["a"], "additionalProperties": {"type": "integer"}},
+    "tuple": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}], "minItems": 2, "maxItems": 2},
+    "set": {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 1, "maximum": 5},
+        "minItems": 5,
+        "uniqueItems": True,
+    },
+    "many": {"type": "array", "items": {"type": "boolean"}, "minItems": 100},
+    "none": {"type": "array", "maxItems": 0},
+    "integer range": {"type": "integer", "exclusiveMinimum": 6, "exclusiveMaximum": 8},
+    "integer from above": {"type": "integer", "maximum": -3},
+    "narrow": {"type": "number", "exclusiveMinimum": 0.1, "maximum": 0.2},
+    "steps": {"type": "number", "multipleOf": 0.01, "minimum": 1, "maximum": 2},
+    "length": {"type": "string", "minLength": 100, "maxLength": 101},
+    "short": {"type": "string", "maxLength": 1},
+    "digits": {"type": "string", "pattern": r"^\d{8}$"},
+    "code": {"type": "string", "pattern": "^[A-Z]{3}$", "minLength": 3},
+    "slashes": {"$ref": "#/$defs/a~1b%25/0", "$defs": {"a/b%": [{"type": "boolean"}]}},
+    **{name: {"type": "string", "format": name} for name in (*FORMS, "no-such-format")},
+}
+
+
+class AutoTest(unittest.TestCase):
+    def test_samples_fit(self) -> None:
+        """What is made up for a schema fits it, with any seed."""
+        for name, schema in SCHEMAS.items():
+            for seed in range(30):
+                with self.subTest(name=name, seed=seed):
+                    value = openai_fake._Sample(schema, random.Random(seed)).make(schema)
+                    fitting = name == "slashes" or fits(value, schema, schema)
+                    self.assertTrue(fitting, value)
+                    json.dumps(value, allow_nan=False)
+
+    def test_cannot(self) -> None:
+        """What it cannot make up it names, with the schema."""
+        for name, schema, said in (
+            ("keyword", {"type": "string", "not": {"const": ""}}, "not"),
+            ("pattern", {"type": "string", "pattern": "^(never){9}$"}, "pattern"),
+            ("type", {"type": "date"}, "'date'"),
+            ("reference", {"$ref": "other.json#/a"}, "other.json"),
+            ("needs itself", {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "large"),
+            ("empty range", {"type": "integer", "minimum": 3, "maximum": 2}, "number"),
+            ("too many", {"type": "array", "minItems": 10**9}, "large"),
+            ("not so many", {"type": "array", "items": {"type": "null"}, "minItems": 2, "uniqueItems": True}, "2"),
+        ):
+            with self.subTest(name=name), self.assertRaisesRegex(ValueError, re.escape(said)):
+                openai_fake._Sample(schema, random.Random(1)).make(schema)
+
+    def test_tools(self) -> None:
+        """It calls the first tool, or the forced one, with arguments that fit; not one that has answered already."""
+        names = ("first", "second")
+        parameters = SCHEMAS["strict object"]
+        for api in PATHS:
+            flat = [{"type": "function", "name": name, "parameters": parameters} for name in names]
+            nested = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in names]
+            tools: Any = nested if api == "chat.completions" else flat
+            forced = {"type": "function", "function": {"name": "second"}, "name": "second"}
+            some: dict[str, Any] = {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", **forced}],
+            }
+            cases: tuple[tuple[str, Any, str | None], ...] = (
+                ("nothing said", None, "first"),
+                ("required", "required", "first"),
+                ("forced", forced, "second"),
+                ("allowed", {**some, "allowed_tools": some}, "second"),
+                ("none", "none", None),
+            )
+            for name, choice, expected in cases:
+                with self.subTest(name=name, api=api):
+                    [part] = auto(asked(api, **BODIES[api](tools=tools, tool_choice=choice)))
+                    self.assertEqual(part.name if isinstance(part, ToolCall) else None, expected)
+                    if isinstance(part, ToolCall):
+                        self.assertTrue(fits(json.loads(part.arguments), parameters, parameters))
+        told = [*chat()["messages"], {"role": "tool", "tool_call_id": "1", "content": "21"}]
+        self.assertIsInstance(auto(asked("chat.completions", **chat(tools=tools, messages=told)))[0], Text)
+        again = [*told, {"role": "user", "content": "And now?"}]
+        self.assertIsInstance(auto(asked("chat.completions", **chat(tools=tools, messages=again)))[0], ToolCall)
+
+    def test_custom_tool(self) -> None:
+        """A custom tool gets a text."""
+        [part] = auto(asked("responses", **responses(tools=[{"type": "custom", "name": "run"}])))
+        self.assertIsInstance(part, CustomToolCall)
+
+    def test_formats(self) -> None:
+        """A request for JSON gets an instance of its schema."""
+        schema = SCHEMAS["strict object"]
+        given = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        with FakeOpenAI(auto) as server:
+            message = call(server, chat(response_format=given)).json["choices"][0]["message"]["content"]
+            self.assertTrue(fits(json.loads(message), schema, schema))
+            text = {"format": {"type": "json_schema", "name": "a", "schema": schema}}
+            output = call(server, {**responses(), "text": text}).json["output"][0]["content"][0]["text"]
+            self.assertTrue(fits(json.loads(output), schema, schema))
+            loose = call(server, chat("JSON, please", response_format={"type": "json_object"})).json
+            self.assertIsInstance(json.loads(loose["choices"][0]["message"]["content"]), dict)
+
+    def test_text(self) -> None:
+        """Else it is a text of so many tokens, or of what the request limits them to."""
+        for tokens in (2, 32, 500):
+            usage = spoken("chat.completions", auto(asked("chat.completions", **chat()), tokens=tokens))["usage"]
+            self.assertEqual(usage["completion_tokens"], tokens)
+        with FakeOpenAI(auto) as server:
+            body = call(server, chat(max_completion_tokens=5)).json
+            self.assertEqual((body["usage"]["completion_tokens"], body["choices"][0]["finish_reason"]), (5, "length"))
+            self.assertEqual(call(server, responses(max_output_tokens=16)).json["status"], "incomplete")
+
+    def test_seed(self) -> None:
+        """With a seed, the same request gets the same answer, in any order; with another seed, or none, another."""
+
+        def answers(texts: str, **options: Any) -> dict[str, Any]:
+            with FakeOpenAI(auto, **options) as server:
+                return {text: call(server, chat(text)).json["choices"][0]["message"]["content"] for text in texts}
+
+        first = answers("abc", seed=1)
+        self.assertEqual(answers("cba", seed=1), first)
+        self.assertEqual(len({*first.values(), *answers("abc", seed=2).values(), *answers("abc").values()}), 9)
+
+    @needs_openai
+    def test_official_client(self) -> None:
+        """What it makes up for a model of pydantic's is one."""
+        import datetime
+        import enum
+
+        import openai
+        import pydantic
+
+        class Unit(enum.Enum):
+            C = "c"
+            F = "f"
+
+        class Day(pydantic.BaseModel):
+            date: datetime.date
+            high: float = pydantic.Field(ge=-50, lt=60)
+            unit: Unit
+
+        class Report(pydantic.BaseModel):
+            city: str = pydantic.Field(pattern="^[A-Z]", min_length=1)
+            days: list[Day] = pydantic.Field(min_length=2)
+            link: pydantic.HttpUrl
+            note: str | None
+            inner: Report | None
+
+        with FakeOpenAI(auto) as server, openai.OpenAI(base_url=server.base_url, api_key="k") as client:
+            for _ in range(20):
+                asking: Any = [{"role": "user", "content": "Hi"}]
+                parsed = client.chat.completions.parse(model="gpt-4o", messages=asking, response_format=Report)
+                self.assertIsInstance(parsed.choices[0].message.parsed, Report)
+                answer = client.responses.parse(model="gpt-4o", input="Hi", text_format=Report)
+                self.assertIsInstance(answer.output_parsed, Report)
+
+
 class LiveStreamTest(unittest.TestCase):
     """A Stream is driven from the test, while the client reads."""
 
@@ -5582,6 +5823,414 @@ def contents(events: Iterator[Any], end: str) -> str:
     return text
 
 
+@contextlib.contextmanager
+def controlled(handler: Any = echo, **options: Any) -> Iterator[FakeOpenAI]:
+    """A server with the control routes, as the command line makes it."""
+    server = FakeOpenAI(handler, **options)
+    openai_fake._Control(server)
+    with server:
+        yield server
+        server.errors.clear()
+
+
+def control(server: FakeOpenAI, line: str, body: Any = None, *fields: str) -> Answer:
+    """One request to a control route, with the Host that a client on this machine sends."""
+    method, path = line.split(" ")
+    with Wire(server) as wire:
+        return wire.send(http_bytes(body, path, method, *fields).replace(b"Host: test", b"Host: localhost:1")).answer()
+
+
+def listed(server: FakeOpenAI, line: str, *fields: str) -> list[Any]:
+    data: list[Any] = control(server, line, None, *fields).json["data"]
+    return data
+
+
+def content(answer: Answer) -> Any:
+    return answer.json["choices"][0]["message"]["content"] if answer.status == 200 else answer.status
+
+
+class ControlTest(LeakTest):
+    def test_only_served(self) -> None:
+        """A server that a test starts has no control routes."""
+        with FakeOpenAI() as server:
+            for route in openai_fake._CONTROLS:
+                with self.subTest(name=route):
+                    self.assertEqual(control(server, route).status, 404)
+
+    def test_parts_as_json(self) -> None:
+        """A part as JSON, queued, is that part."""
+        acts = [
+            Finish("length"),
+            Usage(1, 2),
+            Pause(0.5),
+            Disconnect(reset=True),
+            StreamError("No.", code="a"),
+            Disconnect(),
+        ]
+        for part in (*SPOKEN.values(), *acts):
+            with self.subTest(part=part):
+                value = json.loads(json.dumps(openai_fake._part_json(part)))
+                self.assertEqual(openai_fake._queued_answer([value]), [part])
+                self.assertEqual(openai_fake._queued_answer(value), [part])
+
+    def test_answers(self) -> None:
+        """Queued answers are given in order: strings, lists of parts, errors, and OpenAI's own JSON."""
+        said = [Text("Hm."), ToolCall("f", {"a": 1})]
+        error = {"status": 429, "error": {"message": "Slow down.", "code": "c"}, "headers": {"retry-after": "3"}}
+        parts = ["A", {"type": "ToolCall", "name": "f", "arguments": {"a": 1}}]
+        queued = ["One", parts, error, spoken("chat.completions", said), spoken("responses", said)]
+        with controlled() as server:
+            self.assertEqual(control(server, "POST /_fake/answers", queued).json, {"queued": 5})
+            self.assertEqual(content(call(server, chat())), "One")
+            message = call(server, chat()).json["choices"][0]["message"]
+            self.assertEqual((message["content"], message["tool_calls"][0]["function"]["name"]), ("A", "f"))
+            slow = call(server, chat())
+            self.assertEqual((slow.status, slow.error["message"], slow.error["code"]), (429, "Slow down.", "c"))
+            self.assertEqual(slow.headers["retry-after"], "3")
+            for _ in range(2):
+                message = call(server, chat()).json["choices"][0]["message"]
+                self.assertEqual((message["content"], message["tool_calls"][0]["function"]["name"]), ("Hm.", "f"))
+            self.assertEqual(control(server, "POST /_fake/answers", "Just one").json, {"queued": 1})
+            self.assertEqual(call(server, responses()).json["output"][0]["content"][0]["text"], "Just one")
+
+    def test_no_answers(self) -> None:
+        """What is no answer is refused whole, with why."""
+        with controlled() as server:
+            for name, body, said in (
+                ("not JSON", b"{", "JSONDecodeError"),
+                ("number", ["a", 7], "7|int"),
+                ("null", None, "Expecting value"),
+                ("unknown part", [[{"type": "Txt", "text": "a"}]], "Txt"),
+                ("unknown field", [[{"type": "Text", "txt": "a"}]], "txt"),
+                ("wrong type", [[{"type": "Text", "text": 7}]], "7"),
+                ("status", [{"error": {"message": "a"}, "status": 200}], "200"),
+                ("other JSON", [{"object": "list"}], "type"),
+                ("too deep", b"[" * 100_000, "RecursionError"),
+            ):
+                with self.subTest(name=name):
+                    answer = control(server, "POST /_fake/answers", body)
+                    self.assertEqual(answer.status, 400)
+                    self.assertRegex(answer.error["message"], said)
+            self.assertEqual(content(call(server, chat("Echo"))), "Echo")
+
+    def test_ran_out(self) -> None:
+        """After the last queued answer a request fails at once; once the queue is deleted, the handler answers."""
+        with controlled() as server:
+            control(server, "POST /_fake/answers", ["One"])
+            self.assertEqual(content(call(server, chat())), "One")
+            last = call(server, chat())
+            self.assertEqual((last.status, last.headers["x-should-retry"]), (500, "false"))
+            control(server, "DELETE /_fake/answers")
+            self.assertEqual(content(call(server, chat("Echo"))), "Echo")
+
+    def test_sessions(self) -> None:
+        """A session, by header or key, has answers and requests of its own; who names none sees all."""
+        with controlled() as server:
+            one, other = "x-fake-session: one", "Authorization: Bearer other"
+            control(server, "POST /_fake/answers", ["For one"], one)
+            control(server, "POST /_fake/answers", ["For other"], other)
+            control(server, "POST /_fake/answers", ["For all", "And again"])
+            self.assertEqual(content(call(server, chat(), "", "POST", other)), "For other")
+            self.assertEqual(content(call(server, chat(), "", "POST", other, one)), "For one")
+            self.assertEqual(content(call(server, chat(), "", "POST", "api-key: third")), "For all")
+            self.assertEqual(call(server, chat(), "", "POST", one).status, 500)
+            numbers = {
+                session: [each["number"] for each in listed(server, "GET /_fake/requests", *fields)]
+                for session, fields in {"": (), "one": (one,), "other": (other,)}.items()
+            }
+            self.assertEqual(numbers, {"": [1, 2, 3, 4], "one": [2, 4], "other": [1]})
+            self.assertEqual([each["kind"] for each in listed(server, "GET /_fake/errors", one)], ["ran_out"])
+            self.assertEqual([each["kind"] for each in listed(server, "GET /_fake/errors")], ["ran_out", "left_over"])
+            for line in ("DELETE /_fake/answers", "DELETE /_fake/requests"):
+                self.assertEqual(control(server, line, None, one).status, 200)
+            self.assertEqual(content(call(server, chat(), "", "POST", one)), "And again")
+            self.assertEqual([each["number"] for each in listed(server, "GET /_fake/requests")], [1, 3, 5])
+            for line in ("DELETE /_fake/answers", "DELETE /_fake/requests"):
+                control(server, line)
+            self.assertEqual(listed(server, "GET /_fake/requests") + listed(server, "GET /_fake/errors"), [])
+
+    def test_journal(self) -> None:
+        """A request is told with what it held and what became of it, but never a key."""
+        key = "Authorization: Bearer sk-very-secret-key"
+        with controlled(always(ToolCall("f"))) as server:
+            tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}]
+            call(
+                server, chat("Hi", tools=tools), "/v1/chat/completions?a=1", "POST", key, "api-key: sk-very-secret-key"
+            )
+            [entry] = listed(server, "GET /_fake/requests")
+            expected = {
+                "number": 1, "method": "POST", "path": "/v1/chat/completions", "query": "a=1", "status": 200,
+                "api": "chat.completions", "model": "gpt-4o", "stream": False, "outcome": "answered", "asked": True,
+                "body": chat("Hi", tools=tools), "tools": ["f(a)"],
+                "messages": [{"role": "user", "text": "Hi", "attached": [], "calls": []}],
+            }  # fmt: skip
+            self.assertEqual({name: entry.get(name) for name in expected}, expected)
+            self.assertEqual([part["type"] for part in entry["answer"]], ["ToolCall", "Usage"])
+            self.assertAlmostEqual(entry["time"], time.time(), delta=WAIT)
+            self.assertGreater(entry["seconds"], 0)
+            self.assertEqual(entry["headers"]["content-length"], str(len(json.dumps(entry["body"]))))
+            self.assertNotIn("secret", control(server, "GET /_fake/requests").body.decode())
+        with controlled(api_key="right") as server:
+            call(server, chat(), "", "POST", "Authorization: Bearer wrong")
+            told = [control(server, f"GET /_fake/{name}").body.decode() for name in ("requests", "errors")]
+            self.assertNotIn("Bearer", "".join(told))
+            self.assertNotIn("wrong.", "".join(told))
+
+    def test_not_in_the_journal(self) -> None:
+        """Control requests are no requests: neither kept, nor counted, nor shown."""
+        with controlled() as server:
+            for route in (*openai_fake._CONTROLS, "GET /v1/_fake/requests"):
+                if "events" not in route:
+                    control(server, route)
+            self.assertEqual((server.requests, listed(server, "GET /_fake/requests")), ([], []))
+            self.assertEqual(server._transcript(), "No request came to the fake.")
+
+    def test_wait(self) -> None:
+        """`wait` blocks until so many came, also while they are answered; after `timeout` it is a 504."""
+        stream = Stream()
+        with controlled(always(stream)) as server, Wire(server) as wire:
+            line = "GET /_fake/requests?wait=1&timeout=10"
+            wire.send(http_bytes(None, line.split()[1], "GET").replace(b"Host: test", b"Host: localhost"))
+            with asking(server):
+                [entry] = wire.answer().json["data"]
+                self.assertEqual((entry["outcome"], entry["seconds"], entry["asked"]), ("in flight", None, True))
+                stream.close()
+            late = control(server, "GET /_fake/requests?wait=2&timeout=0")
+            self.assertEqual((late.status, late.error["message"]), (504, "1 of 2 requests came in 0 s."))
+
+    def test_errors(self) -> None:
+        """What went wrong is told by kind; an error that was the wanted answer is none."""
+
+        def handler(request: Request) -> Any:
+            raise {"bug": ZeroDivisionError("oh"), "wanted": rate_limit()}[request.text]
+
+        with controlled(handler) as server:
+            call(server, chat("bug"))
+            call(server, chat("wanted"))
+            call(server, chat(messages=[]))
+            get(server, "/nothing")
+            call(server, {"model": "m"}, PATHS["responses"])
+            control(server, "POST /_fake/answers", ["a", "b"])
+            told = [(each["kind"], each["number"]) for each in listed(server, "GET /_fake/errors")]
+        self.assertEqual(told, [("failed", 1), ("refused", 3), ("refused", 4), ("refused", 5), ("left_over", None)])
+
+    def test_other_sites(self) -> None:
+        """Pages of other origins get a 403, and on loopback a Host that is another's; with `cors` too."""
+        for cors in (False, True):
+            with controlled(cors=cors) as server:
+                for name, host, origin, status in (
+                    ("localhost", "localhost:8080", None, 200),
+                    ("address", "127.0.0.1", None, 200),
+                    ("other address", "127.9.9.9:1", "http://localhost:3000", 200),
+                    ("IPv6", "[::1]:8080", "http://[::1]:8080", 200),
+                    ("any case", "LOCALHOST", "https://LocalHost", 200),
+                    ("rebound", "evil.example", None, 403),
+                    ("rebound port", "evil.example:80", None, 403),
+                    ("begins like it", "localhost.evil.example", None, 403),
+                    ("ends like it", "evil-localhost", None, 403),
+                    ("looks like it", "127.0.0.1.evil.example", None, 403),
+                    ("other origin", "localhost", "http://evil.example", 403),
+                    ("origin like it", "localhost", "http://localhost.evil.example", 403),
+                    ("no origin", "localhost", "null", 403),
+                ):
+                    with self.subTest(name=name, cors=cors):
+                        fields = [f"Origin: {origin}"] if origin else []
+                        for route in ("GET /", "GET /_fake/requests", "POST /_fake/answers"):
+                            method, path = route.split()
+                            body = http_bytes(["a"] if method == "POST" else None, path, method, *fields)
+                            with Wire(server) as wire:
+                                sent = body.replace(b"Host: test", f"Host: {host}".encode())
+                                self.assertEqual(wire.send(sent).answer().status, status)
+        with controlled(host="0.0.0.0") as server:
+            self.assertEqual(call(server, None, "/", "GET").status, 200)
+
+    def test_keys(self) -> None:
+        """Looking needs no key; queueing and deleting need the server's, which is no session then."""
+        with controlled(api_key="k") as server:
+            for route in openai_fake._CONTROLS:
+                if "events" not in route:
+                    with self.subTest(name=route):
+                        reads = route.startswith("GET")
+                        self.assertEqual(control(server, route, ["a"]).status, 200 if reads else 401)
+                        self.assertEqual(control(server, route, ["a"], "api-key: k").status, 200)
+            control(server, "POST /_fake/answers", ["Mine"])
+            control(server, "POST /_fake/answers", ["Mine"], "api-key: k", "x-fake-session: mine")
+            fields = ("api-key: k", "x-fake-session: mine")
+            self.assertEqual(content(call(server, chat(), "", "POST", *fields)), "Mine")
+
+    def test_events(self) -> None:
+        """The events tell each request as it comes, its text as it is streamed, and how it ended; the old ones first."""
+        stream = Stream()
+        with controlled(Script("Old", stream)) as server:
+            call(server, chat("Old one"))
+            with Wire(server) as wire:
+                wire.send(http_bytes(None, "/_fake/events", "GET").replace(b"Host: test", b"Host: localhost"))
+
+                def until(true: Callable[[Any], bool]) -> Any:
+                    """The next event of which that is true."""
+                    while not true(event := json.loads(wire.until(b"\n\n").partition(b"data: ")[2])):
+                        pass
+                    return event
+
+                self.assertEqual(until(lambda event: event["answer"])["answer"][0]["text"], "Old")
+                with asking(server) as asker:
+                    came = until(lambda event: event["number"] == 2)
+                    self.assertEqual((came["messages"][0]["text"], came["answer"]), ("Hi", []))
+                    for text in ("So ", "far"):
+                        stream.send(text)
+                        came = until(lambda event: event["answer"] and event["answer"][0]["text"].endswith(text))
+                        self.assertEqual((came["outcome"], came["seconds"]), ("in flight", None))
+                    stream.close()
+                    asker.answer()
+                    came = until(lambda event: event["outcome"] != "in flight")
+                    self.assertEqual((came["number"], came["outcome"], came["status"]), (2, "answered", 200))
+                    self.assertEqual(came["answer"][0]["text"], "So far")
+
+    def test_stop(self) -> None:
+        """stop() ends who follows or waits, within its bound."""
+        wires: list[Wire] = []
+        with controlled() as server:
+            for path in ("/_fake/events", "/_fake/requests?wait=1&timeout=60"):
+                wires.append(Wire(server))
+                wires[-1].send(http_bytes(None, path, "GET").replace(b"Host: test", b"Host: localhost"))
+            wires[0].until(b"\r\n\r\n")
+            began = time.monotonic()
+        self.assertLess(time.monotonic() - began, 1.5)
+        for wire in wires:
+            with wire:
+                self.assertNotIn(b'"data"', wire.rest())
+
+    def test_keep(self) -> None:
+        """Sessions are bounded as all that is kept."""
+        with controlled(keep=3) as server:
+            for number in range(10):
+                control(server, "POST /_fake/answers", ["a"], f"x-fake-session: {number}")
+            self.assertEqual([*server._control.queues], ["7", "8", "9"])  # type: ignore[union-attr]
+
+
+class Browser:
+    """A headless Chromium, driven through pipes: each command, and each answer, is JSON that ends with a NUL."""
+
+    def __init__(self, test: unittest.TestCase, path: str) -> None:
+        (theirs, self.write), (self.read, back) = os.pipe(), os.pipe()
+        profile = tempfile.mkdtemp()
+        test.addCleanup(shutil.rmtree, profile, ignore_errors=True)
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={profile}",
+            "--remote-debugging-pipe",
+        ]
+        begin = f"import os, sys; os.dup2({theirs}, 3); os.dup2({back}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", begin, path, *options]
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, pass_fds=(theirs, back), **quiet)
+        os.close(theirs)
+        os.close(back)
+        test.addCleanup(self.end)
+        self.buffer, self.number, self.session = b"", 0, ""
+        target = self.tell("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def tell(self, method: str, **params: Any) -> Any:
+        """Gives a command, and returns its result; events between are skipped."""
+        self.number += 1
+        where = {"sessionId": self.session} if self.session else {}
+        os.write(
+            self.write, json.dumps({"id": self.number, "method": method, "params": params, **where}).encode() + b"\0"
+        )
+        while True:
+            message, nul, rest = self.buffer.partition(b"\0")
+            if not nul:
+                data = within(3 * PATIENCE, os.read, self.read, 1 << 20)
+                if not data:
+                    raise AssertionError("the browser has ended")
+                self.buffer += data
+                continue
+            self.buffer, answer = rest, json.loads(message)
+            if answer.get("id") == self.number:
+                if "error" in answer:
+                    raise AssertionError(answer["error"])
+                return answer["result"]
+
+    def evaluate(self, source: str) -> Any:
+        result = self.tell("Runtime.evaluate", expression=source, awaitPromise=True, returnByValue=True)["result"]
+        return result.get("value", result)
+
+    def until(self, condition: str) -> None:
+        """Waits until an expression is true, looking after each change of the page."""
+        look = f"const look = () => ({condition}) && resolve(true)"
+        watch = "new MutationObserver(look).observe(document, {subtree: true, childList: true, characterData: true})"
+        give_up = f"setTimeout(() => resolve(document.body.innerText), {PATIENCE * 1000})"
+        found = self.evaluate(f"new Promise(resolve => {{ {look}; {watch}; look(); {give_up} }})")
+        if found is not True:
+            raise AssertionError(f"never was {condition}, but: {found}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write)
+        os.close(self.read)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+
+
+class PageTest(unittest.TestCase):
+    def test_no_external_file(self) -> None:
+        """The page is one file, and its policy lets it load nothing from elsewhere."""
+        with controlled() as server:
+            answer = control(server, "GET /")
+        self.assertEqual((answer.status, answer.headers["content-type"]), (200, "text/html; charset=utf-8"))
+        self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
+        self.assertNotRegex(answer.body.decode(), r"(?:src|href)=(?!\"data:)|https?://|innerHTML")
+        self.assertLessEqual(answer.body.count(b"\n"), 150)
+
+    @unittest.skipUnless(CHROMIUM and sys.platform != "win32", "there is no Chromium")
+    def test_in_a_browser(self) -> None:
+        """The page shows requests as they come, the newest first, and their text as it is streamed, in light and dark."""
+        stream, evil = Stream(), "<img src=x onerror=document.title='evil'>"
+        with controlled(Script("First answer", stream, ToolCall("f", {"a": 1}))) as server:
+            browser = Browser(self, CHROMIUM)
+            browser.tell("Page.navigate", url=server.url + "/")
+            browser.until("document.querySelector('[role=status]')?.textContent === 'live'")
+            call(server, chat("First question"))
+            browser.until("document.querySelector('main').innerText.includes('First answer')")
+            tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}]
+            with asking(server, text=evil, tools=tools):
+                browser.until("document.querySelector('main').innerText.includes('f(a)')")
+                stream.send("So far")
+                browser.until("document.querySelector('main .live')?.innerText.includes('So far')")
+                stream.send(", so good")
+                browser.until("document.querySelector('main .live')?.innerText.includes('So far, so good')")
+                stream.close()
+                browser.until("!document.querySelector('main .live')")
+            call(server, responses("Last question"))
+            browser.until("document.querySelector('main').innerText.includes('f({\"a\":1})')")
+            rows = browser.evaluate("[...document.querySelectorAll('nav button')].map(row => row.innerText)")
+            for row, said in zip(rows, ("Last question", evil, "First question"), strict=True):
+                self.assertIn(said, row)
+                self.assertIn("200", row)
+            self.assertEqual(browser.evaluate("document.title"), "openai_fake")
+            browser.evaluate("document.querySelector('nav button:last-child').click()")
+            browser.until("document.querySelector('main').innerText.includes('First answer')")
+            command = browser.evaluate("curl(all.get(1))")
+            if shutil.which("curl"):
+                server.handler = always("Again")
+                done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=PATIENCE, check=True)
+                self.assertEqual(json.loads(done.stdout)["choices"][0]["message"]["content"], "Again")
+                self.assertEqual(server.requests[-1].body, server.requests[0].body)
+            colours = set()
+            for scheme in ("light", "dark"):
+                browser.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+                colours.add(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
+                if path := os.environ.get("SCREENSHOTS"):
+                    shot = base64.b64decode(browser.tell("Page.captureScreenshot")["data"])
+                    Path(path, f"{scheme}.png").write_bytes(shot)
+            self.assertEqual(len(colours), 2)
+
+
 class CommandLineTest(unittest.TestCase):
     def test_banner(self) -> None:
         """The first line ends with the base URL; the environment variables to export follow."""
@@ -5954,7 +6603,7 @@ class ShownTextTest(unittest.TestCase):
         """Every kind of part is shown; one that has no words of its own by its repr."""
         parts = [openai_fake.Reasoning("Hm."), openai_fake.Text("Yes."), openai_fake.Disconnect()]
         lines = openai_fake._answer_text(parts).splitlines()
-        self.assertEqual([line.split()[1] for line in lines], ["reasoning", "answer", "Disconnect"])
+        self.assertEqual([line.split()[1] for line in lines], ["reasoning", "answer", "disconnect"])
 
     def test_banner_quoting(self) -> None:
         """What a shell would take apart is quoted."""
@@ -5966,7 +6615,7 @@ class ShownTextTest(unittest.TestCase):
     @staticmethod
     def message(role: str, text: str, arguments: str | None = None) -> Any:
         calls = [] if arguments is None else [openai_fake.ToolCall("get_weather", arguments, id="call_1")]
-        return SimpleNamespace(role=role, text=text, tool_calls=calls, tool_call_id=None)
+        return SimpleNamespace(role=role, text=text, content=text, tool_calls=calls, tool_call_id=None)
 
 
 # ---- The README and the docstrings -----------------------------------------------------------------------------------
