@@ -2130,40 +2130,22 @@ class _Sample:
         given = (
             _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
         )
-        for text in (given.ljust(least, "s"), *_FORMATS.values(), *_SHAPES):
+        runs = [each * count for count in range(1, 21) for each in "1aA"] if "pattern" in schema else []
+        for text in (given.ljust(least, "s"), *_FORMATS.values(), *_SHAPES.split(), *runs):
             if least <= len(text) <= most and re.search(schema.get("pattern", ""), text):
                 return text
         return self.fail(schema, "a text of that length, format and pattern")
 
 
 _CHOICES: dict[str, Callable[[_Sample, Any, int], list[Any]]] = {
-    "$ref": _Sample.target,
-    "allOf": lambda sample, schemas, depth: schemas,
-    "anyOf": _Sample.choose,
-    "oneOf": _Sample.choose,
-}
+    "$ref": _Sample.target, "allOf": lambda _, schemas, depth: schemas, "anyOf": _Sample.choose, "oneOf": _Sample.choose
+}  # fmt: skip
 _MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
-    "object": _Sample.object,
-    "array": _Sample.array,
-    "string": _Sample.string,
-    "number": _Sample.number,
-    "integer": _Sample.number,
-    "boolean": lambda sample, schema, depth: sample.rng.random() < 0.5,
-    "null": lambda sample, schema, depth: None,
-}
+    "object": _Sample.object, "array": _Sample.array, "string": _Sample.string, "number": _Sample.number,
+    "integer": _Sample.number, "boolean": lambda sample, *_: sample.rng.random() < 0.5, "null": lambda *_: None,
+}  # fmt: skip
 _IMPLIED = {"properties": "object", "items": "array", "minimum": "number", "maximum": "number"}  # by what has no type
-# tried where there is a pattern: of one kind of character, then mixed
-_SHAPES = [each * count for count in range(1, 21) for each in "1aA"] + [
-    "A1",
-    "a1",
-    "AB-123",
-    "a-b",
-    "a_b",
-    "1.0.0",
-    "1.5",
-    "+1415555",
-    "#a1",
-]
+_SHAPES = "A1 a1 AB-123 a-b a_b 1.0.0 1.5 +1415555 #a1b2c3 12:30"  # tried where there is a pattern
 
 
 def _wanted_tool(request: Request) -> Tool | None:
@@ -4525,16 +4507,9 @@ def _said_in(value: Any) -> list[_Part]:
 
 
 def _attached(message: Message) -> list[str]:
-    """What a message holds beside text, images and files: the kind, and the size of data or else the address."""
-    found: list[str] = []
-    for part in map(_dict, _list(message.content)):
-        kind = _string(part.get("type"))
-        about = _dict(part.get(kind)) or part  # Chat Completions nests it
-        for data in (about.get(key) for key in ("url", "image_url", "data", "file_data", "file_url", "file_id")):
-            if isinstance(data, str):
-                inline = not data.startswith(("http", "file-"))
-                found.append(f"[{kind}: {f'{len(data) * 3 // 4:,} bytes' if inline else data}]")
-    return found
+    """What a message holds beside text, images and files: the kind, and how large it is as JSON."""
+    parts = [part for part in map(_dict, _list(message.content)) if "text" not in part]
+    return [f"[{part.get('type')}: {len(_dumps(part)):,} characters]" for part in parts]
 
 
 def _tool_words(request: Request) -> list[str]:
@@ -4774,104 +4749,80 @@ _PAGE = r"""<!doctype html>
     --mark: #0b63ce; --good: #157347; --warn: #8a5a00; --bad: #b42318 }
   @media (prefers-color-scheme: dark) { :root { --back: #17171a; --soft: #212126; --line: #36363d; --text: #ececf0;
     --dim: #a0a0ab; --mark: #6cb2ff; --good: #5fce95; --warn: #e5b454; --bad: #ff8a80 } }
-  * { box-sizing: border-box }
-  body { margin: 0; height: 100vh; display: grid; grid: auto 1fr / minmax(15rem, 24rem) 1fr; color: var(--text);
+  * { box-sizing: border-box; border: 0 solid var(--line) }
+  body { margin: 0; height: 100vh; display: grid; grid: auto 1fr / minmax(12rem, 24rem) 1fr; color: var(--text);
     background: var(--back); font: 14px/1.45 system-ui, sans-serif }
-  header { grid-column: 1 / 3; padding: .6rem 1rem; border-bottom: 1px solid var(--line); display: flex; gap: 1rem }
-  header span:last-child { margin-left: auto }
-  nav, main { overflow: auto; min-width: 0 }
-  nav { border-right: 1px solid var(--line); background: var(--soft) }
-  main { padding: 1rem 1.25rem }
+  header { grid-column: 1 / 3; padding: .6rem 1rem; border-bottom-width: 1px; display: flex; gap: 1rem }
+  nav, main { overflow: auto } main { padding: 1rem 1.25rem } nav { border-right-width: 1px; background: var(--soft) }
   nav button { display: grid; grid-template-columns: 1fr auto; gap: 0 .75rem; width: 100%; padding: .5rem 1rem;
-    border: 0; border-bottom: 1px solid var(--line); background: none; color: inherit; font: inherit; text-align: left }
+    border-bottom-width: 1px; background: none; color: inherit; font: inherit; text-align: left }
   nav button[aria-current=true] { background: var(--back); box-shadow: inset 3px 0 var(--mark) }
   nav span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
   .dim, h2 { color: var(--dim) } .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
   h1 { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: .8rem; margin: 1.25rem 0 .25rem }
+  .part { display: grid; grid-template-columns: 6rem 1fr; gap: .75rem; padding: .35rem 0; border-top-width: 1px }
   pre { margin: 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-  .part { display: grid; grid-template-columns: 6rem 1fr; gap: .75rem; padding: .35rem 0;
-    border-top: 1px solid var(--line) }
-  .live > :last-child pre::after { content: "▍"; color: var(--mark) }
-  .copy { float: right; font: inherit; padding: .2rem .7rem }
-  @media (max-width: 40rem) { body { grid: auto 35vh 1fr / 1fr } header { grid-column: 1 } }
+  .live > :last-child pre::after { content: "▍"; color: var(--mark) } .copy { float: right; padding: .3rem .7rem }
 </style>
-<header><b>openai_fake</b><span class="dim" id="url"></span><span class="dim" role="status">connecting</span></header>
-<nav aria-label="Requests, the newest first"></nav>
-<main><p class="dim">No request has come yet.</p></main>
+<header><b>openai_fake</b><span class="dim" role="status">connecting</span></header>
+<nav aria-label="Requests, the newest first"></nav><main></main>
 <script>
   const [list, main, state] = ["nav", "main", "[role=status]"].map(name => document.querySelector(name))
-  const all = new Map()  // exchanges by number, each with its row
+  const all = new Map()  // requests by number, each with its row
   let picked = null  // the number that was clicked; else the newest is shown
-  document.querySelector("#url").textContent = location.origin + "/v1"
-
-  function make(tag, kind, ...children) {
-    const made = document.createElement(tag)
-    made.className = kind
+  function make(tag, className, ...children) {
+    const made = Object.assign(document.createElement(tag), {className})
     made.append(...children)
     return made
   }
   const hue = each => !each.status ? "warn" : each.status < 400 ? "good" : each.status < 500 ? "warn" : "bad"
-  const tokens = used => used ? `${used.prompt_tokens}+${used.completion_tokens} tokens` : ""
-  const seconds = each => each.seconds == null ? "…" : `${each.seconds.toFixed(3)} s`
-  const clock = each => new Date(each.time * 1000).toLocaleTimeString()
-  const part = (label, ...texts) => make("div", "part", make("span", "dim", label), make("pre", "", ...texts))
-
+  const seconds = each => each.seconds === null ? "…" : `${each.seconds.toFixed(3)} s`
+  const part = (label, text) => make("div", "part", make("span", "dim", label), make("pre", "", text))
+  const titled = (title, parts) => parts.length ? [make("h2", "", title), ...parts] : []
   function said({type, ...fields}) {  // a part of an answer: its text, or else all of its fields
     if ("name" in fields) return part("call", `${fields.name}(${fields.arguments ?? fields.input ?? ""})`)
-    const text = fields.text ?? fields.summary ?? fields.query
-    return part(type.toLowerCase(), text ?? JSON.stringify(fields))
+    return part(type.toLowerCase(), fields.text ?? fields.summary ?? fields.query ?? JSON.stringify(fields))
   }
-
-  function curl(each) {
+  function curl({method, path, query, body}) {
     const quoted = text => "'" + text.replaceAll("'", "'\\''") + "'"
-    const json = "-H 'content-type: application/json'"
-    const body = each.method === "POST" ? [json, "-d", quoted(JSON.stringify(each.body))] : []
-    const url = location.origin + each.path + (each.query && "?" + each.query)
-    const key = '-H "authorization: Bearer $OPENAI_API_KEY"'
-    return ["curl", "-N", "-X", each.method, quoted(url), key, ...body].join(" ")
+    const json = `-H 'content-type: application/json' -d ${quoted(JSON.stringify(body))}`
+    return `curl -NX ${method} ${quoted(location.origin + path + (query && "?" + query))} ` +
+      `-H "authorization: Bearer $OPENAI_API_KEY" ${method === "POST" ? json : ""}`
   }
-
   function drawRow(each) {
+    const asked = each.messages.findLast(message => message.role === "user")?.text
     each.row.replaceChildren(
       make("span", "", each.model || `${each.method} ${each.path}`), make("span", hue(each), each.status ?? "…"),
-      make("span", "dim", each.messages.findLast(message => message.role === "user")?.text || each.api || each.path),
-      make("span", "dim", seconds(each)))
+      make("span", "dim", asked || each.api || each.path), make("span", "dim", seconds(each)))
   }
-
   function drawDetail() {
     const each = all.get(picked) ?? all.get(Math.max(...all.keys()))
     for (const other of all.values()) other.row.setAttribute("aria-current", other === each)
-    if (!each) return main.replaceChildren(make("p", "dim", "No request has come yet."))
+    if (!each) return main.replaceChildren("No request has come yet.")
     const copy = make("button", "copy", "copy as curl")
-    copy.onclick = async () => {
-      try { await navigator.clipboard.writeText(curl(each)); copy.textContent = "copied" }
-      catch { prompt("The command:", curl(each)) }
-    }
+    copy.onclick = () => navigator.clipboard.writeText(curl(each)).then(() => copy.textContent = "copied")
     const used = each.answer.find(({type}) => type === "Usage"), answered = each.answer.filter(each => each !== used)
-    const facts = [clock(each), each.api, each.stream ? "stream" : "json", seconds(each), tokens(used)]
-    const failed = each.seconds != null && each.outcome !== "answered"
-    const answer = make("section", each.seconds == null ? "live" : "", ...answered.map(said))
+    const facts = [each.model, new Date(each.time * 1000).toLocaleTimeString(), each.api, each.stream && "stream",
+      seconds(each), used && `${used.prompt_tokens}+${used.completion_tokens} tokens`]
     const conversation = each.messages.flatMap(({role, text, attached, calls}) =>
       [...(text || attached.length ? [part(role, [text, ...attached].join("\n"))] : []), ...calls.map(said)])
-    const status = make("span", hue(each), each.status ?? "…")
-    main.replaceChildren(copy, make("h1", "", `${each.method} ${each.path} `, status),
-      make("div", "dim", [each.model, ...facts].filter(Boolean).join(" · ")),
-      ...(each.tools.length ? [make("h2", "", "Tools"), make("pre", "", each.tools.join("\n"))] : []),
-      ...(conversation.length ? [make("h2", "", "Conversation"), ...conversation] : []),
-      make("h2", "", "Answer"), answer, ...(failed ? [make("p", "bad", each.outcome)] : []))
+    main.replaceChildren(copy,
+      make("h1", "", `${each.method} ${each.path} `, make("span", hue(each), each.status ?? "…")),
+      make("div", "dim", facts.filter(Boolean).join(" · ")),
+      ...titled("Tools", each.tools.map(tool => make("pre", "", tool))),
+      ...titled("Conversation", conversation), make("h2", "", "Answer"),
+      make("section", each.seconds === null ? "live" : "", ...answered.map(said)),
+      make("p", "bad", each.seconds && each.outcome !== "answered" ? each.outcome : ""))
   }
-
   const events = new EventSource("/_fake/events")
   events.onopen = () => { all.clear(); list.replaceChildren(); state.textContent = "live"; drawDetail() }
-  events.onerror = () => { state.textContent = "not connected" }
+  events.onerror = () => state.textContent = "not connected"
   events.onmessage = ({data}) => {
     const news = JSON.parse(data), each = all.get(news.number) ?? {row: make("button", "")}
-    if (!each.number) {
-      each.row.onclick = () => { picked = picked === news.number ? null : news.number; drawDetail() }
-      list.prepend(each.row)
-      if (all.size >= 500) list.lastChild.remove(), all.delete(Math.min(...all.keys()))
-    }
+    if (!each.number) list.prepend(each.row)
+    each.row.onclick = () => { picked = picked === news.number ? null : news.number; drawDetail() }
     all.set(news.number, Object.assign(each, news))
+    if (all.size > 500) list.lastChild.remove(), all.delete(all.keys().next().value)
     drawRow(each)
     if (picked === null || picked === each.number) drawDetail()
   }
@@ -6092,7 +6043,7 @@ _HUES = {2: "32", 4: "33"}  # SGR colours by the hundreds of a status: green, ye
 _SHOWN = 2_000  # characters of one message that --verbose shows; a prompt may be megabytes
 _BACKLOG = 1_000  # pieces of output that wait for a slow reader; beyond that, they are dropped
 _TICK = 0.1  # seconds between looks at whether a client has left; a person does not notice
-_SETTINGS = ("host", "port", "api_key", "validate", "strict", "ttft", "itl", "models", "cors", "seed")  # the server's
+_SETTINGS = ("host", "port", "api_key", "strict", "ttft", "itl", "models", "cors", "seed")  # the server's
 _PROMPT = "< "
 
 
@@ -6377,10 +6328,6 @@ _HELP = (
 ) + "".join(f"  {usage:<22} {effect}\n" for _, usage, effect in _COMMANDS.values())
 
 
-def _nobody() -> APIError:
-    return APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"})
-
-
 class _Operator:
     """The handler of --interactive: a person at the terminal is the model, for one conversation at a time."""
 
@@ -6395,8 +6342,6 @@ class _Operator:
     def __call__(self, request: Request) -> Stream | APIError:
         turn = _Turn(request, self._over)
         with self._lock:
-            if self._ended and not self._ahead:
-                raise _nobody()
             self._turns.append(turn)
             if self._turns[0] is turn:
                 self._begin(turn)
@@ -6413,6 +6358,8 @@ class _Operator:
         self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
         while self._ahead and not turn.over:
             self._obey(turn, self._ahead.popleft())
+        if self._ended and not turn.over:
+            self._finish(turn)
 
     def _over(self, turn: _Turn) -> None:
         with self._lock:
@@ -6444,10 +6391,14 @@ class _Operator:
             self._console.write("The input has ended: from now on, requests get a 503.\n")
             self._ended = True
             for turn in reversed(self._turns):
-                if turn.said and not turn.over:
-                    turn.end()
-                elif not turn.over:
-                    turn.reject(_nobody())
+                if not turn.over:
+                    self._finish(turn)
+
+    def _finish(self, turn: _Turn) -> None:
+        if turn.said:
+            turn.end()
+        else:
+            turn.reject(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
 
     def _lines(self) -> Iterator[str]:
         if self._stdin is None:  # the shell closed it (<&-)
@@ -6483,6 +6434,7 @@ class _Operator:
             turn.say(Text(text[:-1] if text.endswith("\\") else text + "\n"))
 
 
+# What --help shows, and what there is: the parser has the options that stand here.
 _USAGE = """\
 usage: python -m openai_fake [OPTION]...
 
@@ -6497,15 +6449,25 @@ A server that answers like OpenAI's API. It repeats what the user said, or says
   --api-key KEY               refuse other keys than this
   --cors                      let web pages of any origin call
   --models NAME,NAME          what GET /v1/models lists
-  --strict, --no-validate     refuse also unknown parameters and models; nothing
-  --ttft, --itl SECONDS       time to the first token, and between tokens
-  --error-rate 429=0.1,...    answer so many of the requests with that status
-  --seed SEED                 make ids, --auto and --error-rate reproducible
+  --strict, --no-validate     refuse unknown parameters and models, too; nothing
+  --ttft SECONDS              time to the first token
+  --itl SECONDS               time between tokens
+  --error-rate STATUS=RATE    fail so many of the requests: 429=0.1,500=0.01
+  --seed SEED                 make ids, and all that is random, the same each time
   --dump FILE.jsonl           append each request and its answer
-  --log text|json             the form of the line per request
-  --quiet, --verbose          no such lines; also conversations and tracebacks
+  --log FORMAT                of the line per request: text, or json
+  --quiet, --verbose          no such line; conversations and tracebacks, too
   --version, --help
 """
+_DEFAULTS: _JSON = {
+    "host": "127.0.0.1",
+    "port": 8080,
+    "tokens": 32,
+    "ttft": 0.0,
+    "itl": 0.0,
+    "error-rate": {},
+    "log": "text",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -6538,29 +6500,16 @@ def _parser() -> argparse.ArgumentParser:
         return found
 
     parser = Parser(prog="python -m openai_fake", allow_abbrev=False)
-    option = parser.add_argument
-    option("--version", action="version", version=f"openai_fake {__version__}")
-    option("--host", default="127.0.0.1")
-    option("--port", type=port, default=8080)
-    answers, loudness = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    answers.add_argument("--reply", metavar="TEXT")
-    answers.add_argument("--handler", metavar="FILE.py:NAME")
-    answers.add_argument("--interactive", action="store_true")
-    answers.add_argument("--auto", action="store_true")
-    option("--tokens", type=int, default=32, metavar="N")
-    option("--ttft", type=seconds, default=0.0, metavar="SECONDS")
-    option("--itl", type=seconds, default=0.0, metavar="SECONDS")
-    option("--error-rate", type=rates, default={}, metavar="STATUS=RATE")
-    option("--api-key", metavar="KEY")
-    option("--models", type=names, metavar="NAME,NAME")
-    option("--no-validate", action="store_false", dest="validate")
-    option("--seed", type=int)
-    option("--dump", type=_dumper, metavar="FILE.jsonl")
-    option("--log", choices=("text", "json"), default="text", metavar="text|json")
-    for name in ("--cors", "--strict", "--reuse-port"):
-        option(name, action="store_true")
-    for name in ("--quiet", "--verbose"):
-        loudness.add_argument(name, action="store_true")
+    parser.add_argument("--version", action="version", version=f"openai_fake {__version__}")
+    one, other = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    groups = dict.fromkeys(("reply", "handler", "interactive", "auto"), one) | {"quiet": other, "verbose": other}
+    types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
+    types |= {"STATUS=RATE": rates, "FILE.jsonl": _dumper}
+    for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
+        more: _JSON = {"metavar": takes, "type": types.get(takes, str), "default": _DEFAULTS.get(name)}
+        more["choices"] = ("text", "json") if name == "log" else None
+        more = more if takes else {"action": "store_true"}
+        groups.get(name, parser).add_argument(f"--{name}", **more)
     return parser
 
 
@@ -6605,7 +6554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:  # whatever the handler's file does as it is loaded, Ctrl-C meanwhile too
         parser.error(f"--handler {options.handler}: {_error_words(error)}")
     settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
-    settings["keep"] = 1_000  # the journal of a service must not grow for ever
+    settings |= {"validate": not options.no_validate, "keep": 1_000}  # the journal of a service must not grow for ever
     operator = handler if isinstance(handler, _Operator) else None
     interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is reentrant; an Event's set() is not
 

@@ -4712,11 +4712,11 @@ class AutoTest(unittest.TestCase):
     def test_tools(self) -> None:
         """It calls the first tool, or the forced one, with arguments that fit; not one that has answered already."""
         names = ("first", "second")
-        parameters = SCHEMAS["strict object"]
+        parameters, tools = SCHEMAS["strict object"], list[Any]()
         for api in PATHS:
             flat = [{"type": "function", "name": name, "parameters": parameters} for name in names]
             nested = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in names]
-            tools: Any = nested if api == "chat.completions" else flat
+            tools = nested if api == "chat.completions" else flat
             forced = {"type": "function", "function": {"name": "second"}, "name": "second"}
             some: dict[str, Any] = {
                 "type": "allowed_tools",
@@ -6059,32 +6059,31 @@ class ControlTest(LeakTest):
             self.assertEqual(content(call(server, chat(), "", "POST", *fields)), "Mine")
 
     def test_events(self) -> None:
-        """The events tell each request as it comes, its text as it is streamed, and how it ended; the old ones first."""
+        """The events tell each request as it comes, its text as it is streamed, and its end; the old ones first."""
         stream = Stream()
         with controlled(Script("Old", stream)) as server:
             call(server, chat("Old one"))
             with Wire(server) as wire:
                 wire.send(http_bytes(None, "/_fake/events", "GET").replace(b"Host: test", b"Host: localhost"))
 
-                def until(true: Callable[[Any], bool]) -> Any:
-                    """The next event of which that is true."""
-                    while not true(event := json.loads(wire.until(b"\n\n").partition(b"data: ")[2])):
+                def until(words: str) -> Any:
+                    """The next event that has these words."""
+                    while words not in (event := wire.until(b"\n\n").decode()):
                         pass
-                    return event
+                    return json.loads(event.partition("data: ")[2])
 
-                self.assertEqual(until(lambda event: event["answer"])["answer"][0]["text"], "Old")
+                self.assertEqual(until('"text":"Old"')["number"], 1)
                 with asking(server) as asker:
-                    came = until(lambda event: event["number"] == 2)
+                    came = until('"number":2')
                     self.assertEqual((came["messages"][0]["text"], came["answer"]), ("Hi", []))
                     for text in ("So ", "far"):
                         stream.send(text)
-                        came = until(lambda event: event["answer"] and event["answer"][0]["text"].endswith(text))
+                        came = until(text + '"')
                         self.assertEqual((came["outcome"], came["seconds"]), ("in flight", None))
                     stream.close()
                     asker.answer()
-                    came = until(lambda event: event["outcome"] != "in flight")
-                    self.assertEqual((came["number"], came["outcome"], came["status"]), (2, "answered", 200))
-                    self.assertEqual(came["answer"][0]["text"], "So far")
+                    came = until('"outcome":"answered"')
+                    self.assertEqual((came["number"], came["status"], came["answer"][0]["text"]), (2, 200, "So far"))
 
     def test_stop(self) -> None:
         """stop() ends who follows or waits, within its bound."""
@@ -6189,7 +6188,7 @@ class PageTest(unittest.TestCase):
 
     @unittest.skipUnless(CHROMIUM and sys.platform != "win32", "there is no Chromium")
     def test_in_a_browser(self) -> None:
-        """The page shows requests as they come, the newest first, and their text as it is streamed, in light and dark."""
+        """The page shows requests as they come, the newest first, and text as it is streamed, in light and dark."""
         stream, evil = Stream(), "<img src=x onerror=document.title='evil'>"
         with controlled(Script("First answer", stream, ToolCall("f", {"a": 1}))) as server:
             browser = Browser(self, CHROMIUM)
@@ -6381,6 +6380,124 @@ class CommandLineTest(unittest.TestCase):
             path.write_text("def answer(request): return 'another'\n", "utf-8")
             self.assertEqual(caller.said(), "another")
 
+    def test_help_fits_a_screen(self) -> None:
+        """--help is no longer than a terminal, nor wider, and names every option."""
+        lines = refused("--help").stdout.splitlines()
+        self.assertLessEqual((len(lines), max(map(len, lines))), (23, 80))  # the 24th has the prompt
+        for each in openai_fake._parser()._actions:
+            self.assertIn(each.option_strings[-1], "\n".join(lines))
+
+    def test_more_bad_options(self) -> None:
+        """So do the other options say in one line what cannot be done; a handler's file names its own place."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "faulty.py")
+            path.write_text("def answer(request): ...\n\n1 // 0\n", "utf-8")
+            for arguments, named in (
+                (["--dump", f"{directory}/no/such/file"], "no/such/file"),
+                (["--error-rate", "200=1"], "'200=1'"),
+                (["--error-rate", "429=two"], "429=two"),
+                (["--handler", f"{path}:answer"], "ZeroDivisionError: integer division or modulo by zero (faulty.py:3"),
+                (["--log", "xml"], "xml"),
+                (["--auto", "--reply", "a"], "--reply"),
+            ):
+                with self.subTest(arguments=arguments):
+                    result = refused(*arguments)
+                    self.assertEqual((result.returncode, result.stdout, result.stderr.count("\n")), (2, "", 1))
+                    self.assertIn(named, result.stderr)
+
+    def test_auto(self) -> None:
+        """--auto answers texts of --tokens; with --seed it answers the same again, ids too."""
+        said: list[Any] = []
+        for _ in range(2):
+            caller = Caller(self, Program(self, "--auto", "--tokens", "7", "--seed", "3").url())
+            caller.send()
+            said.append(caller.receive()[1])
+        self.assertEqual(said[0]["usage"]["completion_tokens"], 7)
+        self.assertEqual([{**each, "created": 0} for each in said], [{**said[0], "created": 0}] * 2)
+
+    def test_strictness(self) -> None:
+        """--strict refuses an unknown model, --no-validate not even an unknown role."""
+        for arguments, model, role, status in (
+            (["--strict"], "none-such", "user", 404),
+            ([], "none-such", "user", 200),
+            ([], "gpt-4o", "clown", 400),
+            (["--no-validate"], "gpt-4o", "clown", 200),
+        ):
+            with self.subTest(arguments=arguments, model=model, role=role):
+                caller = Caller(self, Program(self, *arguments).url())
+                body = {"model": model, "messages": [{"role": role, "content": "Hi"}]}
+                caller.connection.request("POST", "/v1/chat/completions", json.dumps(body))
+                self.assertEqual(caller.receive()[0], status)
+
+    def test_error_rate(self) -> None:
+        """--error-rate fails so many requests, and with --seed the same ones."""
+        told = []
+        for _ in range(2):
+            caller = Caller(self, Program(self, "--error-rate", "429=0.3,500=0.2", "--seed", "5").url())
+            told.append([caller.said()[:3] for _ in range(60)])
+        self.assertEqual(told[0], told[1])
+        self.assertEqual(set(told[0]), {"429", "500", "Hel"})
+        self.assertGreater(told[0].count("429"), 6)
+
+    def test_dump(self) -> None:
+        """--dump appends a line for each exchange: what was asked and answered, without the key."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "dump.jsonl")
+            path.write_text("{}\n", "utf-8")
+            program = Program(self, "--reply", "Fine.", "--dump", str(path))
+            caller = Caller(self, program.url())
+            for text in ("How are you?", "And\u2028now?"):
+                caller.said(text)
+                program.until("chat.completions")  # then it was dumped too, for the line is put first
+            caller.said()  # whose exchange ends after those before
+            _, first, second, *_ = path.read_text("utf-8").split("\n")
+        self.assertEqual(json.loads(first)["body"]["messages"][0]["content"], "How are you?")
+        self.assertEqual(json.loads(first)["answer"][0], {"type": "Text", "text": "Fine."})
+        self.assertEqual(json.loads(second)["messages"][0]["text"], "And\u2028now?")
+
+    def test_log_json(self) -> None:
+        """--log json makes each line JSON that a terminal obeys nothing of; with --verbose it has all."""
+        for arguments in ((), ("--verbose",)):
+            with self.subTest(arguments=arguments):
+                program = Program(self, "--log", "json", *arguments)
+                Caller(self, program.url()).said("Hi\u009b")
+                line = program.until('"method"')
+                told = json.loads(line)
+                self.assertTrue(line.isascii())
+                self.assertEqual((told["model"], told["status"], told["outcome"]), ("gpt-4o", 200, "answered"))
+                self.assertEqual("body" in told, bool(arguments))
+
+    @unittest.skipUnless(hasattr(socket, "SO_REUSEPORT"), "this system cannot share a port")
+    def test_reuse_port(self) -> None:
+        """With --reuse-port several processes listen on one port; without, the second is refused."""
+        port = Program(self, "--reuse-port").url().rsplit(":", 1)[1].removesuffix("/v1")
+        result = refused("--port", port)
+        self.assertIn(port, result.stderr)
+        self.assertEqual(Program(self, "--reuse-port", "--port", port).url(), f"http://127.0.0.1:{port}/v1")
+
+    def test_verbose_request(self) -> None:
+        """--verbose shows tools, options, and images and files by their size."""
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 4000}}
+        linked = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+        file = {"type": "file", "file": {"file_data": "data:application/pdf;base64," + "A" * 40, "filename": "a.pdf"}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}, "b": {}}}}}]
+        messages = [{"role": "user", "content": [{"type": "text", "text": "See"}, image, linked, file]}]
+        shown = openai_fake._shown_request(
+            asked("chat.completions", model="m", messages=messages, tools=tools, temperature=0.5)
+        )
+        for words in (
+            "user       See\n",
+            "[image_url: 4,065 characters]",
+            "[image_url: 66 characters]",
+            "[file: 126 characters]",
+            "tools      f(a, b)",
+            "options    temperature=0.5",
+        ):
+            self.assertIn(words, shown)
+        parts = [{"type": "input_image", "image_url": "data:image/png;base64," + "A" * 4000}]
+        shown = openai_fake._shown_request(asked("responses", **responses(input=[{"role": "user", "content": parts}])))
+        self.assertIn("[input_image: 4,061 characters]", shown)
+
     @POSIX
     def test_output_never_read(self) -> None:
         """A reader that stops reading its output holds up neither the answers nor the end."""
@@ -6530,6 +6647,140 @@ class InteractiveTest(unittest.TestCase):
         stdin.close()
         self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["content"], "So far\n")
         self.assertIn("503 ", self.caller.said())
+
+    def test_no_newline(self) -> None:
+        """A line that ends with a backslash is sent without its newline."""
+        self.program.type("One, \\", "two", "/end")
+        self.assertEqual(self.caller.said(), "One, two\n")
+
+    def test_broken_call(self) -> None:
+        """/call with broken JSON is refused, with where it is broken; a custom tool's input may be anything."""
+        body = chat(tools=[{"type": "custom", "custom": {"name": "run"}}])
+        self.caller.connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        self.program.type('/call get_weather {"city": ', "/call run {print", "/end")
+        self.assertIn("char 8", self.program.until("usage: /call NAME JSON"))
+        [call] = self.caller.receive()[1]["choices"][0]["message"]["tool_calls"]
+        self.assertEqual(call["custom"], {"name": "run", "input": "{print"})
+
+    def test_finish(self) -> None:
+        """/finish ends the answer for that reason; one that there is not is refused."""
+        self.caller.send()
+        self.program.type("So", "/finish never", "/finish length")
+        self.program.until("usage: /finish REASON")
+        self.assertEqual(self.caller.receive()[1]["choices"][0]["finish_reason"], "length")
+
+    def test_refuse(self) -> None:
+        """/refuse answers with a refusal."""
+        self.program.type("/refuse Not that.")
+        self.caller.send()
+        self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["refusal"], "Not that.")
+
+    def test_others_wait(self) -> None:
+        """A request that has to wait for its turn is told, and shown with its tools when it comes."""
+        self.caller.send("First")
+        self.program.until("First")
+        second = Caller(self, self.url)
+        body = chat("Second", tools=[{"type": "function", "function": {"name": "f"}}], temperature=0.5)
+        second.connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        self.program.until("waits: 1 before it")
+        self.program.type("/end", "2", "/end")
+        self.program.until("Second")
+        self.program.until("f()")
+        self.program.until("temperature=0.5")
+        self.assertEqual(second.receive()[1]["choices"][0]["message"]["content"], "2\n")
+
+    def test_all_typed_before(self) -> None:
+        """A file of lines answers one request after the other, also when the input has ended long since."""
+        stdin: Any = self.program.process.stdin
+        self.program.type("1", "/end", "2", "/end")
+        stdin.close()
+        self.program.until("The input has ended")
+        self.assertEqual([self.caller.said() for _ in range(3)], ["1\n", "2\n", "503 Nobody is at the terminal."])
+
+
+@POSIX
+@unittest.skipUnless(find_spec("readline"), "there is no readline")
+class TerminalTest(unittest.TestCase):
+    """--interactive on a terminal: what is on the screen, by what was written to it."""
+
+    def setUp(self) -> None:
+        import pty
+
+        self.keys, theirs = pty.openpty()
+        self.addCleanup(os.close, self.keys)
+        self.modes = self.terminal_modes()
+        environ = {**os.environ, "TERM": "dumb", "NO_COLOR": "1"}
+        command = [*COMMAND, "--port", "0", "--interactive"]
+        self.process = subprocess.Popen(command, cwd=DIRECTORY, env=environ, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self.addCleanup(self.process.wait, PATIENCE)
+        self.addCleanup(self.process.kill)
+        self.shown = ""
+        self.url = self.until("/v1\r\n").split()[-1]
+        self.caller = Caller(self, self.url)
+        self.until("drops the connection\r\n")
+
+    def terminal_modes(self) -> Any:
+        import termios
+
+        return termios.tcgetattr(self.keys)[:4]
+
+    def type(self, text: str) -> None:
+        os.write(self.keys, text.encode())
+
+    def until(self, text: str) -> str:
+        """What is written up to and with a text."""
+        while text not in self.shown:
+            self.shown += within(PATIENCE, os.read, self.keys, 4096).decode()
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def test_editing(self) -> None:
+        """Lines are edited, and come again with the arrow up."""
+        self.type("Hellp\x7fo\r/end\r")
+        self.assertEqual(self.caller.said(), "Hello\n")
+        self.type("\x1b[A\x1b[A, again\r/end\r")
+        self.assertEqual(self.caller.said(), "Hello, again\n")
+
+    def test_log_line(self) -> None:
+        """A log line goes where the prompt was, and the prompt comes below it with what is typed so far."""
+        self.type("Half a")
+        self.until("Half a")
+        self.caller.connection.request("GET", "/v1/models")
+        self.caller.receive()
+        line = self.until("GET /v1/models")
+        self.assertIn("\r\x1b[K", line)
+        self.until("< Half a")
+        self.type(" line\r/end\r")
+        self.assertEqual(self.caller.said(), "Half a line\n")
+
+    def test_client_leaves(self) -> None:
+        """A line that was being typed as the client left is not the beginning of the next answer."""
+        self.caller.send("First", stream=True)
+        self.until("First")
+        self.type("So\r")
+        contents(self.caller.events(), "So\n")
+        self.type("For the fi")
+        self.until("For the fi")
+        self.caller.connection.close()
+        self.until("The client has left.")
+        self.type("rst\r")
+        self.until("not sent")
+        self.type("For the second\r/end\r")
+        self.assertEqual(Caller(self, self.url).said("Second"), "For the second\n")
+
+    def test_interrupt(self) -> None:
+        """SIGINT and SIGTERM end it while one types, quietly, and the terminal is as it was."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(signal=number.name):
+                self.setUp()
+                self.until("< ")
+                self.type("Half a")
+                self.until("Half a")
+                self.process.send_signal(number)
+                self.assertEqual(self.process.wait(PATIENCE), 0)
+                self.assertEqual(self.terminal_modes(), self.modes)
+                self.assertNotIn("Traceback", self.shown)
 
 
 class ShownTextTest(unittest.TestCase):
@@ -6688,6 +6939,19 @@ class ReadmeBlocksTest(unittest.TestCase):
             done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
+    @unittest.skipUnless(shutil.which("node"), "node is not installed")
+    def test_node_runs(self) -> None:
+        """The tests in JavaScript pass under Node."""
+        [script] = fenced("js")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "example.test.mjs")
+            path.write_text(script, "utf-8")
+            where = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": DIRECTORY}
+            command = ["node", "--test", str(path)]
+            done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertRegex(done.stdout, r"pass [1-9]")
+
     def test_streams_are_as_shown(self) -> None:
         """Both streams of the console block are what the server sends; `…` stands for anything."""
         [console] = fenced("console")
@@ -6726,6 +6990,11 @@ class ReadmeTablesTest(unittest.TestCase):
     def test_endpoints(self) -> None:
         """The table of endpoints has the routes of the module."""
         self.assertCountEqual([row[0] for row in table("Endpoints")], openai_fake._ENDPOINTS)
+
+    def test_control_routes(self) -> None:
+        """The table of control routes has those of the module."""
+        section = README.split("| Control route |")[1].split("\n\n")[0]
+        self.assertCountEqual(re.findall(r"^\| `(.*?)` ", section, re.MULTILINE), openai_fake._CONTROLS)
 
     def test_options(self) -> None:
         """The table of options has FakeOpenAI's keywords in their order, and their defaults."""
