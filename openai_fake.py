@@ -2086,6 +2086,12 @@ class _Sample:
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
 
+    def null(self, schema: _JSON, depth: int) -> None:
+        pass
+
+    def boolean(self, schema: _JSON, depth: int) -> bool:
+        return self.rng.random() < 0.5
+
     def object(self, schema: _JSON, depth: int) -> _JSON:
         more, required = schema.get("additionalProperties"), _list(schema.get("required"))
         properties = dict.fromkeys(required, more) | _dict(schema.get("properties"))
@@ -2142,7 +2148,7 @@ _CHOICES: dict[str, Callable[[_Sample, Any, int], list[Any]]] = {
 }  # fmt: skip
 _MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
     "object": _Sample.object, "array": _Sample.array, "string": _Sample.string, "number": _Sample.number,
-    "integer": _Sample.number, "boolean": lambda sample, *_: sample.rng.random() < 0.5, "null": lambda *_: None,
+    "integer": _Sample.number, "boolean": _Sample.boolean, "null": _Sample.null,
 }  # fmt: skip
 _IMPLIED = {"properties": "object", "items": "array", "minimum": "number", "maximum": "number"}  # by what has no type
 _SHAPES = "A1 a1 AB-123 a-b a_b 1.0.0 1.5 +1415555 #a1b2c3 12:30"  # tried where there is a pattern

@@ -6496,7 +6496,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertIn(words, shown)
         parts = [{"type": "input_image", "image_url": "data:image/png;base64," + "A" * 4000}]
         shown = openai_fake._shown_request(asked("responses", **responses(input=[{"role": "user", "content": parts}])))
-        self.assertIn("[input_image: 4,061 characters]", shown)
+        self.assertIn("[input_image: 4,059 characters]", shown)
 
     @POSIX
     def test_output_never_read(self) -> None:
