@@ -2171,7 +2171,8 @@ def auto(request: Request, *, tokens: int = 32) -> list[Text | ToolCall | Custom
 
     It calls the first tool, or what `tool_choice` names; after the tool's result, or without tools, it says an instance
     of the request's `json_schema`, or a text of so many `tokens`. With the server's `seed`, the same request gets the
-    same. Raises ValueError for a schema of which it cannot make an instance.
+    same. A custom tool gets words, whatever its grammar. Raises ValueError for a schema of which it cannot make an
+    instance.
     """
     connection = request._connection
     seed = None if connection is None else connection.server.fake.seed
@@ -4549,13 +4550,8 @@ def _became(request: Request) -> _JSON:
 def _entry(request: Request) -> _JSON:
     """All of it but keys, with the conversation and the tools in one form for both APIs."""
     messages = [
-        {
-            "role": each.role,
-            "text": each.text,
-            "attached": _attached(each),
-            "calls": [*map(_part_json, each.tool_calls)],
-        }
-        for each in request.messages
+        {"role": one.role, "text": one.text, "attached": _attached(one), "calls": [*map(_part_json, one.tool_calls)]}
+        for one in request.messages
     ]
     headers = {name: value for name, value in request.headers.items() if name not in _SECRET}
     told = {"headers": headers, "body": request.body, "messages": messages, "tools": _tool_words(request)}
@@ -4678,8 +4674,9 @@ def _reset(fake: FakeOpenAI, request: Request) -> _JSON:
         with control.lock:
             control.queues = {name: rest for name, rest in control.queues.items() if session not in ("", name)}
     else:
-        gone = control.of(session)
-        fake._journal = deque((each for each in fake.requests if each not in gone), fake._keep)
+        for each in control.of(session):
+            with suppress(ValueError):  # the journal is full, and has dropped it meanwhile
+                fake._journal.remove(each)
     return {"deleted": True}
 
 
@@ -4726,8 +4723,9 @@ class _Live(NamedTuple):
                 if became != last:
                     events.append(became if last else _entry(each))
                 told[number] = {} if over else became
+            frame = _http_chunk if connection.http11 else bytes
             if events:
-                connection.send(b"".join(_http_chunk(b"data: %b\n\n" % _utf8(_dumps(each))) for each in events))
+                connection.send(b"".join(frame(b"data: %b\n\n" % _utf8(_dumps(each))) for each in events))
             return _GLANCE if self.control.fake._flying else _LONGEST
 
         connection.send(connection.head(200, _EVENTS, _USUAL))
@@ -4735,8 +4733,9 @@ class _Live(NamedTuple):
 
 
 @_endpoint("GET /_fake/events", _CONTROLS)
-def _get_events(fake: FakeOpenAI, request: Request) -> _Live:
-    return _Live(_checked(fake, request)[0])
+def _get_events(fake: FakeOpenAI, request: Request) -> Any:
+    control, _ = _checked(fake, request)
+    return _Live(control) if request.method == "GET" else _HTTPResponse(b"", _EVENTS)
 
 
 @_endpoint("GET /", _CONTROLS)
@@ -6369,6 +6368,8 @@ class _Operator:
 
     def _over(self, turn: _Turn) -> None:
         with self._lock:
+            if turn not in self._turns:  # it was rejected as its client left
+                return
             first = self._turns[0] is turn
             self._turns.remove(turn)
             if first and not turn.over:
@@ -6410,11 +6411,13 @@ class _Operator:
         if self._stdin is None:  # the shell closed it (<&-)
             return
         if self._stdin.isatty() and self._console.terminal:
+            prompt = _PROMPT
             with suppress(ImportError):
                 import readline  # input() then edits lines, and has a history
 
                 self._console.typed = readline.get_line_buffer
-            prompt = f"\r\x01\x1b[K\x02{_PROMPT}" if self._console.typed else _PROMPT
+                if "libedit" not in str(readline.__doc__):  # which would show what is between \x01 and \x02
+                    prompt = f"\r\x01\x1b[K\x02{_PROMPT}"
             with suppress(EOFError):
                 while True:
                     yield input(prompt)
@@ -6466,14 +6469,8 @@ A server that answers like OpenAI's API. It repeats what the user said, or says
   --version, --help
 """
 _DEFAULTS: _JSON = {
-    "host": "127.0.0.1",
-    "port": 8080,
-    "tokens": 32,
-    "ttft": 0.0,
-    "itl": 0.0,
-    "error-rate": {},
-    "log": "text",
-}
+    "host": "127.0.0.1", "port": 8080, "tokens": 32, "ttft": 0.0, "itl": 0.0, "error-rate": {}, "log": "text",
+}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -6519,9 +6516,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _failing(
-    handler: Callable[[Request], Any], rates: Mapping[int, float], rng: random.Random
-) -> Callable[[Request], Any]:
+def _failing(handler: Handler, rates: Mapping[int, float], rng: random.Random) -> Handler:
     """A handler that fails at these rates, by status."""
 
     def answer(request: Request) -> Any:
