@@ -40,7 +40,7 @@ from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 from unittest import mock
 
 import openai_fake
@@ -4656,6 +4656,7 @@ SCHEMAS: dict[str, Any] = {
     "nullable": {"type": ["integer", "null"], "minimum": 3},
     "tree": {"$ref": "#/$defs/node", "$defs": {"node": NODE}},
     "itself": {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+    "itself, or not": {"type": "object", "properties": {"next": {"$ref": "#"}}},
     "all of": {"allOf": [{"type": "object", "required": ["a"]}, {"properties": {"a": {"type": "boolean"}}}]},
     "one of": {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 3}]},
     "mapping": {"type": "object", "additionalProperties": {"type": "number"}, "minProperties": 3},
@@ -5997,6 +5998,29 @@ class ControlTest(LeakTest):
                 stream.close()
             late = control(server, "GET /_fake/requests?wait=2&timeout=0")
             self.assertEqual((late.status, late.error["message"]), (504, "1 of 2 requests came in 0 s."))
+
+    def test_settled(self) -> None:
+        """Who has read a whole answer finds its request answered: one that is just ending is waited for."""
+        gate = threading.Event()
+        with controlled() as server:
+            ended, control_ = server._ended, cast(Any, server._control)
+            follow = control_.follow
+
+            def late(*arguments: Any) -> None:
+                gate.wait(WAIT)
+                ended(*arguments)
+
+            def opening(connection: Any, streams: bool, look: Callable[[], Any]) -> None:
+                if look() is not None:
+                    gate.set()
+                follow(connection, streams, look)
+
+            with mock.patch.object(server, "_ended", late), mock.patch.object(control_, "follow", opening):
+                try:
+                    call(server, chat())
+                    self.assertEqual(listed(server, "GET /_fake/requests")[0]["outcome"], "answered")
+                finally:
+                    gate.set()
 
     def test_errors(self) -> None:
         """What went wrong is told by kind; an error that was the wanted answer is none."""
