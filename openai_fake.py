@@ -6342,7 +6342,17 @@ class _Operator:
         self._turns: list[_Turn] = []  # the first has the terminal, the others wait
         self._ahead: deque[str] = deque()  # lines typed while nobody waited
         self._stale = self._ended = False  # the line being typed was for a client that has left; the input has ended
-        self.reading = False  # then a signal interrupts it
+        self.restore: Callable[[], object] = lambda: None  # gives the terminal back; who edits a line is not told
+        if stdin is not None and stdin.isatty():
+            with suppress(ImportError):
+                import termios
+
+                modes = termios.tcgetattr(stdin)
+                self.restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, modes)
+
+    def start(self) -> None:
+        self._console.write(_HELP)
+        threading.Thread(target=self._read, name="openai_fake operator", daemon=True).start()
 
     def __call__(self, request: Request) -> Stream | APIError:
         turn = _Turn(request, self._over)
@@ -6379,10 +6389,8 @@ class _Operator:
             if first and self._turns:
                 self._begin(self._turns[0])
 
-    def read(self) -> None:
-        """Obeys what is typed, until the input ends. A signal raises KeyboardInterrupt here."""
-        self.reading = True
-        self._console.write(_HELP)
+    def _read(self) -> None:
+        """Obeys what is typed, until the input ends."""
         for line in self._lines():
             with self._lock:
                 stale, self._stale = self._stale, False
@@ -6393,7 +6401,6 @@ class _Operator:
                     self._ahead.append(line)
                 else:
                     self._obey(turn, line)
-        self.reading = False
         with self._lock:
             self._console.write("The input has ended: from now on, requests get a 503.\n")
             self._ended = True
@@ -6417,13 +6424,14 @@ class _Operator:
 
                 self._console.typed = readline.get_line_buffer
                 if "libedit" not in str(readline.__doc__):  # which would show what is between \x01 and \x02
+                    readline.parse_and_bind("set enable-bracketed-paste off")  # nobody would end it
                     prompt = f"\r\x01\x1b[K\x02{_PROMPT}"
             with suppress(EOFError):
                 while True:
                     yield input(prompt)
             self._console.typed = None
             return
-        # A file of its own, without a buffer: its lines come at once.
+        # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
         with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
             for line in raw:
                 yield line.decode(errors="replace").rstrip("\r\n")
@@ -6556,17 +6564,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--handler {options.handler}: {_error_words(error)}")
     settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
     settings |= {"validate": not options.no_validate, "keep": 1_000}  # the journal of a service must not grow for ever
-    operator = handler if isinstance(handler, _Operator) else None
     interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is reentrant; an Event's set() is not
-
-    def interrupt(number: int, frame: object) -> None:
-        interrupts.put(number)
-        if operator is not None and operator.reading:
-            operator.reading = False
-            raise KeyboardInterrupt
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, lambda number, frame: interrupts.put(number))
     try:
         server = FakeOpenAI(_failing(handler, options.error_rate, random.Random(options.seed)), **settings)
         server._reuse_port = options.reuse_port
@@ -6578,9 +6578,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
     console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-4o"])[0], options.api_key))
     console.flush()
-    if operator is not None:
-        with suppress(KeyboardInterrupt):
-            operator.read()
+    if isinstance(handler, _Operator):
+        handler.start()
     while True:
         with suppress(queue.Empty):
             interrupts.get(timeout=0.5)  # Windows runs no signal handler while this waits
@@ -6588,6 +6587,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(BaseException):  # the errors that it raises were shown as they happened
         server.stop()
     console.flush()
+    if isinstance(handler, _Operator):
+        handler.restore()
     return 0
 
 
