@@ -2078,10 +2078,10 @@ class _Sample:
         return whole
 
     def choose(self, options: list[Any], depth: int) -> list[Any]:
-        """One of some schemas: rather not null, but one that ends, below."""
+        """The first of some schemas that is not null; below, the first that ends."""
         nested = [each for each in options if "$ref" in each or each.get("type") in ("object", "array")]
         rather = [each for each in options if each.get("type") != "null"] if depth < _DEEP else []
-        return [self.rng.choice(rather or [each for each in options if each not in nested] or options)]
+        return [*rather, *(each for each in options if each not in nested), *options][:1]
 
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
