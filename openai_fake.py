@@ -2086,12 +2086,6 @@ class _Sample:
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
 
-    def null(self, schema: _JSON, depth: int) -> None:
-        pass
-
-    def boolean(self, schema: _JSON, depth: int) -> bool:
-        return self.rng.random() < 0.5
-
     def object(self, schema: _JSON, depth: int) -> _JSON:
         more, required = schema.get("additionalProperties"), _list(schema.get("required"))
         properties = dict.fromkeys(required, more) | _dict(schema.get("properties"))
@@ -2148,7 +2142,8 @@ _CHOICES: dict[str, Callable[[_Sample, Any, int], list[Any]]] = {
 }  # fmt: skip
 _MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
     "object": _Sample.object, "array": _Sample.array, "string": _Sample.string, "number": _Sample.number,
-    "integer": _Sample.number, "boolean": _Sample.boolean, "null": _Sample.null,
+    "integer": _Sample.number, "boolean": lambda sample, schema, depth: sample.rng.random() < 0.5,
+    "null": lambda sample, schema, depth: None,
 }  # fmt: skip
 _IMPLIED = {"properties": "object", "items": "array", "minimum": "number", "maximum": "number"}  # by what has no type
 _SHAPES = "A1 a1 AB-123 a-b a_b 1.0.0 1.5 +1415555 #a1b2c3 12:30"  # tried where there is a pattern
@@ -6342,17 +6337,24 @@ class _Operator:
         self._turns: list[_Turn] = []  # the first has the terminal, the others wait
         self._ahead: deque[str] = deque()  # lines typed while nobody waited
         self._stale = self._ended = False  # the line being typed was for a client that has left; the input has ended
-        self.restore: Callable[[], object] = lambda: None  # gives the terminal back; who edits a line is not told
+        self._restore: Callable[[], object] = lambda: None
         if stdin is not None and stdin.isatty():
             with suppress(ImportError):
                 import termios
 
                 modes = termios.tcgetattr(stdin)
-                self.restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, modes)
+                self._restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, modes)
 
     def start(self) -> None:
         self._console.write(_HELP)
         threading.Thread(target=self._read, name="openai_fake operator", daemon=True).start()
+
+    def stop(self) -> None:
+        """Gives the terminal back as it was: who edits a line there never ends."""
+        self._restore()
+        if self._console.typed is not None:
+            self._console.typed = None
+            self._console.write("\n")
 
     def __call__(self, request: Request) -> Stream | APIError:
         turn = _Turn(request, self._over)
@@ -6586,9 +6588,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
     with suppress(BaseException):  # the errors that it raises were shown as they happened
         server.stop()
-    console.flush()
     if isinstance(handler, _Operator):
-        handler.restore()
+        handler.stop()
+    console.flush()
     return 0
 
 
