@@ -69,7 +69,7 @@ from collections.abc import (
 )
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from email.utils import formatdate
 from enum import IntEnum
 from functools import lru_cache
@@ -124,6 +124,7 @@ __all__ = [
     "ToolCall",
     "Usage",
     "WebSearch",
+    "auto",
     "echo",
     "main",
     "non_streaming_response",
@@ -532,6 +533,7 @@ class Request:
         "_encoder",
         "_gone",
         "_messages",
+        "_note",
         "_outcome",
         "_remembered",
         "_resolved",
@@ -571,6 +573,7 @@ class Request:
         self._outcome = ""  # why the answer is not whole
         self._encoder: _Encoder | None = None  # what was said; the last few requests have it
         self._said: Sequence[_Spoken] = ()  # the same, without what the encoder holds beside it
+        self._note: _JSON = {}  # what the control routes tell beside
 
     def _parse(self) -> _JSON:
         """The JSON object in the body. Raises APIError where there is none."""
@@ -2768,6 +2771,184 @@ def echo(request: Request) -> str:
     return request.text
 
 
+# ---- Answers that are made up ----------------------------------------------------------------------------------------
+
+_WORDS = "a quiet river carries bright leaves past old stones while warm light falls on every green field"
+_DEEP = 4  # levels of a made-up value; below, only what the schema requires
+_LARGE = 10_000  # what is made up is no larger, in items or characters
+
+# Keywords of JSON Schema that are not followed. SDKs emit none of them.
+_UNFOLLOWED = {"not", "if", "contains", "patternProperties", "dependentRequired", "dependentSchemas", "$dynamicRef"}
+_FORMATS = {
+    "date-time": "2025-01-31T12:30:00Z", "date": "2025-01-31", "time": "12:30:00Z", "duration": "P1DT2H",
+    "email": "ada@example.com", "hostname": "example.com", "uri": "https://example.com/", "url": "https://example.com/",
+    "ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "uuid": "123e4567-e89b-42d3-a456-426614174000",
+}  # fmt: skip
+
+
+class _Sample:
+    """Makes up values that fit a JSON Schema, as much of it as SDKs emit. Raises ValueError for what it cannot make."""
+
+    def __init__(self, root: Any, rng: random.Random) -> None:
+        self.root = root
+        self.rng = rng
+
+    def make(self, schema: Any, depth: int = 0) -> Any:
+        """A value that fits."""
+        schema = _dict(schema)
+        unfollowed = _UNFOLLOWED.intersection(schema)
+        if unfollowed or depth > 32 or max(schema.get("minLength", 0), schema.get("minItems", 0)) > _LARGE:
+            self.fail(schema, " and ".join(sorted(unfollowed)) or "a value so large")
+        for key, pick in _CHOICES.items():
+            if key in schema:
+                rest = {name: value for name, value in schema.items() if name != key}
+                return self.make(self.merged(rest, *pick(self, schema[key], depth)), depth + 1)
+        if "const" in schema or "enum" in schema:
+            return schema["const"] if "const" in schema else self.rng.choice(schema["enum"])
+        kind = schema.get("type", next((kind for key, kind in _IMPLIED.items() if key in schema), "string"))
+        if isinstance(kind, list):
+            return self.make({"anyOf": [{**schema, "type": each} for each in cast("list[str]", kind)]}, depth)
+        if kind not in _MAKERS:
+            self.fail(schema, f"type {kind!r}")
+        return _MAKERS[kind](self, schema, depth)
+
+    def fail(self, schema: _JSON, what: str) -> NoReturn:
+        raise ValueError(f"auto cannot make up {what}, for the schema {_short(repr(schema))}; write a handler for it")
+
+    def target(self, pointer: str, depth: int) -> list[Any]:
+        """What a $ref points to: RFC 6901, in the same schema."""
+        found: Any = self.root
+        begin, *steps = pointer.split("/")
+        for step in steps:
+            name = unquote_to_bytes(step).decode().replace("~1", "/").replace("~0", "~")
+            found = _list(found)[int(name)] if isinstance(found, list) else _dict(found).get(name)
+        if begin != "#" or found is None:
+            self.fail({"$ref": pointer}, "what is not in the schema")
+        return [found]
+
+    def merged(self, *schemas: Any) -> _JSON:
+        """One schema that asks for what all of these do."""
+        whole: _JSON = {}
+        for schema in map(_dict, schemas):
+            properties = {**_dict(whole.get("properties")), **_dict(schema.get("properties"))}
+            required = [*_list(whole.get("required")), *_list(schema.get("required"))]
+            whole |= schema
+            whole |= {key: each for key, each in (("properties", properties), ("required", required)) if each}
+        return whole
+
+    def choose(self, options: list[Any], depth: int) -> list[Any]:
+        """The first of some schemas that is not null; below, the first that ends."""
+        nested = [each for each in options if "$ref" in each or each.get("type") in ("object", "array")]
+        rather = [each for each in options if each.get("type") != "null"] if depth < _DEEP else []
+        return [*rather, *(each for each in options if each not in nested), *options][:1]
+
+    def words(self, count: int) -> str:
+        return " ".join(self.rng.choices(_WORDS.split(), k=count))
+
+    def object(self, schema: _JSON, depth: int) -> _JSON:
+        more, required = schema.get("additionalProperties"), _list(schema.get("required"))
+        properties = dict.fromkeys(required, more) | _dict(schema.get("properties"))
+        wanted = {name: each for name, each in properties.items() if depth < _DEEP or name in required}
+        if not properties and isinstance(more, dict) and depth < _DEEP:  # a mapping
+            wanted[self.make(schema.get("propertyNames", {}), depth + 1)] = more
+        while len(wanted) < schema.get("minProperties", 0) <= _LARGE:
+            wanted[f"key{len(wanted)}"] = more
+        return {name: self.make(each, depth + 1) for name, each in wanted.items()}
+
+    def array(self, schema: _JSON, depth: int) -> list[Any]:
+        made = [self.make(each, depth + 1) for each in _list(schema.get("prefixItems"))]
+        items, least = schema.get("items", {}), schema.get("minItems", 0)
+        more = items is not False and "prefixItems" not in schema and depth < _DEEP
+        count = min(schema.get("maxItems", _LARGE), max(least, self.rng.randint(1, 2) if more else 0))
+        for _ in range(20 * count + 1):
+            if len(made) >= count:
+                return made
+            value = self.make(items, depth + 1)
+            if not (schema.get("uniqueItems") and value in made):
+                made.append(value)
+        return self.fail(schema, f"{count} different items")
+
+    def number(self, schema: _JSON, depth: int) -> float:
+        whole = schema.get("type") == "integer"
+        step = schema.get("multipleOf", 1 if whole else 0.25)
+        over, under = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
+        low, high = max(schema.get("minimum", -math.inf), over), min(schema.get("maximum", math.inf), under)
+        low = min(0, high - 100 * step) if low == -math.inf else low
+        high = low + 100 * step if high == math.inf else high
+        first, last = math.ceil(low / step), math.floor(high / step)
+        first, last = first + (first * step <= over), last - (last * step >= under)
+        if first <= last:
+            value = self.rng.randint(first, last) * step
+            return int(value) if whole else round(value, 10)
+        if whole or "multipleOf" in schema or low >= high:
+            self.fail(schema, "a number")
+        return float(low + high) / 2
+
+    def string(self, schema: _JSON, depth: int) -> str:
+        least, most = schema.get("minLength", 0), schema.get("maxLength", _LARGE)
+        given = (
+            _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
+        )
+        runs = [each * count for count in range(1, 21) for each in "1aA"] if "pattern" in schema else []
+        for text in (given.ljust(least, "s"), *_FORMATS.values(), *_SHAPES.split(), *runs):
+            if least <= len(text) <= most and re.search(schema.get("pattern", ""), text):
+                return text
+        return self.fail(schema, "a text of that length, format and pattern")
+
+
+_CHOICES: dict[str, Callable[[_Sample, Any, int], list[Any]]] = {
+    "$ref": _Sample.target, "allOf": lambda _, schemas, depth: schemas, "anyOf": _Sample.choose, "oneOf": _Sample.choose
+}  # fmt: skip
+_MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
+    "object": _Sample.object, "array": _Sample.array, "string": _Sample.string, "number": _Sample.number,
+    "integer": _Sample.number, "boolean": lambda sample, schema, depth: sample.rng.random() < 0.5,
+    "null": lambda sample, schema, depth: None,
+}  # fmt: skip
+_IMPLIED = {"properties": "object", "items": "array", "minimum": "number", "maximum": "number"}  # by what has no type
+_SHAPES = "A1 a1 AB-123 a-b a_b 1.0.0 1.5 +1415555 #a1b2c3 12:30"  # tried where there is a pattern
+
+
+def _wanted_tool(request: Request) -> Tool | None:
+    """The tool to call: the first, or what tool_choice names. None once a tool has answered since the user spoke."""
+    choice = request.options.get("tool_choice")
+    spoke = next((each.role for each in reversed(request.messages) if each.role in ("user", "tool")), "")
+    if choice == "none" or spoke == "tool":
+        return None
+    named = _dict(_dict(choice).get("allowed_tools")) or _dict(choice)
+    names = {_tool(each).name for each in (choice, *_list(named.get("tools")))} - {""}
+    tools = [tool for tool in request.tools if tool.type in ("function", "custom")]
+    return next((tool for tool in tools if tool.name in names or not names), None)
+
+
+def auto(request: Request, *, tokens: int = 32) -> list[Text | ToolCall | CustomToolCall | Finish]:
+    """A handler that makes up what fits the request: a call of a tool, an instance of its JSON schema, or a text.
+
+    It calls the first tool, or what `tool_choice` names; after the tool's result, or without tools, it says an instance
+    of the request's `json_schema`, or a text of so many `tokens`. With the server's `seed`, the same request gets the
+    same. A custom tool gets words, whatever its grammar. Raises ValueError for a schema of which it cannot make an
+    instance.
+    """
+    connection = request._connection
+    seed = None if connection is None else connection.server.fake.seed
+    rng = random.Random(None if seed is None else f"{seed} ".encode() + request.raw_body)
+    tool = _wanted_tool(request)
+    if tool is not None and tool.type == "custom":
+        return [CustomToolCall(tool.name, _Sample(None, rng).words(4))]
+    if tool is not None:
+        return [ToolCall(tool.name, _Sample(tool.parameters, rng).make({"type": "object", **_dict(tool.parameters)}))]
+    options = request.options
+    wanted = _dict(options.get("response_format") or _dict(options.get("text")).get("format"))
+    if wanted.get("type") in ("json_schema", "json_object"):
+        schema = _dict(wanted.get("json_schema", wanted)).get("schema", {"type": "object"})
+        text = _dumps(_Sample(schema, rng).make(schema))
+    else:
+        text = f"{_Sample(None, rng).words(max(1, tokens - 1))}.".capitalize()
+    limits = [options.get(key) for key in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
+    limit = next((each for each in limits if isinstance(each, int)), sys.maxsize)
+    pieces = _tokens(text)
+    return [Text(text)] if len(pieces) <= limit else [Text("".join(pieces[:limit])), Finish("length")]
+
+
 # ---- Chunks and completions ------------------------------------------------------------------------------------------
 # The low level: the original's data, for who wants to say exactly what a chunk holds.
 
@@ -4319,8 +4500,8 @@ class _ResponsesEncoder(_Encoder):
     def _placed(self, item: _Item, events: list[tuple[str, _JSON]]) -> list[_Event]:
         placed: list[_Event] = []
         padded = self.obfuscated and item.part._padded
-        for kind, fields in events:
-            event = {**fields, "output_index": item.position}
+        for kind, own in events:
+            event = {**own, "output_index": item.position}
             delta = event.get("delta")
             if padded and isinstance(delta, str) and kind != "response.reasoning_text.delta":  # of that none is known
                 event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
@@ -5318,9 +5499,9 @@ _Endpoint: TypeAlias = "Callable[..., Any]"
 _ENDPOINTS: dict[str, _Endpoint] = {}
 
 
-def _endpoint(route: str) -> Callable[[_Endpoint], _Endpoint]:
+def _endpoint(route: str, table: dict[str, _Endpoint] = _ENDPOINTS) -> Callable[[_Endpoint], _Endpoint]:
     def register(function: _Endpoint) -> _Endpoint:
-        _ENDPOINTS[route] = function
+        table[route] = function
         return function
 
     return register
@@ -5333,6 +5514,7 @@ class _Route(NamedTuple):
     values: tuple[str, ...]  # of the {names} in the path
     api: str = ""
     deployment: str | None = None  # Azure's
+    control: bool = False  # of the fake's own
 
 
 _APIS = {f"POST /{api.replace('.', '/')}": api for api in ("chat.completions", "responses", "completions")}
@@ -5386,7 +5568,7 @@ class _Router:
             if values is None:
                 continue
             if served == method:
-                return _Route(endpoint, values, _APIS.get(name, ""))
+                return _Route(endpoint, values, _APIS.get(name, ""), control=name in _CONTROLS)
             if not values or not values[-1].isalpha():  # a word where an id belongs is a route that is not there
                 allowed |= {served, "HEAD"} if served == "GET" else {served}
         if allowed:
@@ -5412,6 +5594,11 @@ def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
     words = f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; all are in the "
     words += 'README\'s table of endpoints, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
     raise APIError(404, words)
+
+
+def _api_key(request: Request) -> str:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return request.headers.get("api-key", "") if not key or scheme.lower() != "bearer" else key.strip()
 
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
@@ -5959,6 +6146,373 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     model = _string(body.get("model")) or "omni-moderation-latest"
     id = "modr-" + fake._ids().alnum(29)
     return {"id": id, "model": model, "results": [result] * texts}
+
+
+# ---- Control routes --------------------------------------------------------------------------------------------------
+# What a server that is served from the command line answers to tests in other languages, and to its page: they queue
+# answers, and look at requests. Each session has its own; the header x-fake-session names it, or else the API key.
+
+_CONTROLS: dict[str, _Endpoint] = {}
+_HIDDEN = ("authorization", "api-key", "proxy-authorization", "cookie")  # header fields that are never shown
+_GLANCE = 0.1  # seconds between looks at an answer under way; a person does not notice
+_RAN_OUT = "No queued answer is left for this request. POST /_fake/answers queues more; DELETE ends the queue."
+_NO_ANSWERS = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
+_SAID = (Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch)
+_PARTS: dict[str, Any] = {kind.__name__: kind for kind in (*_SAID, Finish, Usage, Pause, Disconnect, StreamError)}
+
+
+def _part_json(part: Any) -> _JSON:
+    """A part as JSON, as `_queued_answer` takes it: its type, and the fields that say something."""
+    if isinstance(part, WebSearch):
+        return {"type": "WebSearch", "query": part.query, "sources": part.sources, "id": part.id}
+    if isinstance(part, Item):
+        return {"type": part.type, **part.fields}
+    given = {each.name: getattr(part, each.name) for each in fields(part) if each.init and each.name != "type"}
+    said = {name: value for name, value in given.items() if value not in (None, ()) and (name, value) != ("choice", 0)}
+    return {"type": type(part).__name__, **said}
+
+
+def _queued_answer(value: Any) -> Any:
+    """The answer that JSON stands for. Raises AttributeError, KeyError, TypeError or ValueError for what is none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        parts: list[Any] = [{"type": "Text", "text": each} if isinstance(each, str) else each for each in _list(value)]
+        return [_queued_part(dict(part)) for part in parts]
+    if "object" in value:
+        return recorded(value)
+    if "error" in value:
+        known = {name: value["error"].get(name) for name in ("type", "code", "param")}
+        return APIError(value.get("status", 500), value["error"]["message"], **known, headers=value.get("headers"))
+    return _queued_answer([value])
+
+
+def _queued_part(part: _JSON) -> _Part:
+    """A part from its class's name and fields, or an output item from its keys."""
+    kind = _PARTS.get(part["type"])
+    if kind is None:
+        if not part["type"].islower():
+            raise ValueError(f"no part is named {part['type']!r}")
+        return Item(**part)
+    del part["type"]
+    made: _Part = kind(*part.pop("summaries", ()), **part)
+    return made
+
+
+def _attached(message: Message) -> list[str]:
+    """What a message holds beside text, images and files: the kind, and how large it is as JSON."""
+    parts = [part for part in map(_dict, _list(message.content)) if "text" not in part]
+    return [f"[{part.get('type')}: {len(_dumps(part)):,} characters]" for part in parts]
+
+
+def _tool_words(request: Request) -> list[str]:
+    """The tools that are offered, as name(parameter, parameter)."""
+    names = [(tool.name or tool.type, _dict(_dict(tool.parameters).get("properties"))) for tool in request.tools]
+    return [f"{name}({', '.join(parameters)})" for name, parameters in names]
+
+
+def _trouble(request: Request) -> str:
+    """The kind of what went wrong; "" for nothing, and where an error was the answer that was wanted."""
+    if request._outcome.startswith("handler "):
+        return "failed"
+    if request._outcome == _RAN_OUT:
+        return "ran_out"
+    return "refused" if request._status >= 400 and not request._note["asked"] else ""
+
+
+def _became(request: Request) -> _JSON:
+    """What became of a request so far. `time` is in unix seconds; `seconds` is what it took, None: it still takes."""
+    outcome = "wrong or missing API key" if request._status == 401 else request._outcome  # whose words show the key
+    return {
+        **{name: getattr(request, name) for name in ("method", "path", "query", "api", "model", "stream")},
+        "status": request._status or None,
+        "seconds": round(request._seconds, 6) or None,
+        "outcome": (outcome or "answered") if request._seconds else "in flight",
+        "answer": [*map(_part_json, request.answer)],
+        **request._note,
+    }
+
+
+def _journal_entry(request: Request) -> _JSON:
+    """All of it but keys, with the conversation and the tools in one form for both APIs."""
+    messages = [
+        {"role": one.role, "text": one.text, "attached": _attached(one), "calls": [*map(_part_json, one.tool_calls)]}
+        for one in request.messages
+    ]
+    headers = {name: value for name, value in request.headers.items() if name not in _HIDDEN}
+    told = {"headers": headers, "body": request.body, "messages": messages, "tools": _tool_words(request)}
+    entry = _became(request) | told
+    if request._seconds:
+        request._forget()
+    return entry
+
+
+class _Control:
+    """What is queued for the sessions of a server, and who follows its requests."""
+
+    def __init__(self, fake: FakeOpenAI) -> None:
+        self.fake = fake
+        self.handler, fake.handler = fake.handler, self.answer
+        self.lock = threading.Lock()  # guards queues
+        self.queues: dict[str, deque[Any]] = {}
+        self.numbers = iter(range(1, sys.maxsize))
+        self.followers: set[queue.SimpleQueue[Any]] = set()
+        self.watchers: list[Callable[[Request], object]] = []  # called with each that has ended
+        fake._control, fake._observe = self, self.end
+        fake._router = _Router({**_CONTROLS, **{name: endpoint for name, _, _, endpoint in fake._router.table}})
+
+    def session(self, request: Request) -> str:
+        key = _api_key(request) if self.fake.api_key is None else ""  # else all have the same
+        return request.headers.get("x-fake-session", key)
+
+    def begin(self, request: Request) -> None:
+        request._note = {"number": next(self.numbers), "time": _Clock.time(), "asked": False}
+        self._wake()
+
+    def end(self, request: Request) -> None:
+        usage = [request._encoder.tally()] if request._encoder is not None and request._status == 200 else []
+        request._note["answer"] = [_part_json(part) for part in (*request.answer, *usage)]  # few keep their encoder
+        self._wake()
+        for watcher in self.watchers:
+            watcher(request)
+
+    def answer(self, request: Request) -> Any:
+        """The handler. Where nothing is queued, for the session or without one, the server's own is asked."""
+        request._note["asked"] = True
+        with self.lock:
+            queued = self.queues.get(self.session(request), self.queues.get(""))
+            if queued:
+                return queued.popleft()
+        if queued is None:
+            return self.handler(request)
+        raise APIError(500, _RAN_OUT, headers={"x-should-retry": "false"})
+
+    def of(self, session: str) -> list[Request]:
+        """The requests of a session; all, where none is named."""
+        return [each for each in self.fake.requests if session in ("", self.session(each))]
+
+    def settled(self, asking: Request, wanted: int = 0, seconds: float = 1.0) -> list[Request]:
+        """The session's requests, once so many came, and none has its whole answer but is not yet noted as over."""
+        due, session = _Clock.monotonic() + seconds, self.session(asking)
+
+        def look() -> float | None:
+            found, rest = self.of(session), due - _Clock.monotonic()
+            ending = any(not each._seconds and id(each) not in self.fake._flying for each in found)
+            return rest if rest > 0 and (ending or len(found) < wanted) else None
+
+        self.follow(asking._connection, False, look)
+        return self.of(session)
+
+    def follow(self, connection: _Connection | None, streams: bool, look: Callable[[], float | None]) -> None:
+        """Calls `look` now, when a request comes or ends, and after the seconds that it returned; None ends it."""
+        waiter, news = _Waiter(self.fake._running(), connection, streams), queue.SimpleQueue[Any]()
+        self.followers.add(news)
+        try:
+            while (seconds := look()) is not None:
+                with suppress(queue.Empty):
+                    waiter.get(news, seconds)
+        finally:
+            self.followers.discard(news)
+            waiter.end()
+
+    def _wake(self) -> None:
+        for follower in tuple(self.followers):
+            follower.put(None)
+
+
+def _checked(fake: FakeOpenAI, request: Request) -> tuple[_Control, str]:
+    """The control, and the session that is asked for. Who only looks needs no key."""
+    if fake.api_key is not None and request.method not in ("GET", "HEAD"):
+        fake._check_key(request)
+    control = cast(_Control, fake._control)
+    return control, control.session(request)
+
+
+@_endpoint("POST /_fake/answers", _CONTROLS)
+def _queue_answers(fake: FakeOpenAI, request: Request) -> _JSON:
+    control, session = _checked(fake, request)
+    try:
+        sent: Any = _loads(request.raw_body.decode())
+        answers = [_queued_answer(each) for each in (_list(sent) if isinstance(sent, list) else [sent])]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise APIError(400, f"{_NO_ANSWERS} {type(error).__name__}: {error}") from None
+    with control.lock:
+        fake._remember(control.queues, session, control.queues.get(session, deque()))
+        control.queues[session] += answers
+    return {"queued": len(answers)}
+
+
+@_endpoint("DELETE /_fake/answers", _CONTROLS)
+@_endpoint("DELETE /_fake/requests", _CONTROLS)
+def _reset(fake: FakeOpenAI, request: Request) -> _JSON:
+    """Ends the queues, or forgets the requests, of a session; of all, where none is named."""
+    control, session = _checked(fake, request)
+    if request.path.endswith("answers"):
+        with control.lock:
+            control.queues = {name: rest for name, rest in control.queues.items() if session not in ("", name)}
+    else:
+        for each in control.of(session):
+            with suppress(ValueError):  # the journal is full, and has dropped it meanwhile
+                fake._journal.remove(each)
+    return {"deleted": True}
+
+
+@_endpoint("GET /_fake/requests", _CONTROLS)
+def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
+    """Those that came, the oldest first. With ?wait=N, once N have, or a 504 after ?timeout=SECONDS."""
+    control, _ = _checked(fake, request)
+    query = _query(request)
+    asked = {"wait": "0", "timeout": "5", **query}
+    wanted, seconds = (
+        int(asked[name]) if re.fullmatch("[0-9]{1,9}", asked[name]) else 0 for name in ("wait", "timeout")
+    )
+    found = control.settled(request, wanted, seconds)
+    if len(found) < wanted:
+        raise APIError(504, f"{len(found)} of {wanted} requests came in {seconds} s.")
+    return {"object": "list", "data": [*map(_journal_entry, found)]}
+
+
+@_endpoint("GET /_fake/errors", _CONTROLS)
+def _get_errors(fake: FakeOpenAI, request: Request) -> _JSON:
+    """What went wrong: `ran_out`, `refused` (the client's mistake), `failed` (the handler's), `left_over`."""
+    control, session = _checked(fake, request)
+    became = [(_trouble(each), _became(each)) for each in control.settled(request)]
+    found = [{"kind": kind, "number": each["number"], "message": each["outcome"]} for kind, each in became if kind]
+    with control.lock:
+        left = sum(len(answers) for name, answers in control.queues.items() if session in ("", name))
+    rest = {"kind": "left_over", "number": None, "message": f"{left} queued answers were not used"}
+    return {"object": "list", "data": [*found, rest] if left else found}
+
+
+class _Live(NamedTuple):
+    """Streams requests, those that came before first, and what becomes of them."""
+
+    control: _Control
+
+    def send(self, connection: _Connection) -> None:
+        """Answers on a connection."""
+        told: dict[int, _JSON] = {}  # {}: it is over
+
+        def look() -> float:
+            before, events = told.copy(), list[_JSON]()
+            told.clear()
+            for each in self.control.of(""):
+                number, over = each._note["number"], bool(each._seconds)
+                last = before.get(number)
+                became = _became(each) if last != {} else {}
+                if became != last:
+                    events.append(became if last else _journal_entry(each))
+                told[number] = {} if over else became
+            frame = _http_chunk if connection.http11 else bytes
+            if events:
+                connection.send(b"".join(frame(b"data: %b\n\n" % _utf8(_dumps(each))) for each in events))
+            return _GLANCE if self.control.fake._flying else _LONGEST
+
+        connection.send(connection.head(200, _EVENTS, _USUAL))
+        self.control.follow(connection, True, look)
+
+
+@_endpoint("GET /_fake/events", _CONTROLS)
+def _get_events(fake: FakeOpenAI, request: Request) -> Any:
+    control, _ = _checked(fake, request)
+    return _Live(control) if request.method == "GET" else _HTTPResponse(b"", _EVENTS)
+
+
+@_endpoint("GET /", _CONTROLS)
+def _get_page(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
+    _checked(fake, request)
+    return _HTTPResponse(_PAGE.encode(), "text/html; charset=utf-8", headers={"content-security-policy": _POLICY})
+
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>openai_fake</title><link rel="icon" href="data:,">
+<style>
+  :root { color-scheme: light dark; --back: #fff; --soft: #f4f4f6; --line: #dddde3; --text: #1c1c20; --dim: #66666f;
+    --mark: #0b63ce; --good: #157347; --warn: #8a5a00; --bad: #b42318 }
+  @media (prefers-color-scheme: dark) { :root { --back: #17171a; --soft: #212126; --line: #36363d; --text: #ececf0;
+    --dim: #a0a0ab; --mark: #6cb2ff; --good: #5fce95; --warn: #e5b454; --bad: #ff8a80 } }
+  * { box-sizing: border-box; border: 0 solid var(--line) }
+  body { margin: 0; height: 100vh; display: grid; grid: auto 1fr / minmax(12rem, 24rem) 1fr; color: var(--text);
+    background: var(--back); font: 14px/1.45 system-ui, sans-serif }
+  header { grid-column: 1 / 3; padding: .6rem 1rem; border-bottom-width: 1px; display: flex; gap: 1rem }
+  nav, main { overflow: auto } main { padding: 1rem 1.25rem } nav { border-right-width: 1px; background: var(--soft) }
+  nav button { display: grid; grid-template-columns: 1fr auto; gap: 0 .75rem; width: 100%; padding: .5rem 1rem;
+    border-bottom-width: 1px; background: none; color: inherit; font: inherit; text-align: left }
+  nav button[aria-current=true] { background: var(--back); box-shadow: inset 3px 0 var(--mark) }
+  nav span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+  .dim, h2 { color: var(--dim) } .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
+  h1 { font-size: 1.1rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: .8rem; margin: 1.25rem 0 .25rem }
+  .part { display: grid; grid-template-columns: 6rem 1fr; gap: .75rem; padding: .35rem 0; border-top-width: 1px }
+  pre { margin: 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+  .live > :last-child pre::after { content: "▍"; color: var(--mark) } .copy { float: right; padding: .3rem .7rem }
+</style>
+<header><b>openai_fake</b><span class="dim" role="status">connecting</span></header>
+<nav aria-label="Requests, the newest first"></nav><main></main>
+<script>
+  const [list, main, state] = ["nav", "main", "[role=status]"].map(name => document.querySelector(name))
+  const all = new Map()  // requests by number, each with its row
+  let picked = null  // the number that was clicked; else the newest is shown
+  function make(tag, className, ...children) {
+    const made = Object.assign(document.createElement(tag), {className})
+    made.append(...children)
+    return made
+  }
+  const hue = each => !each.status ? "warn" : each.status < 400 ? "good" : each.status < 500 ? "warn" : "bad"
+  const seconds = each => each.seconds === null ? "…" : `${each.seconds.toFixed(3)} s`
+  const part = (label, text) => make("div", "part", make("span", "dim", label), make("pre", "", text))
+  const titled = (title, parts) => parts.length ? [make("h2", "", title), ...parts] : []
+  function said({type, ...fields}) {  // a part of an answer: its text, or else all of its fields
+    if ("name" in fields) return part("call", `${fields.name}(${fields.arguments ?? fields.input ?? ""})`)
+    return part(type.toLowerCase(), fields.text ?? fields.summary ?? fields.query ?? JSON.stringify(fields))
+  }
+  function curl({method, path, query, body}) {
+    const quoted = text => "'" + text.replaceAll("'", "'\\''") + "'"
+    const json = `-H 'content-type: application/json' -d ${quoted(JSON.stringify(body))}`
+    return `curl -NX ${method} ${quoted(location.origin + path + (query && "?" + query))} ` +
+      `-H "authorization: Bearer $OPENAI_API_KEY" ${method === "POST" ? json : ""}`
+  }
+  function drawRow(each) {
+    const asked = each.messages.findLast(message => message.role === "user")?.text
+    each.row.replaceChildren(
+      make("span", "", each.model || `${each.method} ${each.path}`), make("span", hue(each), each.status ?? "…"),
+      make("span", "dim", asked || each.api || each.path), make("span", "dim", seconds(each)))
+  }
+  function drawDetail() {
+    const each = all.get(picked) ?? all.get(Math.max(...all.keys()))
+    for (const other of all.values()) other.row.setAttribute("aria-current", other === each)
+    if (!each) return main.replaceChildren("No request has come yet.")
+    const copy = make("button", "copy", "copy as curl")
+    copy.onclick = () => navigator.clipboard.writeText(curl(each)).then(() => copy.textContent = "copied")
+    const used = each.answer.find(({type}) => type === "Usage"), answered = each.answer.filter(each => each !== used)
+    const facts = [each.model, new Date(each.time * 1000).toLocaleTimeString(), each.api, each.stream && "stream",
+      seconds(each), used && `${used.prompt_tokens}+${used.completion_tokens} tokens`]
+    const conversation = each.messages.flatMap(({role, text, attached, calls}) =>
+      [...(text || attached.length ? [part(role, [text, ...attached].join("\n"))] : []), ...calls.map(said)])
+    main.replaceChildren(copy,
+      make("h1", "", `${each.method} ${each.path} `, make("span", hue(each), each.status ?? "…")),
+      make("div", "dim", facts.filter(Boolean).join(" · ")),
+      ...titled("Tools", each.tools.map(tool => make("pre", "", tool))),
+      ...titled("Conversation", conversation), make("h2", "", "Answer"),
+      make("section", each.seconds === null ? "live" : "", ...answered.map(said)),
+      make("p", "bad", each.seconds && each.outcome !== "answered" ? each.outcome : ""))
+  }
+  const events = new EventSource("/_fake/events")
+  events.onopen = () => { all.clear(); list.replaceChildren(); state.textContent = "live"; drawDetail() }
+  events.onerror = () => state.textContent = "not connected"
+  events.onmessage = ({data}) => {
+    const news = JSON.parse(data), each = all.get(news.number) ?? {row: make("button", "")}
+    if (!each.number) list.prepend(each.row)
+    each.row.onclick = () => { picked = picked === news.number ? null : news.number; drawDetail() }
+    all.set(news.number, Object.assign(each, news))
+    if (all.size > 500) list.lastChild.remove(), all.delete(all.keys().next().value)
+    drawRow(each)
+    if (picked === null || picked === each.number) drawDetail()
+  }
+</script>
+"""
 
 
 # ---- HTTP: what arrives ----------------------------------------------------------------------------------------------
@@ -6940,13 +7494,13 @@ class _Connection(BaseRequestHandler):
         request._connection = self
         request._deployment = route.deployment
         opens = _asks_websocket(head)
-        if not opens:  # of a WebSocket the creates are what the client asks
+        if not (opens or route.control):  # of a WebSocket the creates are what the client asks
             fake._arrive(request)
         try:
             if head.coding:
                 request.raw_body = _decoded(raw_body, head.coding)
             fake._check_page(request, head.route)
-            if fake.api_key is not None:
+            if fake.api_key is not None and not route.control:
                 fake._check_key(request)
             if opens != (route.endpoint is _open_websocket):
                 raise _upgrade_required()
@@ -6966,7 +7520,8 @@ class _Connection(BaseRequestHandler):
         except BaseException as error:  # the handler's fault: or else this server's own
             self._send_fault(error)
         finally:
-            fake._ended(request, self.started)
+            if not route.control:
+                fake._ended(request, self.started)
             request._forget()
         if not head.keep_alive and self.state < _State.CLOSING:
             self.state = _State.CLOSING
@@ -7006,6 +7561,8 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Connection)
 
     def server_bind(self) -> None:
+        if self.fake._reuse_port:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         TCPServer.server_bind(self)  # HTTPServer's own asks for the host's name, which can take half a minute
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
@@ -7250,6 +7807,8 @@ class FakeOpenAI:
     """
 
     _server: _Server | None = None
+    _control: _Control | None = None
+    _reuse_port = False
     _count = 0
 
     def __init__(
@@ -7443,6 +8002,8 @@ class FakeOpenAI:
                     dropped.before, dropped.said = None, list
 
     def _arrive(self, request: Request) -> None:
+        if self._control is not None:
+            self._control.begin(request)
         self._journal.append(request)
         self._flying[id(request)] = request
         with self._arrived:
@@ -7457,13 +8018,12 @@ class FakeOpenAI:
         """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
         to lead here (DNS rebinding)."""
         fields = request.headers
-        if self.cors:
-            return
-        if "origin" in fields and not re.fullmatch("https?://" + _LOOPBACK, fields["origin"].lower()):
-            raise APIError(
-                403, f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True."
-            )
-        if path != "/" and not path.startswith("/_fake"):
+        shows = path == "/" or path.startswith("/_fake")
+        own = re.fullmatch("https?://" + _LOOPBACK, fields.get("origin", "http://localhost").lower())
+        if not own and (shows or not self.cors):
+            words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True."
+            raise APIError(403, "This is for pages of this machine only." if shows else words)
+        if not shows:
             return
         local = str(self._running().server_address[0]).startswith(("127.", "::1"))
         if local and not re.fullmatch(_LOOPBACK, host := fields.get("host", "").lower()):
@@ -7472,8 +8032,7 @@ class FakeOpenAI:
     def _check_key(self, request: Request) -> None:
         if request.method == "OPTIONS":
             return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        key = request.headers.get("api-key", "") if not key or scheme.lower() != "bearer" else key.strip()
+        key = _api_key(request)
         if key == self.api_key:
             return
         if key:
@@ -7523,6 +8082,7 @@ class FakeOpenAI:
 def _place(error: BaseException) -> str:
     """Where the user's code raised an error; "" where it was raised here."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")]  # import's own
     return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
 
 
@@ -7688,7 +8248,8 @@ _HUES = {2: "32", 4: "33"}  # SGR colours by the hundreds of a status: green, ye
 _SHOWN = 2_000  # characters of one message that --verbose shows; a prompt may be megabytes
 _BACKLOG = 1_000  # pieces of output that wait for a slow reader; beyond that, they are dropped
 _TICK = 0.1  # seconds between looks at whether a client has left; a person does not notice
-_SETTINGS = ("host", "port", "api_key", "ttft", "itl", "models", "cors")  # options that are the server's own
+_SETTINGS = ("host", "port", "api_key", "strict", "ttft", "itl", "models", "cors", "seed")  # the server's
+_PROMPT = "< "
 
 
 def _safe(text: str, limit: int = _SHOWN) -> str:
@@ -7724,15 +8285,7 @@ def _log_line(request: Request, clock: str, colour: bool = False) -> str:
     return "  ".join(columns) + "\n"
 
 
-# Label and text of a part. One that is not here shows its repr.
-_SPOKEN: dict[type[object], Callable[[Any], tuple[str, str]]] = {
-    Text: lambda part: ("answer", part.text),
-    Refusal: lambda part: ("refusal", part.text),
-    Reasoning: lambda part: ("reasoning", part.summary),
-    ToolCall: lambda part: ("call", f"{part.name}({part.arguments})"),
-    CustomToolCall: lambda part: ("call", f"{part.name}({part.input})"),
-    WebSearch: lambda part: ("search", part.query),
-}
+_LABELS: dict[type[object], str] = {Text: "answer", ToolCall: "call", CustomToolCall: "call", WebSearch: "search"}
 
 
 def _paragraph(mark: str, label: str, text: str) -> str:
@@ -7740,18 +8293,39 @@ def _paragraph(mark: str, label: str, text: str) -> str:
     return f"{mark:>3} {_safe_line(label, 12):<10} " + _safe(text).replace("\n", "\n" + " " * 15) + "\n"
 
 
+def _part_text(part: object) -> str:
+    if isinstance(part, WebSearch):
+        return part.query
+    if isinstance(part, Item):
+        return f"{part.type} {_dumps(part.fields)}"
+    return part.summary if isinstance(part, Reasoning) else part._pieces[0] if isinstance(part, _Spoken) else repr(part)
+
+
 def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
-    spoken = [_SPOKEN.get(type(part), lambda part: (type(part).__name__, repr(part)))(part) for part in parts]
-    return "".join(_paragraph(mark, label, text) for label, text in spoken)
+    shown: list[str] = []
+    for part in parts:
+        text = _part_text(part)
+        text = f"{part.name}({text})" if isinstance(part, _Call) else text
+        shown.append(_paragraph(mark, _LABELS.get(type(part), type(part).__name__.lower()), text))
+    return "".join(shown)
 
 
 def _shown_conversation(messages: Sequence[Message]) -> str:
     shown: list[str] = []
     for message in messages:
-        if message.text or not message.tool_calls:
-            shown.append(_paragraph(">", message.role, message.text))
+        text = "\n".join(each for each in (message.text, *_attached(message)) if each)
+        if text or not message.tool_calls:
+            shown.append(_paragraph(">", message.role, text))
         shown.append(_answer_text(message.tool_calls, ">"))
     return "".join(shown)
+
+
+def _shown_request(request: Request) -> str:
+    """What was asked: the conversation, the tools, the options."""
+    options = [f"{name}={_dumps(value)}" for name, value in request.options.items()]
+    more = {"tools": ", ".join(_tool_words(request)), "options": ", ".join(options)}
+    shown = [_paragraph(">", label, text) for label, text in more.items() if text]
+    return _shown_conversation(request.messages) + "".join(shown)
 
 
 def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str | None) -> str:
@@ -7761,21 +8335,25 @@ def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str 
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
     curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json"]
     curl += ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
+    page = base_url.removesuffix("v1")
     exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items())
-    return f"openai_fake listens on {base_url}\n\n{exports}  {shlex.join([*curl, '-d', body])}\n\nCtrl-C ends it.\n"
+    paste = f"{exports}  {shlex.join([*curl, '-d', body])}\n\n"
+    return f"openai_fake listens on {base_url}\n\n{paste}{page} shows what comes. Ctrl-C ends it.\n"
 
 
 class _Console:
     """Standard output, written by a thread of its own: one that nobody reads must not hold up an answer."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.colour = stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
+        self.terminal = stream is not None and stream.isatty()
+        self.colour = self.terminal and not os.environ.get("NO_COLOR")
         self._encoding = (stream and stream.encoding) or "utf-8"
         # Below the buffers: they have a lock that the interpreter takes as it ends, and would then wait for the
         # thread, which waits for a reader. `stream` is None where the shell closed it (>&-).
         buffer: Any = getattr(stream, "buffer", None)
         self._raw: Any = getattr(buffer, "raw", buffer)
         self._pieces: queue.Queue[str | threading.Event] = queue.Queue(_BACKLOG)
+        self.typed: Callable[[], str] | None = None  # what is typed so far, where lines are edited at a prompt
         if self._raw is not None:
             threading.Thread(target=self._run, name="openai_fake console", daemon=True).start()
 
@@ -7796,41 +8374,45 @@ class _Console:
             if isinstance(piece, threading.Event):
                 piece.set()
                 continue
+            if self.typed is not None:  # the piece goes where the prompt is, and the prompt below
+                piece = f"\r\x1b[K{piece}{_PROMPT}{self.typed()}"
             data = memoryview(piece.encode(self._encoding, "backslashreplace"))
             with suppress(OSError, ValueError):  # the reader has left; the service goes on
                 while data:
                     data = data[self._raw.write(data) or len(data) :]  # None: it would block, and is dropped
 
 
-class _ShownServer(FakeOpenAI):
-    """Shows each exchange as it ends: a line or, when verbose, also what was said and where a handler failed."""
+def _observer(console: _Console, fake: FakeOpenAI, verbose: bool, log: str) -> Callable[[Request], None]:
+    """What shows each request as it ends: a line, or all of it when verbose; or the same as JSON."""
 
-    def __init__(self, console: _Console, handler: Callable[[Request], Any], verbose: bool, **settings: Any) -> None:
-        super().__init__(handler, **settings)
-        self._console, self._verbose = console, verbose
-        self._observe = self._show
-
-    def _show(self, request: Request) -> None:
-        text = _log_line(request, time.strftime("%H:%M:%S"), self._console.colour)
-        if self._verbose:
-            text += _shown_conversation(request.messages) if request.api else ""
+    def show(request: Request) -> None:
+        text = _log_line(request, time.strftime("%H:%M:%S"), console.colour)
+        if log == "json":
+            told = _journal_entry(request) if verbose else {k: v for k, v in _became(request).items() if k != "answer"}
+            text = json.dumps(told) + "\n"  # ASCII: a terminal obeys none of it
+        elif verbose:
+            text += _shown_request(request) if request.api else ""
             text += _answer_text(request.answer)
-            text += self._new_failures()
-        self._console.write(text)
+            with suppress(IndexError):
+                while True:  # they are dropped: their tracebacks hold requests
+                    trace = _safe("".join(traceback.format_exception(fake.errors.pop(0))), 10 * _SHOWN)
+                    text += trace.rstrip("\n").replace("\n", "\n    ") + "\n"  # no line of it looks like the log's
+        console.write(text)
 
-    def _new_failures(self) -> str:
-        """The errors that are not shown yet. They are dropped: their tracebacks hold requests."""
-        shown: list[str] = []
-        with suppress(IndexError):
-            while True:
-                error = self.errors.pop(0)
-                trace = _safe("".join(traceback.format_exception(error)), 10 * _SHOWN)
-                shown.append(trace.rstrip("\n").replace("\n", "\n    ") + "\n")  # no line of it looks like the log's
-        return "".join(shown)
+    return show
+
+
+def _dumper(path: str) -> Callable[[Request], object]:
+    """What appends each request to a file as it ends, as a line of JSON. Raises ValueError where it cannot."""
+    try:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115  # each line is one write, which no other can split
+    except OSError as error:
+        raise ValueError(str(error)) from None
+    return lambda request: file.write(_utf8(_dumps(_journal_entry(request))) + b"\n")
 
 
 def _error_words(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()  # also where its str() raises
+    return traceback.format_exception_only(error)[-1].strip() + _place(error)  # also where its str() raises
 
 
 class _NamedHandler:
@@ -7893,64 +8475,71 @@ class _NamedHandler:
         return status.st_mtime_ns, status.st_size
 
 
-class _Turn:
+class _Turn(Stream):
     """One request that a person answers."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.stream = Stream(timeout=None)  # a person may think for long
+    def __init__(self, request: Request, ended: Callable[[_Turn], None]) -> None:
+        super().__init__(timeout=None)  # a person may think for long
+        self.asked = request
+        self.ended = ended  # called when it is over, also because the client has left
         # What the handler returns: the stream at the first thing said; or an error, whose status the reply then has.
         self.begun: queue.SimpleQueue[Stream | APIError] = queue.SimpleQueue()
-        self.said = False
-        self.over = False
+        self.said = self.over = False
 
-    def left(self) -> bool:
-        return self.request.disconnected or self.stream.disconnected
-
-    def say(self, *parts: Text | ToolCall | Disconnect) -> None:
+    def say(self, *parts: _Part) -> None:
         if not self.said:
-            self.begun.put(self.stream)
+            self.begun.put(self)
         self.said = True
-        self.stream.send(*parts)
+        self.send(*parts)
 
-    def end(self, *last: Disconnect) -> None:
+    def end(self, *last: _Part) -> None:
         self.over = True
         self.say(*last)
-        self.stream.close()
+        self.close()
 
-    def fail(self, error: APIError) -> None:
+    def reject(self, error: APIError) -> None:
         self.over = True
         if self.said:
-            self.stream.fail(error)
+            self.fail(error)
         else:
             self.begun.put(error)
+            self.ended(self)
+
+    @override
+    def _left(self) -> None:
+        super()._left()
+        self.ended(self)
 
 
 def _type_call(turn: _Turn, rest: str) -> None:
     name, _, arguments = rest.partition(" ")
     if not name:
-        raise ValueError
-    turn.say(ToolCall(name, arguments.strip() or "{}"))
+        raise ValueError("a call has a name")
+    if any(tool.type == "custom" and tool.name == name for tool in turn.asked.tools):
+        turn.say(CustomToolCall(name, arguments))
+    else:
+        _loads(arguments or "{}")
+        turn.say(ToolCall(name, arguments or "{}"))
 
 
 def _type_error(turn: _Turn, rest: str) -> None:
     number, _, message = rest.partition(" ")
-    status = int(number)
-    if not 400 <= status <= 599:
-        raise ValueError
-    turn.fail(APIError(status, message or "An error typed at the terminal."))
+    turn.reject(APIError(int(number), message or "An error typed at the terminal."))
 
 
 # What each does (ValueError: that does not fit the usage), its usage, and its help.
 _COMMANDS: dict[str, tuple[Callable[[_Turn, str], None], str, str]] = {
     "/end": (lambda turn, rest: turn.end(), "/end", "ends the answer"),
+    "/finish": (lambda turn, rest: turn.end(Finish(cast(Any, rest))), "/finish REASON", "ends it for length, ..."),
     "/call": (_type_call, "/call NAME JSON", "calls a tool"),
+    "/refuse": (lambda turn, rest: turn.end(Refusal(rest)), "/refuse TEXT", "refuses, and ends the answer"),
     "/error": (_type_error, "/error STATUS MESSAGE", "fails, with that status while nothing is said"),
     "/hangup": (lambda turn, rest: turn.end(Disconnect()), "/hangup", "drops the connection"),
 }
-_HELP = "Each line that you type is streamed to the client at once. A line that begins with // says /.\n" + "".join(
-    f"  {usage:<22} {effect}\n" for _, usage, effect in _COMMANDS.values()
-)
+_HELP = (
+    "Each line that you type is streamed to the client at once, with its newline unless it ends with \\.\n"
+    "A line that begins with // says /.\n"
+) + "".join(f"  {usage:<22} {effect}\n" for _, usage, effect in _COMMANDS.values())
 
 
 class _Operator:
@@ -7958,61 +8547,110 @@ class _Operator:
 
     def __init__(self, console: _Console, stdin: TextIO | None) -> None:
         self._console, self._stdin = console, stdin
-        self._turns: queue.SimpleQueue[_Turn] = queue.SimpleQueue()
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None: the input has ended
-        self._ended = False
+        self._lock = threading.RLock()  # guards all below
+        self._turns: list[_Turn] = []  # the first has the terminal, the others wait
+        self._ahead: deque[str] = deque()  # lines typed while nobody waited
+        self._stale = self._ended = False  # the line being typed was for a client that has left; the input has ended
+        self._restore: Callable[[], object] = lambda: None
+        if stdin is not None and stdin.isatty():
+            with suppress(ImportError):
+                import termios
+
+                modes = termios.tcgetattr(stdin)
+                self._restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, modes)
 
     def start(self) -> None:
         self._console.write(_HELP)
-        for target in (self._read, self._run):
-            threading.Thread(target=target, name="openai_fake operator", daemon=True).start()
+        threading.Thread(target=self._read, name="openai_fake operator", daemon=True).start()
+
+    def stop(self) -> None:
+        """Gives the terminal back as it was: who edits a line there never ends."""
+        self._restore()
+        if self._console.typed is not None:
+            self._console.typed = None
+            self._console.write("\n")
 
     def __call__(self, request: Request) -> Stream | APIError:
-        turn = _Turn(request)
-        self._turns.put(turn)
+        turn = _Turn(request, self._over)
+        with self._lock:
+            self._turns.append(turn)
+            if self._turns[0] is turn:
+                self._begin(turn)
+            else:
+                self._console.write(f"{_request_words(request)} waits: {len(self._turns) - 1} before it\n")
         while True:
             try:
                 return turn.begun.get(timeout=_TICK)
             except queue.Empty:
                 if request.disconnected:
-                    return turn.stream
+                    return turn
+
+    def _begin(self, turn: _Turn) -> None:
+        self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
+        while self._ahead and not turn.over:
+            self._obey(turn, self._ahead.popleft())
+        if self._ended and not turn.over:
+            self._finish(turn)
+
+    def _over(self, turn: _Turn) -> None:
+        with self._lock:
+            if turn not in self._turns:  # it was rejected as its client left
+                return
+            first = self._turns[0] is turn
+            self._turns.remove(turn)
+            if first and not turn.over:
+                turn.over = True
+                self._stale = bool(self._console.typed and self._console.typed())
+                self._console.write("The client has left.\n")
+            if first and self._turns:
+                self._begin(self._turns[0])
 
     def _read(self) -> None:
-        # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
-        if self._stdin is not None:  # None: the shell closed it (<&-)
-            with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
-                for line in raw:
-                    self._lines.put(line.decode(errors="replace").rstrip("\r\n"))
-        self._lines.put(None)
+        """Obeys what is typed, until the input ends."""
+        for line in self._lines():
+            with self._lock:
+                stale, self._stale = self._stale, False
+                turn = self._turns[0] if self._turns else None
+                if stale:
+                    self._console.write("That was not sent: its client has left.\n")
+                elif turn is None or turn.over:
+                    self._ahead.append(line)
+                else:
+                    self._obey(turn, line)
+        with self._lock:
+            self._console.write("The input has ended: from now on, requests get a 503.\n")
+            self._ended = True
+            for turn in reversed(self._turns):
+                if not turn.over:
+                    self._finish(turn)
 
-    def _run(self) -> None:
-        while True:
-            turn = self._turns.get()
-            if not (self._ended or turn.left()):
-                self._console.write(f"\n{_request_words(turn.request)}\n{_shown_conversation(turn.request.messages)}< ")
-            while not turn.over:
-                self._step(turn)
-
-    def _step(self, turn: _Turn) -> None:
-        """One line of input at most."""
-        if turn.left():
-            self._console.write("\nThe client has left.\n")
-            turn.end()
-            return
-        try:
-            line = None if self._ended else self._lines.get(timeout=_TICK)
-        except queue.Empty:
-            return
-        if line is not None:
-            self._obey(turn, line)
-            return
-        if not self._ended:
-            self._console.write("\nThe input has ended: from now on, requests get a 503.\n")
-        self._ended = True
+    def _finish(self, turn: _Turn) -> None:
         if turn.said:
             turn.end()
         else:
-            turn.fail(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
+            turn.reject(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
+
+    def _lines(self) -> Iterator[str]:
+        if self._stdin is None:  # the shell closed it (<&-)
+            return
+        if self._stdin.isatty() and self._console.terminal:
+            prompt = _PROMPT
+            with suppress(ImportError):
+                import readline  # input() then edits lines, and has a history
+
+                self._console.typed = readline.get_line_buffer
+                if "libedit" not in str(readline.__doc__):  # which would show what is between \x01 and \x02
+                    readline.parse_and_bind("set enable-bracketed-paste off")  # nobody would end it
+                    prompt = f"\r\x01\x1b[K\x02{_PROMPT}"
+            with suppress(EOFError):
+                while True:
+                    yield input(prompt)
+            self._console.typed = None
+            return
+        # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
+        with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+            for line in raw:
+                yield line.decode(errors="replace").rstrip("\r\n")
 
     def _obey(self, turn: _Turn, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -8020,13 +8658,43 @@ class _Operator:
             run, usage, _ = _COMMANDS[word]
             try:
                 run(turn, rest.strip())
-            except ValueError:
-                self._console.write(f"usage: {usage}\n")
+            except ValueError as error:
+                self._console.write(f"{_safe_line(str(error))}; usage: {usage}\n")
         elif line.startswith("/") and not line.startswith("//"):
             self._console.write(_HELP)
         else:
-            turn.say(Text(line.removeprefix("/") + "\n"))
-        self._console.write("" if turn.over else "< ")
+            text = line.removeprefix("/")
+            turn.say(Text(text[:-1] if text.endswith("\\") else text + "\n"))
+
+
+# What --help shows, and what there is: the parser has the options that stand here.
+_USAGE = """\
+usage: python -m openai_fake [OPTION]...
+
+A server that answers like OpenAI's API. It repeats what the user said, or says
+  --reply TEXT                this, always
+  --handler FILE.py:NAME      what this function returns; loaded again when changed
+  --interactive               what you type
+  --auto, --tokens N          what fits the tools and schemas; texts of N tokens
+
+  --host HOST, --port PORT    where to listen (127.0.0.1, 8080); port 0: any free one
+  --reuse-port                so that several processes can listen on one port
+  --api-key KEY               refuse other keys than this
+  --cors                      let web pages of any origin call
+  --models NAME,NAME          what GET /v1/models lists
+  --strict, --no-validate     refuse unknown parameters and models, too; nothing
+  --ttft SECONDS              time to the first token
+  --itl SECONDS               time between tokens
+  --error-rate STATUS=RATE    fail so many of the requests: 429=0.1,500=0.01
+  --seed SEED                 make ids, and all that is random, the same each time
+  --dump FILE.jsonl           append each request and its answer
+  --log FORMAT                of the line per request: text, or json
+  --quiet, --verbose          no such line; conversations and tracebacks, too
+  --version, --help
+"""
+_DEFAULTS: _JSON = {
+    "host": "127.0.0.1", "port": 8080, "tokens": 32, "ttft": 0.0, "itl": 0.0, "error-rate": {}, "log": "text",
+}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -8035,6 +8703,9 @@ def _parser() -> argparse.ArgumentParser:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:  # one line, where argparse prints the usage too
             self.exit(2, f"openai_fake: {_safe_line(message)} (--help lists the options)\n")
+
+        def format_help(self) -> str:
+            return _USAGE
 
     def port(text: str) -> int:
         if not (text.isdecimal() and int(text) <= 65535):
@@ -8049,31 +8720,38 @@ def _parser() -> argparse.ArgumentParser:
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
 
-    parser = Parser(
-        prog="python -m openai_fake",
-        description="A server that answers like OpenAI's API. Unless told otherwise, it repeats what the user said.",
-        allow_abbrev=False,
-    )
+    def rates(text: str) -> dict[int, float]:
+        found = {int(status): float(rate) for status, _, rate in (each.partition("=") for each in names(text))}
+        if not all(400 <= status <= 599 and 0 <= rate <= 1 for status, rate in found.items()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not STATUS=RATE, as in 429=0.1")
+        return found
+
+    parser = Parser(prog="python -m openai_fake", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"openai_fake {__version__}")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=port, default=8080, help="%(default)s; 0: any free one; a busy one is an error")
-    answers = parser.add_mutually_exclusive_group()
-    answers.add_argument("--reply", metavar="TEXT", help="answer TEXT, always")
-    answers.add_argument(
-        "--handler",
-        metavar="FILE.py:NAME",
-        help="answer what this function returns (or module:NAME); loaded again when its file changes",
-    )
-    answers.add_argument("--interactive", action="store_true", help="you are the model: type the answers")
-    parser.add_argument("--ttft", type=seconds, default=0.0, metavar="SECONDS", help="time to the first token")
-    parser.add_argument("--itl", type=seconds, default=0.0, metavar="SECONDS", help="time between tokens")
-    parser.add_argument("--api-key", metavar="KEY", help="refuse other keys than this")
-    parser.add_argument("--cors", action="store_true", help="let web pages of any origin call")
-    parser.add_argument("--models", type=names, metavar="NAME,NAME", help="what GET /v1/models lists")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("--quiet", action="store_true", help="no line per request")
-    loudness.add_argument("--verbose", action="store_true", help="show conversations, answers and tracebacks")
+    one, other = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    groups = dict.fromkeys(("reply", "handler", "interactive", "auto"), one) | {"quiet": other, "verbose": other}
+    types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
+    types |= {"STATUS=RATE": rates, "FILE.jsonl": _dumper}
+    for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
+        more: _JSON = {"metavar": takes, "type": types.get(takes, str), "default": _DEFAULTS.get(name)}
+        more["choices"] = ("text", "json") if name == "log" else None
+        more = more if takes else {"action": "store_true"}
+        groups.get(name, parser).add_argument(f"--{name}", **more)
     return parser
+
+
+def _failing(handler: Handler, rates: Mapping[int, float], rng: random.Random) -> Handler:
+    """A handler that fails at these rates, by status."""
+
+    def answer(request: Request) -> Any:
+        drawn = rng.random()
+        for status, rate in rates.items():
+            if drawn < rate:
+                raise rate_limit() if status == 429 else APIError(status, f"One of --error-rate {status}={rate}.")
+            drawn -= rate
+        return handler(request)
+
+    return answer
 
 
 def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[[Request], Any]:
@@ -8083,7 +8761,7 @@ def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[
         return _NamedHandler(options.handler, console)
     if options.reply is not None:
         return lambda request: Text(options.reply)
-    return echo
+    return (lambda request: auto(request, tokens=options.tokens)) if options.auto else echo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8101,28 +8779,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:  # whatever the handler's file does as it is loaded, Ctrl-C meanwhile too
         parser.error(f"--handler {options.handler}: {_error_words(error)}")
     settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
-    settings["keep"] = 1_000  # the journal of a service must not grow for ever
+    settings |= {"validate": not options.no_validate, "keep": 1_000}  # the journal of a service must not grow for ever
     interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is reentrant; an Event's set() is not
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: interrupts.put(number))
     try:
-        if options.quiet:
-            server = FakeOpenAI(handler, **settings)
-        else:
-            server = _ShownServer(console, handler, options.verbose, **settings)
+        server = FakeOpenAI(_failing(handler, options.error_rate, random.Random(options.seed)), **settings)
+        server._reuse_port = options.reuse_port
+        control = _Control(server)
+        control.watchers += [] if options.quiet else [_observer(console, server, options.verbose, options.log)]
+        control.watchers += [options.dump] if options.dump else []
         server.start()
     except (OSError, ValueError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
     console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-4o"])[0], options.api_key))
+    console.flush()
     if isinstance(handler, _Operator):
         handler.start()
-    console.flush()
     while True:
         with suppress(queue.Empty):
             interrupts.get(timeout=0.5)  # Windows runs no signal handler while this waits
             break
     with suppress(BaseException):  # the errors that it raises were shown as they happened
         server.stop()
+    if isinstance(handler, _Operator):
+        handler.stop()
     console.flush()
     return 0
 

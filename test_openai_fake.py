@@ -76,6 +76,7 @@ from openai_fake import (
     ToolCall,
     Usage,
     WebSearch,
+    auto,
     echo,
     main,
     non_streaming_response,
@@ -2253,8 +2254,8 @@ def deltas(answer: Answer) -> list[Any]:
 
 
 def content(answer: Answer) -> Any:
-    """The text of a chat completion."""
-    return answer.json["choices"][0]["message"]["content"]
+    """The text of a chat completion, or the status of what is none."""
+    return answer.json["choices"][0]["message"]["content"] if answer.status == 200 else answer.status
 
 
 class RowsOfTheOriginalTest(unittest.TestCase):
@@ -3300,7 +3301,7 @@ USER = {"role": "user", "content": "Rain?"}
 BILLING = {"billing": {"payer": "developer"}}  # in JSON alone (wire 3)
 PINNED = [-0.01300005, -0.00414091, 6.126e-05, 0.00043543]  # the vector of "hello" begins so, on every machine
 NAMES = """
-    FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo recorded
+    FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo recorded auto
     Text Refusal Reasoning ToolCall CustomToolCall WebSearch Item Finish Usage  Pause Disconnect Raw StreamError
     Chunk ChunkChoice Completion CompletionChoice streaming_response non_streaming_response text_chunks tool_call_chunk
 """  # design.md, "Public names"
@@ -6434,7 +6435,7 @@ class PagesTest(unittest.TestCase):
         for listen, cors in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", False), ("127.0.0.1", True)):
             with FakeOpenAI(host=listen, cors=cors) as server:
                 for host in (*near, *far):
-                    shown = host in near or listen == "0.0.0.0" or cors
+                    shown = host in near or listen == "0.0.0.0"
                     for path in ("/_fake/requests", "/"):
                         with Wire(server) as wire:
                             wire.send(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
@@ -6488,7 +6489,8 @@ class ForgedLogTest(unittest.TestCase):
         def handler(request: Request) -> str:
             raise ValueError("x\n12:00:00 chat.completions gpt-4o json    200  0.001 s\n\r12:00:01")
 
-        with openai_fake._ShownServer(console, handler, True) as server:
+        with FakeOpenAI(handler) as server:
+            server._observe = openai_fake._observer(console, server, True, "text")
             call(server, chat())
         self.assertIn("12:00:00 chat.completions gpt-4o", "".join(shown))
         self.assertNotRegex("".join(shown), r"(?m)^12:00:0")
@@ -6824,6 +6826,247 @@ class AnswersTest(unittest.TestCase):
 
 
 ENDS = {"chat.completions": b"data: [DONE]\n\n", "responses": b"event: response.completed\n"}
+
+
+def fits(value: Any, schema: Any, root: Any) -> bool:
+    """Whether a value fits a JSON Schema: a second opinion, by the specification's words."""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema:
+        target = root
+        for step in schema["$ref"].split("/")[1:]:
+            target = target[step]
+        if not fits(value, target, root):
+            return False
+    kinds = schema.get("type", [])
+    types: dict[str, Any] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    types |= {"integer": int, "number": (int, float)}
+    size = len(value) if isinstance(value, (str, list, dict)) else 0
+    known: dict[str, Callable[[Any], Any]] = {
+        "type": lambda kind: any(
+            isinstance(value, types[each]) and (each == "boolean") == isinstance(value, bool)
+            for each in ([kinds] if isinstance(kinds, str) else kinds)
+        ),
+        "const": lambda const: value == const,
+        "enum": lambda values: value in values,
+        "allOf": lambda schemas: all(fits(value, each, root) for each in schemas),
+        "anyOf": lambda schemas: any(fits(value, each, root) for each in schemas),
+        "oneOf": lambda schemas: sum(fits(value, each, root) for each in schemas) == 1,
+    }
+    if isinstance(value, str):
+        known["pattern"] = lambda pattern: re.search(pattern, value)
+        known["minLength"], known["maxLength"] = lambda least: size >= least, lambda most: size <= most
+        known["format"] = lambda name: re.search(FORMS.get(name, ""), value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        known["minimum"], known["maximum"] = lambda least: value >= least, lambda most: value <= most
+        known["exclusiveMinimum"], known["exclusiveMaximum"] = lambda over: value > over, lambda under: value < under
+        known["multipleOf"] = lambda step: abs(value / step - round(value / step)) < 1e-9
+    if isinstance(value, list):
+        prefix = schema.get("prefixItems", [])
+        known["minItems"], known["maxItems"] = lambda least: size >= least, lambda most: size <= most
+        known["uniqueItems"] = lambda unique: len({json.dumps(each) for each in value}) == size
+        known["items"] = lambda items: all(fits(each, items, root) for each in value[len(prefix) :])
+        known["prefixItems"] = lambda items: all(fits(*pair, root) for pair in zip(value, items, strict=False))
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        known["required"] = lambda names: set(names) <= set(value)
+        known["properties"] = lambda each: all(fits(value[name], each[name], root) for name in value if name in each)
+        known["additionalProperties"] = lambda more: all(
+            fits(value[name], more, root) for name in value if name not in properties
+        )
+        known["propertyNames"] = lambda names: all(fits(name, names, root) for name in value)
+        known["minProperties"] = lambda least: size >= least
+    return all(known[key](schema[key]) for key in schema if key in known)
+
+
+FORMS = {
+    "date-time": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$",
+    "date": r"^\d{4}-\d\d-\d\d$",
+    "email": "^[^@ ]+@[^@ ]+$",
+    "uuid": "^[0-9a-f]{8}-[0-9a-f]{4}-[1-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
+    "ipv4": r"^\d+\.\d+\.\d+\.\d+$",
+    "uri": "^https?://[^ ]+$",
+}
+NODE = {
+    "type": "object",
+    "properties": {
+        "value": {"type": "integer"},
+        "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+        "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+    },
+    "required": ["value", "next", "children"],
+    "additionalProperties": False,
+}
+SCHEMAS: dict[str, Any] = {
+    "empty": {},
+    "only properties": {"properties": {"a": {"type": "string"}, "b": {"items": {"type": "null"}}}},
+    "strict object": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["c", "f"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+    "const": {"const": {"a": [1]}},
+    "nullable": {"type": ["integer", "null"], "minimum": 3},
+    "tree": {"$ref": "#/$defs/node", "$defs": {"node": NODE}},
+    "itself": {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+    "itself, or not": {"type": "object", "properties": {"next": {"$ref": "#"}}},
+    "all of": {"allOf": [{"type": "object", "required": ["a"]}, {"properties": {"a": {"type": "boolean"}}}]},
+    "one of": {"oneOf": [{"type": "integer"}, {"type": "string", "maxLength": 3}]},
+    "mapping": {"type": "object", "additionalProperties": {"type": "number"}, "minProperties": 3},
+    "names": {"type": "object", "additionalProperties": True, "propertyNames": {"enum": ["a", "b"]}},
+    "required, not described": {"type": "object", "required": ["a"], "additionalProperties": {"type": "integer"}},
+    "tuple": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}], "minItems": 2, "maxItems": 2},
+    "set": {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 1, "maximum": 5},
+        "minItems": 5,
+        "uniqueItems": True,
+    },
+    "many": {"type": "array", "items": {"type": "boolean"}, "minItems": 100},
+    "none": {"type": "array", "maxItems": 0},
+    "integer range": {"type": "integer", "exclusiveMinimum": 6, "exclusiveMaximum": 8},
+    "integer from above": {"type": "integer", "maximum": -3},
+    "narrow": {"type": "number", "exclusiveMinimum": 0.1, "maximum": 0.2},
+    "steps": {"type": "number", "multipleOf": 0.01, "minimum": 1, "maximum": 2},
+    "length": {"type": "string", "minLength": 100, "maxLength": 101},
+    "short": {"type": "string", "maxLength": 1},
+    "digits": {"type": "string", "pattern": r"^\d{8}$"},
+    "code": {"type": "string", "pattern": "^[A-Z]{3}$", "minLength": 3},
+    "slashes": {"$ref": "#/$defs/a~1b%25/0", "$defs": {"a/b%": [{"type": "boolean"}]}},
+    **{name: {"type": "string", "format": name} for name in (*FORMS, "no-such-format")},
+}
+
+
+class AutoTest(unittest.TestCase):
+    def test_samples_fit(self) -> None:
+        """What is made up for a schema fits it, with any seed."""
+        for name, schema in SCHEMAS.items():
+            for seed in range(30):
+                with self.subTest(name=name, seed=seed):
+                    value = openai_fake._Sample(schema, random.Random(seed)).make(schema)
+                    fitting = name == "slashes" or fits(value, schema, schema)
+                    self.assertTrue(fitting, value)
+                    json.dumps(value, allow_nan=False)
+
+    def test_cannot(self) -> None:
+        """What it cannot make up it names, with the schema."""
+        for name, schema, said in (
+            ("keyword", {"type": "string", "not": {"const": ""}}, "not"),
+            ("pattern", {"type": "string", "pattern": "^(never){9}$"}, "pattern"),
+            ("type", {"type": "date"}, "'date'"),
+            ("reference", {"$ref": "other.json#/a"}, "other.json"),
+            ("needs itself", {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "large"),
+            ("empty range", {"type": "integer", "minimum": 3, "maximum": 2}, "number"),
+            ("too many", {"type": "array", "minItems": 10**9}, "large"),
+            ("not so many", {"type": "array", "items": {"type": "null"}, "minItems": 2, "uniqueItems": True}, "2"),
+        ):
+            with self.subTest(name=name), self.assertRaisesRegex(ValueError, re.escape(said)):
+                openai_fake._Sample(schema, random.Random(1)).make(schema)
+
+    def test_tools(self) -> None:
+        """It calls the first tool, or the forced one, with arguments that fit; not one that has answered already."""
+        names = ("first", "second")
+        parameters, tools = SCHEMAS["strict object"], list[Any]()
+        for api in PATHS:
+            flat = [{"type": "function", "name": name, "parameters": parameters} for name in names]
+            nested = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in names]
+            tools = nested if api == "chat.completions" else flat
+            forced = {"type": "function", "function": {"name": "second"}, "name": "second"}
+            some: dict[str, Any] = {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", **forced}],
+            }
+            cases: tuple[tuple[str, Any, str | None], ...] = (
+                ("nothing said", None, "first"),
+                ("required", "required", "first"),
+                ("forced", forced, "second"),
+                ("allowed", {**some, "allowed_tools": some}, "second"),
+                ("none", "none", None),
+            )
+            for name, choice, expected in cases:
+                with self.subTest(name=name, api=api):
+                    [part] = auto(asked(api, **BODIES[api](tools=tools, tool_choice=choice)))
+                    self.assertEqual(part.name if isinstance(part, ToolCall) else None, expected)
+                    if isinstance(part, ToolCall):
+                        self.assertTrue(fits(json.loads(part.arguments), parameters, parameters))
+        told = [*chat()["messages"], {"role": "tool", "tool_call_id": "1", "content": "21"}]
+        self.assertIsInstance(auto(asked("chat.completions", **chat(tools=tools, messages=told)))[0], Text)
+        again = [*told, {"role": "user", "content": "And now?"}]
+        self.assertIsInstance(auto(asked("chat.completions", **chat(tools=tools, messages=again)))[0], ToolCall)
+
+    def test_custom_tool(self) -> None:
+        """A custom tool gets a text."""
+        [part] = auto(asked("responses", **responses(tools=[{"type": "custom", "name": "run"}])))
+        self.assertIsInstance(part, CustomToolCall)
+
+    def test_formats(self) -> None:
+        """A request for JSON gets an instance of its schema."""
+        schema = SCHEMAS["strict object"]
+        given = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        with FakeOpenAI(auto) as server:
+            message = call(server, chat(response_format=given)).json["choices"][0]["message"]["content"]
+            self.assertTrue(fits(json.loads(message), schema, schema))
+            text = {"format": {"type": "json_schema", "name": "a", "schema": schema}}
+            output = call(server, {**responses(), "text": text}).json["output"][0]["content"][0]["text"]
+            self.assertTrue(fits(json.loads(output), schema, schema))
+            loose = call(server, chat("JSON, please", response_format={"type": "json_object"})).json
+            self.assertIsInstance(json.loads(loose["choices"][0]["message"]["content"]), dict)
+
+    def test_text(self) -> None:
+        """Else it is a text of so many tokens, or of what the request limits them to."""
+        for tokens in (2, 32, 500):
+            usage = spoken("chat.completions", auto(asked("chat.completions", **chat()), tokens=tokens))["usage"]
+            self.assertEqual(usage["completion_tokens"], tokens)
+        with FakeOpenAI(auto) as server:
+            body = call(server, chat(max_completion_tokens=5)).json
+            self.assertEqual((body["usage"]["completion_tokens"], body["choices"][0]["finish_reason"]), (5, "length"))
+            self.assertEqual(call(server, responses(max_output_tokens=16)).json["status"], "incomplete")
+
+    def test_seed(self) -> None:
+        """With a seed, the same request gets the same answer, in any order; with another seed, or none, another."""
+
+        def answers(texts: str, **options: Any) -> dict[str, Any]:
+            with FakeOpenAI(auto, **options) as server:
+                return {text: call(server, chat(text)).json["choices"][0]["message"]["content"] for text in texts}
+
+        first = answers("abc", seed=1)
+        self.assertEqual(answers("cba", seed=1), first)
+        self.assertEqual(len({*first.values(), *answers("abc", seed=2).values(), *answers("abc").values()}), 9)
+
+    @needs_openai
+    def test_official_client(self) -> None:
+        """What it makes up for a model of pydantic's is one."""
+        import datetime
+        import enum
+
+        import openai
+        import pydantic
+
+        class Unit(enum.Enum):
+            C = "c"
+            F = "f"
+
+        class Day(pydantic.BaseModel):
+            date: datetime.date
+            high: float = pydantic.Field(ge=-50, lt=60)
+            unit: Unit
+
+        class Report(pydantic.BaseModel):
+            city: str = pydantic.Field(pattern="^[A-Z]", min_length=1)
+            days: list[Day] = pydantic.Field(min_length=2)
+            link: pydantic.HttpUrl
+            note: str | None
+            inner: Report | None
+
+        with FakeOpenAI(auto) as server, openai.OpenAI(base_url=server.base_url, api_key="k") as client:
+            for _ in range(20):
+                asking: Any = [{"role": "user", "content": "Hi"}]
+                parsed = client.chat.completions.parse(model="gpt-4o", messages=asking, response_format=Report)
+                self.assertIsInstance(parsed.choices[0].message.parsed, Report)
+                answer = client.responses.parse(model="gpt-4o", input="Hi", text_format=Report)
+                self.assertIsInstance(answer.output_parsed, Report)
 
 
 class LiveStreamTest(unittest.TestCase):
@@ -8660,6 +8903,432 @@ def contents(events: Iterator[Any], end: str) -> str:
     return text
 
 
+@contextlib.contextmanager
+def controlled(handler: Any = echo, **options: Any) -> Iterator[FakeOpenAI]:
+    """A server with the control routes, as the command line makes it."""
+    server = FakeOpenAI(handler, **options)
+    openai_fake._Control(server)
+    with server:
+        yield server
+        server.errors.clear()
+
+
+def control(server: FakeOpenAI, line: str, body: Any = None, *fields: str) -> Answer:
+    """One request to a control route, with the Host that a client on this machine sends."""
+    method, path = line.split(" ")
+    with Wire(server) as wire:
+        return wire.send(http_bytes(body, path, method, *fields).replace(b"Host: test", b"Host: localhost:1")).answer()
+
+
+def listed(server: FakeOpenAI, line: str, *fields: str) -> list[Any]:
+    data: list[Any] = control(server, line, None, *fields).json["data"]
+    return data
+
+
+class ControlTest(LeakTest):
+    def test_only_served(self) -> None:
+        """A server that a test starts has no control routes."""
+        with FakeOpenAI() as server:
+            for route in openai_fake._CONTROLS:
+                with self.subTest(name=route):
+                    self.assertEqual(control(server, route).status, 404)
+
+    def test_parts_as_json(self) -> None:
+        """A part as JSON, queued, is that part."""
+        acts = [
+            Finish("length"),
+            Usage(1, 2),
+            Pause(0.5),
+            Disconnect(reset=True),
+            StreamError("No.", code="a"),
+            Disconnect(),
+        ]
+        for part in (*SPOKEN.values(), *acts):
+            with self.subTest(part=part):
+                value = json.loads(json.dumps(openai_fake._part_json(part)))
+                self.assertEqual(openai_fake._queued_answer([value]), [part])
+                self.assertEqual(openai_fake._queued_answer(value), [part])
+
+    def test_answers(self) -> None:
+        """Queued answers are given in order: strings, lists of parts, errors, and OpenAI's own JSON."""
+        said = [Text("Hm."), ToolCall("f", {"a": 1})]
+        error = {"status": 429, "error": {"message": "Slow down.", "code": "c"}, "headers": {"retry-after": "3"}}
+        parts = ["A", {"type": "ToolCall", "name": "f", "arguments": {"a": 1}}]
+        queued = ["One", parts, error, spoken("chat.completions", said), spoken("responses", said)]
+        with controlled() as server:
+            self.assertEqual(control(server, "POST /_fake/answers", queued).json, {"queued": 5})
+            self.assertEqual(content(call(server, chat())), "One")
+            message = call(server, chat()).json["choices"][0]["message"]
+            self.assertEqual((message["content"], message["tool_calls"][0]["function"]["name"]), ("A", "f"))
+            slow = call(server, chat())
+            self.assertEqual((slow.status, slow.error["message"], slow.error["code"]), (429, "Slow down.", "c"))
+            self.assertEqual(slow.headers["retry-after"], "3")
+            for _ in range(2):
+                message = call(server, chat()).json["choices"][0]["message"]
+                self.assertEqual((message["content"], message["tool_calls"][0]["function"]["name"]), ("Hm.", "f"))
+            self.assertEqual(control(server, "POST /_fake/answers", "Just one").json, {"queued": 1})
+            self.assertEqual(call(server, responses()).json["output"][0]["content"][0]["text"], "Just one")
+
+    def test_no_answers(self) -> None:
+        """What is no answer is refused whole, with why."""
+        with controlled() as server:
+            for name, body, said in (
+                ("not JSON", b"{", "JSONDecodeError"),
+                ("number", ["a", 7], "7|int"),
+                ("null", None, "Expecting value"),
+                ("unknown part", [[{"type": "Txt", "text": "a"}]], "Txt"),
+                ("unknown field", [[{"type": "Text", "txt": "a"}]], "txt"),
+                ("wrong type", [[{"type": "Text", "text": 7}]], "7"),
+                ("status", [{"error": {"message": "a"}, "status": 200}], "200"),
+                ("other JSON", [{"object": "list"}], "no chat.completion"),
+                ("too deep", b"[" * 100_000, "RecursionError"),
+            ):
+                with self.subTest(name=name):
+                    answer = control(server, "POST /_fake/answers", body)
+                    self.assertEqual(answer.status, 400)
+                    self.assertRegex(answer.error["message"], said)
+            self.assertEqual(content(call(server, chat("Echo"))), "Echo")
+
+    def test_ran_out(self) -> None:
+        """After the last queued answer a request fails at once; once the queue is deleted, the handler answers."""
+        with controlled() as server:
+            control(server, "POST /_fake/answers", ["One"])
+            self.assertEqual(content(call(server, chat())), "One")
+            last = call(server, chat())
+            self.assertEqual((last.status, last.headers["x-should-retry"]), (500, "false"))
+            control(server, "DELETE /_fake/answers")
+            self.assertEqual(content(call(server, chat("Echo"))), "Echo")
+
+    def test_sessions(self) -> None:
+        """A session, by header or key, has answers and requests of its own; who names none sees all."""
+        with controlled() as server:
+            one, other = "x-fake-session: one", "Authorization: Bearer other"
+            control(server, "POST /_fake/answers", ["For one"], one)
+            control(server, "POST /_fake/answers", ["For other"], other)
+            control(server, "POST /_fake/answers", ["For all", "And again"])
+            self.assertEqual(content(call(server, chat(), "", "POST", other)), "For other")
+            self.assertEqual(content(call(server, chat(), "", "POST", other, one)), "For one")
+            self.assertEqual(content(call(server, chat(), "", "POST", "api-key: third")), "For all")
+            self.assertEqual(call(server, chat(), "", "POST", one).status, 500)
+            numbers = {
+                session: [each["number"] for each in listed(server, "GET /_fake/requests", *fields)]
+                for session, fields in {"": (), "one": (one,), "other": (other,)}.items()
+            }
+            self.assertEqual(numbers, {"": [1, 2, 3, 4], "one": [2, 4], "other": [1]})
+            self.assertEqual([each["kind"] for each in listed(server, "GET /_fake/errors", one)], ["ran_out"])
+            self.assertEqual([each["kind"] for each in listed(server, "GET /_fake/errors")], ["ran_out", "left_over"])
+            for line in ("DELETE /_fake/answers", "DELETE /_fake/requests"):
+                self.assertEqual(control(server, line, None, one).status, 200)
+            self.assertEqual(content(call(server, chat(), "", "POST", one)), "And again")
+            self.assertEqual([each["number"] for each in listed(server, "GET /_fake/requests")], [1, 3, 5])
+            for line in ("DELETE /_fake/answers", "DELETE /_fake/requests"):
+                control(server, line)
+            self.assertEqual(listed(server, "GET /_fake/requests") + listed(server, "GET /_fake/errors"), [])
+
+    def test_journal(self) -> None:
+        """A request is told with what it held and what became of it, but never a key."""
+        key = "Authorization: Bearer sk-very-secret-key"
+        with controlled(always(ToolCall("f"))) as server:
+            tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}]
+            call(
+                server, chat("Hi", tools=tools), "/v1/chat/completions?a=1", "POST", key, "api-key: sk-very-secret-key"
+            )
+            [entry] = listed(server, "GET /_fake/requests")
+            expected = {
+                "number": 1, "method": "POST", "path": "/v1/chat/completions", "query": "a=1", "status": 200,
+                "api": "chat.completions", "model": "gpt-4o", "stream": False, "outcome": "answered", "asked": True,
+                "body": chat("Hi", tools=tools), "tools": ["f(a)"],
+                "messages": [{"role": "user", "text": "Hi", "attached": [], "calls": []}],
+            }  # fmt: skip
+            self.assertEqual({name: entry.get(name) for name in expected}, expected)
+            self.assertEqual([part["type"] for part in entry["answer"]], ["ToolCall", "Usage"])
+            self.assertAlmostEqual(entry["time"], time.time(), delta=WAIT)
+            self.assertGreater(entry["seconds"], 0)
+            self.assertEqual(entry["headers"]["content-length"], str(len(json.dumps(entry["body"]))))
+            self.assertNotIn("secret", control(server, "GET /_fake/requests").body.decode())
+        with controlled(api_key="right") as server:
+            call(server, chat(), "", "POST", "Authorization: Bearer wrong")
+            told = [control(server, f"GET /_fake/{name}").body.decode() for name in ("requests", "errors")]
+            self.assertNotIn("Bearer", "".join(told))
+            self.assertNotIn("wrong.", "".join(told))
+
+    def test_not_in_the_journal(self) -> None:
+        """Control requests are no requests: neither kept, nor counted, nor shown."""
+        with controlled() as server:
+            for route in (*openai_fake._CONTROLS, "GET /v1/_fake/requests"):
+                if "events" not in route:
+                    control(server, route)
+            self.assertEqual((server.requests, listed(server, "GET /_fake/requests")), ([], []))
+            self.assertEqual(server._transcript(), "No request came to the fake.")
+
+    def test_wait(self) -> None:
+        """`wait` blocks until so many came, also while they are answered; after `timeout` it is a 504."""
+        stream = Stream()
+        with controlled(always(stream)) as server, Wire(server) as wire:
+            line = "GET /_fake/requests?wait=1&timeout=10"
+            wire.send(http_bytes(None, line.split()[1], "GET").replace(b"Host: test", b"Host: localhost"))
+            with asking(server):
+                [entry] = wire.answer().json["data"]
+                self.assertEqual((entry["outcome"], entry["seconds"], entry["asked"]), ("in flight", None, True))
+                stream.close()
+            late = control(server, "GET /_fake/requests?wait=2&timeout=0")
+            self.assertEqual((late.status, late.error["message"]), (504, "1 of 2 requests came in 0 s."))
+
+    def test_settled(self) -> None:
+        """Who has read a whole answer finds its request answered: one that is just ending is waited for."""
+        gate = threading.Event()
+        with controlled() as server:
+            ended, control_ = server._ended, cast(Any, server._control)
+            follow = control_.follow
+
+            def late(*arguments: Any) -> None:
+                gate.wait(WAIT)
+                ended(*arguments)
+
+            def opening(connection: Any, streams: bool, look: Callable[[], Any]) -> None:
+                if look() is not None:
+                    gate.set()
+                follow(connection, streams, look)
+
+            with mock.patch.object(server, "_ended", late), mock.patch.object(control_, "follow", opening):
+                try:
+                    call(server, chat())
+                    self.assertEqual(listed(server, "GET /_fake/requests")[0]["outcome"], "answered")
+                finally:
+                    gate.set()
+
+    def test_errors(self) -> None:
+        """What went wrong is told by kind; an error that was the wanted answer is none."""
+
+        def handler(request: Request) -> Any:
+            raise {"bug": ZeroDivisionError("oh"), "wanted": rate_limit()}[request.text]
+
+        with controlled(handler) as server:
+            call(server, chat("bug"))
+            call(server, chat("wanted"))
+            call(server, chat(messages=[]))
+            get(server, "/nothing")
+            call(server, {"model": "m"}, PATHS["responses"])
+            control(server, "POST /_fake/answers", ["a", "b"])
+            told = [(each["kind"], each["number"]) for each in listed(server, "GET /_fake/errors")]
+        self.assertEqual(told, [("failed", 1), ("refused", 3), ("refused", 4), ("refused", 5), ("left_over", None)])
+
+    def test_other_sites(self) -> None:
+        """Pages of other origins get a 403, and on loopback a Host that is another's; with `cors` too."""
+        for cors in (False, True):
+            with controlled(cors=cors) as server:
+                for name, host, origin, status in (
+                    ("localhost", "localhost:8080", None, 200),
+                    ("address", "127.0.0.1", None, 200),
+                    ("other address", "127.9.9.9:1", "http://localhost:3000", 200),
+                    ("IPv6", "[::1]:8080", "http://[::1]:8080", 200),
+                    ("any case", "LOCALHOST", "https://LocalHost", 200),
+                    ("rebound", "evil.example", None, 403),
+                    ("rebound port", "evil.example:80", None, 403),
+                    ("begins like it", "localhost.evil.example", None, 403),
+                    ("ends like it", "evil-localhost", None, 403),
+                    ("looks like it", "127.0.0.1.evil.example", None, 403),
+                    ("other origin", "localhost", "http://evil.example", 403),
+                    ("origin like it", "localhost", "http://localhost.evil.example", 403),
+                    ("no origin", "localhost", "null", 403),
+                ):
+                    with self.subTest(name=name, cors=cors):
+                        fields = [f"Origin: {origin}"] if origin else []
+                        for route in ("GET /", "GET /_fake/requests", "POST /_fake/answers"):
+                            method, path = route.split()
+                            body = http_bytes(["a"] if method == "POST" else None, path, method, *fields)
+                            with Wire(server) as wire:
+                                sent = body.replace(b"Host: test", f"Host: {host}".encode())
+                                self.assertEqual(wire.send(sent).answer().status, status)
+        with controlled(host="0.0.0.0") as server:
+            self.assertEqual(call(server, None, "/", "GET").status, 200)
+
+    def test_keys(self) -> None:
+        """Looking needs no key; queueing and deleting need the server's, which is no session then."""
+        with controlled(api_key="k") as server:
+            for route in openai_fake._CONTROLS:
+                if "events" not in route:
+                    with self.subTest(name=route):
+                        reads = route.startswith("GET")
+                        self.assertEqual(control(server, route, ["a"]).status, 200 if reads else 401)
+                        self.assertEqual(control(server, route, ["a"], "api-key: k").status, 200)
+            control(server, "POST /_fake/answers", ["Mine"])
+            control(server, "POST /_fake/answers", ["Mine"], "api-key: k", "x-fake-session: mine")
+            fields = ("api-key: k", "x-fake-session: mine")
+            self.assertEqual(content(call(server, chat(), "", "POST", *fields)), "Mine")
+
+    def test_events(self) -> None:
+        """The events tell each request as it comes, its text as it is streamed, and its end; the old ones first."""
+        stream = Stream()
+        with controlled(Script("Old", stream)) as server:
+            call(server, chat("Old one"))
+            with Wire(server) as wire:
+                wire.send(http_bytes(None, "/_fake/events", "GET").replace(b"Host: test", b"Host: localhost"))
+
+                def until(words: str) -> Any:
+                    """The next event that has these words."""
+                    while words not in (event := wire.until(b"\n\n").decode()):
+                        pass
+                    return json.loads(event.partition("data: ")[2])
+
+                self.assertEqual(until('"text":"Old"')["number"], 1)
+                with asking(server) as asker:
+                    came = until('"number":2')
+                    self.assertEqual((came["messages"][0]["text"], came["answer"]), ("Hi", []))
+                    for text in ("So ", "far"):
+                        stream.send(text)
+                        came = until(text + '"')
+                        self.assertEqual((came["outcome"], came["seconds"]), ("in flight", None))
+                    stream.close()
+                    asker.answer()
+                    came = until('"outcome":"answered"')
+                    self.assertEqual((came["number"], came["status"], came["answer"][0]["text"]), (2, 200, "So far"))
+
+    def test_stop(self) -> None:
+        """stop() ends who follows or waits, within its bound."""
+        wires: list[Wire] = []
+        with controlled() as server:
+            for path in ("/_fake/events", "/_fake/requests?wait=1&timeout=60"):
+                wires.append(Wire(server))
+                wires[-1].send(http_bytes(None, path, "GET").replace(b"Host: test", b"Host: localhost"))
+            wires[0].until(b"\r\n\r\n")
+            began = time.monotonic()
+        self.assertLess(time.monotonic() - began, 1.5)
+        for wire in wires:
+            with wire:
+                self.assertNotIn(b'"data"', wire.rest())
+
+    def test_keep(self) -> None:
+        """Sessions are bounded as all that is kept."""
+        with controlled(keep=3) as server:
+            for number in range(10):
+                control(server, "POST /_fake/answers", ["a"], f"x-fake-session: {number}")
+            self.assertEqual([*server._control.queues], ["7", "8", "9"])  # type: ignore[union-attr]
+
+
+class Browser:
+    """A headless Chromium, driven through pipes: each command, and each answer, is JSON that ends with a NUL."""
+
+    def __init__(self, test: unittest.TestCase, path: str) -> None:
+        (theirs, self.write), (self.read, back) = os.pipe(), os.pipe()
+        profile = tempfile.mkdtemp()
+        test.addCleanup(shutil.rmtree, profile, ignore_errors=True)
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={profile}",
+            "--remote-debugging-pipe",
+        ]
+        begin = f"import os, sys; os.dup2({theirs}, 3); os.dup2({back}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", begin, path, *options]
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, pass_fds=(theirs, back), **quiet)
+        os.close(theirs)
+        os.close(back)
+        test.addCleanup(self.end)
+        self.buffer, self.number, self.session = b"", 0, ""
+        target = self.tell("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def tell(self, method: str, **params: Any) -> Any:
+        """Gives a command, and returns its result; events between are skipped."""
+        self.number += 1
+        where = {"sessionId": self.session} if self.session else {}
+        os.write(
+            self.write, json.dumps({"id": self.number, "method": method, "params": params, **where}).encode() + b"\0"
+        )
+        while True:
+            message, nul, rest = self.buffer.partition(b"\0")
+            if not nul:
+                data = within(3 * PATIENCE, os.read, self.read, 1 << 20)
+                if not data:
+                    raise AssertionError("the browser has ended")
+                self.buffer += data
+                continue
+            self.buffer, answer = rest, json.loads(message)
+            if answer.get("id") == self.number:
+                if "error" in answer:
+                    raise AssertionError(answer["error"])
+                return answer["result"]
+
+    def evaluate(self, source: str) -> Any:
+        result = self.tell("Runtime.evaluate", expression=source, awaitPromise=True, returnByValue=True)["result"]
+        return result.get("value", result)
+
+    def until(self, condition: str) -> None:
+        """Waits until an expression is true, looking after each change of the page."""
+        look = f"const look = () => ({condition}) && resolve(true)"
+        watch = "new MutationObserver(look).observe(document, {subtree: true, childList: true, characterData: true})"
+        give_up = f"setTimeout(() => resolve(document.body.innerText), {PATIENCE * 1000})"
+        found = self.evaluate(f"new Promise(resolve => {{ {look}; {watch}; look(); {give_up} }})")
+        if found is not True:
+            raise AssertionError(f"never was {condition}, but: {found}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write)
+        os.close(self.read)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+
+
+class PageTest(unittest.TestCase):
+    def test_no_external_file(self) -> None:
+        """The page is one file, and its policy lets it load nothing from elsewhere."""
+        with controlled() as server:
+            answer = control(server, "GET /")
+        self.assertEqual((answer.status, answer.headers["content-type"]), (200, "text/html; charset=utf-8"))
+        self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
+        self.assertNotRegex(answer.body.decode(), r"(?:src|href)=(?!\"data:)|https?://|innerHTML")
+        self.assertLessEqual(answer.body.count(b"\n"), 150)
+
+    @unittest.skipUnless(CHROMIUM and sys.platform != "win32", "there is no Chromium")
+    def test_in_a_browser(self) -> None:
+        """The page shows requests as they come, the newest first, and text as it is streamed, in light and dark."""
+        stream, evil = Stream(), "<img src=x onerror=document.title='evil'>"
+        with controlled(Script("First answer", stream, ToolCall("f", {"a": 1}))) as server:
+            browser = Browser(self, CHROMIUM)
+            browser.tell("Page.navigate", url=server.url + "/")
+            browser.until("document.querySelector('[role=status]')?.textContent === 'live'")
+            call(server, chat("First question"))
+            browser.until("document.querySelector('main').innerText.includes('First answer')")
+            tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}]
+            with asking(server, text=evil, tools=tools):
+                browser.until("document.querySelector('main').innerText.includes('f(a)')")
+                stream.send("So far")
+                browser.until("document.querySelector('main .live')?.innerText.includes('So far')")
+                stream.send(", so good")
+                browser.until("document.querySelector('main .live')?.innerText.includes('So far, so good')")
+                stream.close()
+                browser.until("!document.querySelector('main .live')")
+            call(server, responses("Last question"))
+            browser.until("document.querySelector('main').innerText.includes('f({\"a\":1})')")
+            rows = browser.evaluate("[...document.querySelectorAll('nav button')].map(row => row.innerText)")
+            for row, said in zip(rows, ("Last question", evil, "First question"), strict=True):
+                self.assertIn(said, row)
+                self.assertIn("200", row)
+            self.assertEqual(browser.evaluate("document.title"), "openai_fake")
+            browser.evaluate("document.querySelector('nav button:last-child').click()")
+            browser.until("document.querySelector('main').innerText.includes('First answer')")
+            command = browser.evaluate("curl(all.get(1))")
+            if shutil.which("curl"):
+                server.handler = always("Again")
+                done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=PATIENCE, check=True)
+                self.assertEqual(json.loads(done.stdout)["choices"][0]["message"]["content"], "Again")
+                self.assertEqual(server.requests[-1].body, server.requests[0].body)
+            colours = set()
+            for scheme in ("light", "dark"):
+                browser.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+                colours.add(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
+                if path := os.environ.get("SCREENSHOTS"):
+                    shot = base64.b64decode(browser.tell("Page.captureScreenshot")["data"])
+                    Path(path, f"{scheme}.png").write_bytes(shot)
+            self.assertEqual(len(colours), 2)
+
+
 class CommandLineTest(unittest.TestCase):
     def test_banner(self) -> None:
         """The first line ends with the base URL; the environment variables to export follow."""
@@ -8818,6 +9487,124 @@ class CommandLineTest(unittest.TestCase):
             path.write_text("def answer(request): return 'another'\n", "utf-8")
             self.assertEqual(caller.said(), "another")
 
+    def test_help_fits_a_screen(self) -> None:
+        """--help is no longer than a terminal, nor wider, and names every option."""
+        lines = ran("--help").stdout.splitlines()
+        self.assertLessEqual((len(lines), max(map(len, lines))), (23, 80))  # the 24th has the prompt
+        for each in openai_fake._parser()._actions:
+            self.assertIn(each.option_strings[-1], "\n".join(lines))
+
+    def test_more_bad_options(self) -> None:
+        """So do the other options say in one line what cannot be done; a handler's file names its own place."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "faulty.py")
+            path.write_text("def answer(request): ...\n\n1 // 0\n", "utf-8")
+            for arguments, named in (
+                (["--dump", f"{directory}/no/such/file"], "no/such/file"),
+                (["--error-rate", "200=1"], "'200=1'"),
+                (["--error-rate", "429=two"], "429=two"),
+                (["--handler", f"{path}:answer"], "ZeroDivisionError: integer division or modulo by zero (faulty.py:3"),
+                (["--log", "xml"], "xml"),
+                (["--auto", "--reply", "a"], "--reply"),
+            ):
+                with self.subTest(arguments=arguments):
+                    result = ran(*arguments)
+                    self.assertEqual((result.returncode, result.stdout, result.stderr.count("\n")), (2, "", 1))
+                    self.assertIn(named, result.stderr)
+
+    def test_auto(self) -> None:
+        """--auto answers texts of --tokens; with --seed it answers the same again, ids too."""
+        said: list[Any] = []
+        for _ in range(2):
+            caller = Caller(self, Program(self, "--auto", "--tokens", "7", "--seed", "3").url())
+            caller.send()
+            said.append(caller.receive()[1])
+        self.assertEqual(said[0]["usage"]["completion_tokens"], 7)
+        self.assertEqual([{**each, "created": 0} for each in said], [{**said[0], "created": 0}] * 2)
+
+    def test_strictness(self) -> None:
+        """--strict refuses an unknown model, --no-validate not even an unknown role."""
+        for arguments, model, role, status in (
+            (["--strict"], "none-such", "user", 404),
+            ([], "none-such", "user", 200),
+            ([], "gpt-4o", "clown", 400),
+            (["--no-validate"], "gpt-4o", "clown", 200),
+        ):
+            with self.subTest(arguments=arguments, model=model, role=role):
+                caller = Caller(self, Program(self, *arguments).url())
+                body = {"model": model, "messages": [{"role": role, "content": "Hi"}]}
+                caller.connection.request("POST", "/v1/chat/completions", json.dumps(body))
+                self.assertEqual(caller.receive()[0], status)
+
+    def test_error_rate(self) -> None:
+        """--error-rate fails so many requests, and with --seed the same ones."""
+        told = []
+        for _ in range(2):
+            caller = Caller(self, Program(self, "--error-rate", "429=0.3,500=0.2", "--seed", "5").url())
+            told.append([caller.said()[:3] for _ in range(60)])
+        self.assertEqual(told[0], told[1])
+        self.assertEqual(set(told[0]), {"429", "500", "Hel"})
+        self.assertGreater(told[0].count("429"), 6)
+
+    def test_dump(self) -> None:
+        """--dump appends a line for each exchange: what was asked and answered, without the key."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "dump.jsonl")
+            path.write_text("{}\n", "utf-8")
+            program = Program(self, "--reply", "Fine.", "--dump", str(path))
+            caller = Caller(self, program.url())
+            for text in ("How are you?", "And\u2028now?"):
+                caller.said(text)
+                program.until("chat.completions")  # then it was dumped too, for the line is put first
+            caller.said()  # whose exchange ends after those before
+            _, first, second, *_ = path.read_text("utf-8").split("\n")
+        self.assertEqual(json.loads(first)["body"]["messages"][0]["content"], "How are you?")
+        self.assertEqual(json.loads(first)["answer"][0], {"type": "Text", "text": "Fine."})
+        self.assertEqual(json.loads(second)["messages"][0]["text"], "And\u2028now?")
+
+    def test_log_json(self) -> None:
+        """--log json makes each line JSON that a terminal obeys nothing of; with --verbose it has all."""
+        for arguments in ((), ("--verbose",)):
+            with self.subTest(arguments=arguments):
+                program = Program(self, "--log", "json", *arguments)
+                Caller(self, program.url()).said("Hi\u009b")
+                line = program.until('"method"')
+                told = json.loads(line)
+                self.assertTrue(line.isascii())
+                self.assertEqual((told["model"], told["status"], told["outcome"]), ("gpt-4o", 200, "answered"))
+                self.assertEqual("body" in told, bool(arguments))
+
+    @unittest.skipUnless(hasattr(socket, "SO_REUSEPORT"), "this system cannot share a port")
+    def test_reuse_port(self) -> None:
+        """With --reuse-port several processes listen on one port; without, the second is refused."""
+        port = Program(self, "--reuse-port").url().rsplit(":", 1)[1].removesuffix("/v1")
+        result = ran("--port", port)
+        self.assertIn(port, result.stderr)
+        self.assertEqual(Program(self, "--reuse-port", "--port", port).url(), f"http://127.0.0.1:{port}/v1")
+
+    def test_verbose_request(self) -> None:
+        """--verbose shows tools, options, and images and files by their size."""
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 4000}}
+        linked = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+        file = {"type": "file", "file": {"file_data": "data:application/pdf;base64," + "A" * 40, "filename": "a.pdf"}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}, "b": {}}}}}]
+        messages = [{"role": "user", "content": [{"type": "text", "text": "See"}, image, linked, file]}]
+        shown = openai_fake._shown_request(
+            asked("chat.completions", model="m", messages=messages, tools=tools, temperature=0.5)
+        )
+        for words in (
+            "user       See\n",
+            "[image_url: 4,065 characters]",
+            "[image_url: 66 characters]",
+            "[file: 126 characters]",
+            "tools      f(a, b)",
+            "options    temperature=0.5",
+        ):
+            self.assertIn(words, shown)
+        parts = [{"type": "input_image", "image_url": "data:image/png;base64," + "A" * 4000}]
+        shown = openai_fake._shown_request(asked("responses", **responses(input=[{"role": "user", "content": parts}])))
+        self.assertIn("[input_image: 4,059 characters]", shown)
+
     @POSIX
     def test_output_never_read(self) -> None:
         """A reader that stops reading its output holds up neither the answers nor the end."""
@@ -8974,6 +9761,140 @@ class InteractiveTest(unittest.TestCase):
         self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["content"], "So far\n")
         self.assertIn("503 ", self.caller.said())
 
+    def test_no_newline(self) -> None:
+        """A line that ends with a backslash is sent without its newline."""
+        self.program.type("One, \\", "two", "/end")
+        self.assertEqual(self.caller.said(), "One, two\n")
+
+    def test_broken_call(self) -> None:
+        """/call with broken JSON is refused, with where it is broken; a custom tool's input may be anything."""
+        body = chat(tools=[{"type": "custom", "custom": {"name": "run"}}])
+        self.caller.connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        self.program.type('/call get_weather {"city": ', "/call run {print", "/end")
+        self.assertIn("char 8", self.program.until("usage: /call NAME JSON"))
+        [call] = self.caller.receive()[1]["choices"][0]["message"]["tool_calls"]
+        self.assertEqual(call["custom"], {"name": "run", "input": "{print"})
+
+    def test_finish(self) -> None:
+        """/finish ends the answer for that reason; one that there is not is refused."""
+        self.caller.send()
+        self.program.type("So", "/finish never", "/finish length")
+        self.program.until("usage: /finish REASON")
+        self.assertEqual(self.caller.receive()[1]["choices"][0]["finish_reason"], "length")
+
+    def test_refuse(self) -> None:
+        """/refuse answers with a refusal."""
+        self.program.type("/refuse Not that.")
+        self.caller.send()
+        self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["refusal"], "Not that.")
+
+    def test_others_wait(self) -> None:
+        """A request that has to wait for its turn is told, and shown with its tools when it comes."""
+        self.caller.send("First")
+        self.program.until("First")
+        second = Caller(self, self.url)
+        body = chat("Second", tools=[{"type": "function", "function": {"name": "f"}}], temperature=0.5)
+        second.connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        self.program.until("waits: 1 before it")
+        self.program.type("/end", "2", "/end")
+        self.program.until("Second")
+        self.program.until("f()")
+        self.program.until("temperature=0.5")
+        self.assertEqual(second.receive()[1]["choices"][0]["message"]["content"], "2\n")
+
+    def test_all_typed_before(self) -> None:
+        """A file of lines answers one request after the other, also when the input has ended long since."""
+        stdin: Any = self.program.process.stdin
+        self.program.type("1", "/end", "2", "/end")
+        stdin.close()
+        self.program.until("The input has ended")
+        self.assertEqual([self.caller.said() for _ in range(3)], ["1\n", "2\n", "503 Nobody is at the terminal."])
+
+
+@POSIX
+@unittest.skipUnless(find_spec("readline"), "there is no readline")
+class TerminalTest(unittest.TestCase):
+    """--interactive on a terminal: what is on the screen, by what was written to it."""
+
+    def setUp(self) -> None:
+        import pty
+
+        self.keys, theirs = pty.openpty()
+        self.addCleanup(os.close, self.keys)
+        self.modes = self.terminal_modes()
+        environ = {**os.environ, "TERM": "dumb", "NO_COLOR": "1"}
+        command = [*COMMAND, "--port", "0", "--interactive"]
+        self.process = subprocess.Popen(command, cwd=DIRECTORY, env=environ, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self.addCleanup(self.process.wait, PATIENCE)
+        self.addCleanup(self.process.kill)
+        self.shown = ""
+        self.url = self.until("/v1\r\n").split()[-1]
+        self.caller = Caller(self, self.url)
+        self.until("drops the connection\r\n")
+
+    def terminal_modes(self) -> Any:
+        import termios
+
+        return termios.tcgetattr(self.keys)[:4]
+
+    def type(self, text: str) -> None:
+        os.write(self.keys, text.encode())
+
+    def until(self, text: str) -> str:
+        """What is written up to and with a text."""
+        while text not in self.shown:
+            self.shown += within(PATIENCE, os.read, self.keys, 4096).decode()
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def test_editing(self) -> None:
+        """Lines are edited, and come again with the arrow up."""
+        self.type("Hellp\x7fo\r/end\r")
+        self.assertEqual(self.caller.said(), "Hello\n")
+        self.type("\x1b[A\x1b[A, again\r/end\r")
+        self.assertEqual(self.caller.said(), "Hello, again\n")
+
+    def test_log_line(self) -> None:
+        """A log line goes where the prompt was, and the prompt comes below it with what is typed so far."""
+        self.type("Half a")
+        self.until("Half a")
+        self.caller.connection.request("GET", "/v1/models")
+        self.caller.receive()
+        line = self.until("GET /v1/models")
+        self.assertIn("\r\x1b[K", line)
+        self.until("< Half a")
+        self.type(" line\r/end\r")
+        self.assertEqual(self.caller.said(), "Half a line\n")
+
+    def test_client_leaves(self) -> None:
+        """A line that was being typed as the client left is not the beginning of the next answer."""
+        self.caller.send("First", stream=True)
+        self.until("First")
+        self.type("So\r")
+        contents(self.caller.events(), "So\n")
+        self.type("For the fi")
+        self.until("For the fi")
+        self.caller.connection.close()
+        self.until("The client has left.")
+        self.type("rst\r")
+        self.until("not sent")
+        self.type("For the second\r/end\r")
+        self.assertEqual(Caller(self, self.url).said("Second"), "For the second\n")
+
+    def test_interrupt(self) -> None:
+        """SIGINT and SIGTERM end it while one types, quietly, and the terminal is as it was."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(signal=number.name):
+                self.setUp()
+                self.until("< ")
+                self.type("Half a")
+                self.until("Half a")
+                self.process.send_signal(number)
+                self.assertEqual(self.process.wait(PATIENCE), 0)
+                self.assertEqual(self.terminal_modes(), self.modes)
+                self.assertNotIn("Traceback", self.shown)
+
 
 class ShownTextTest(unittest.TestCase):
     @staticmethod
@@ -9046,7 +9967,7 @@ class ShownTextTest(unittest.TestCase):
         """Every kind of part is shown; one that has no words of its own by its repr."""
         parts = [openai_fake.Reasoning("Hm."), openai_fake.Text("Yes."), openai_fake.Disconnect()]
         lines = _answer_text(parts).splitlines()
-        self.assertEqual([line.split()[1] for line in lines], ["reasoning", "answer", "Disconnect"])
+        self.assertEqual([line.split()[1] for line in lines], ["reasoning", "answer", "disconnect"])
 
     def test_banner_quoting(self) -> None:
         """What a shell would take apart is quoted."""
@@ -9058,7 +9979,7 @@ class ShownTextTest(unittest.TestCase):
     @staticmethod
     def message(role: str, text: str, arguments: str | None = None) -> Any:
         calls = [] if arguments is None else [openai_fake.ToolCall("get_weather", arguments, id="call_1")]
-        return SimpleNamespace(role=role, text=text, tool_calls=calls, tool_call_id=None)
+        return SimpleNamespace(role=role, text=text, content=text, tool_calls=calls, tool_call_id=None)
 
 
 # ---- The README and the docstrings -----------------------------------------------------------------------------------
@@ -9131,6 +10052,19 @@ class ReadmeBlocksTest(unittest.TestCase):
             done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
+    @unittest.skipUnless(shutil.which("node"), "node is not installed")
+    def test_node_runs(self) -> None:
+        """The tests in JavaScript pass under Node."""
+        [script] = fenced("js")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "example.test.mjs")
+            path.write_text(script, "utf-8")
+            where = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": DIRECTORY}
+            command = ["node", "--test", str(path)]
+            done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertRegex(done.stdout, r"pass [1-9]")
+
     def test_streams_are_as_shown(self) -> None:
         """Both streams of the console block are what the server sends; `…` stands for anything."""
         [console] = fenced("console")
@@ -9163,6 +10097,11 @@ class ReadmeTablesTest(unittest.TestCase):
         """The table of endpoints has the routes of the module."""
         self.assertCountEqual([row[0] for row in table("Endpoints")], _ENDPOINTS)
 
+    def test_control_routes(self) -> None:
+        """The table of control routes has those of the module."""
+        section = README.split("| Control route |")[1].split("\n\n")[0]
+        self.assertCountEqual(re.findall(r"^\| `(.*?)` ", section, re.MULTILINE), openai_fake._CONTROLS)
+
     def test_options(self) -> None:
         """The table of options has FakeOpenAI's keywords in their order, and their defaults."""
         parameters = list(inspect.signature(FakeOpenAI).parameters.values())[1:]
@@ -9170,9 +10109,11 @@ class ReadmeTablesTest(unittest.TestCase):
         self.assertEqual(shown, [(each.name, each.default) for each in parameters])
 
     def test_command_line(self) -> None:
-        """The table of the command line has the options of --help, with what they take."""
-        shown = ran("--help").stdout
-        options = re.findall(r"^  (?:-h, )?(--[\w-]+(?: [^ \n]+)?)(?:$|  )", shown, re.MULTILINE)
+        """The table of the command line has the parser's options, with what they take."""
+        options: list[str] = []
+        for each in openai_fake._parser()._actions:
+            takes = f" {each.metavar or each.dest.upper()}" if each.nargs is None else ""
+            options.append(each.option_strings[-1] + takes)
         self.assertCountEqual([row[0] for row in table("Command line")], options)
 
     def test_parts(self) -> None:
