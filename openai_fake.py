@@ -77,6 +77,7 @@ from importlib import import_module
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     import argparse
@@ -1890,6 +1891,7 @@ class Stream:
         self._written = 0  # of them, on the wire
         self._ended = False
         self._gone = False
+        self._noticed = False  # the test was told that the client has left
 
     def send(self, *parts: _Sent) -> bool:
         """Sends parts, in order. Returns whether there is still a client: False once it has left, and drops them.
@@ -1900,7 +1902,7 @@ class Stream:
         with self._changed:
             if self._ended:
                 raise RuntimeError("send() on a Stream that has ended: close() or fail() was called before")
-            if self._gone:
+            if self._left_early():
                 return False
             self._sent += len(checked)
             for part in checked:
@@ -1930,7 +1932,7 @@ class Stream:
                 missing = self._sent - self._written
                 why = "no request has come" if self._request is None else "the client does not read"
                 raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
-            return self._written >= self._sent
+            return self._written >= self._sent or not self._left_early()
 
     @property
     def request(self) -> Request | None:
@@ -1947,12 +1949,24 @@ class Stream:
     @property
     def disconnected(self) -> bool:
         """Whether the client has left before the end."""
-        return self._gone
+        return self._left_early()
 
     def wait_disconnected(self, timeout: float = 5.0) -> bool:
         """Waits until the client has left. Returns False if it has not after `timeout` seconds, or never came."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._gone, timeout)
+            return self._changed.wait_for(self._left_early, timeout)
+
+    def _left_early(self) -> bool:
+        """Whether the client has left, as the test is told."""
+        self._noticed = self._noticed or self._gone
+        return self._gone
+
+    def _check_closed(self) -> None:
+        if not self._ended and not self._noticed:
+            raise RuntimeError(
+                f"a Stream was never closed, and its client was waiting for more: {self._request!r}; close() ends it, "
+                "wait_disconnected() or `disconnected` tells that the client has left"
+            )
 
     def _serve(self, request: Request) -> None:
         with self._changed:
@@ -3500,6 +3514,8 @@ class _Delivery:
             if isinstance(content, Stream):
                 content._serve(self.request)
                 self.streams.append(content)
+                with self.fake._arrived:
+                    self.fake._streams.add(content)
         known = reply._known()
         if known is not None and (len(known) > 1 or self.encoder.n > 1):
             known = _arranged(known, self.encoder)
@@ -3623,9 +3639,10 @@ class _Delivery:
         gone = waiter.connection is not None and waiter.connection.gone
         if not gone and not waiter.server.stopping:
             stream._on_wire(stream._sent)
-        elif not gone and not stream._ended:
-            error = RuntimeError("a Stream was never closed: the server stopped while its client was waiting for more")
-            self.fake._keep_error(error, self.request)
+            with self.fake._arrived:
+                self.fake._streams.discard(stream)
+        elif not gone:
+            self.fake._interrupted.append(stream)
         stream._left()
 
 
@@ -4818,6 +4835,7 @@ class _Connection(BaseRequestHandler):
         self.asked = Request("", method, path, "", {})
         with suppress(_Gone):
             self._send_error(APIError(refused.status, refused.message))
+        self.server.fake._note(self.asked)
         self.server.fake._ended(self.asked, self.started)
         self._linger()
 
@@ -5171,6 +5189,8 @@ class FakeOpenAI:
         self.seed = seed
         self.clock = clock
         self.errors: list[BaseException] = []
+        self._told: list[BaseException] = []  # of them, those that a test was failed with, or told of
+        self._judged = False
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
         if cors:
             own["OPTIONS /{path*}"] = _preflight
@@ -5178,10 +5198,12 @@ class FakeOpenAI:
         self._router = _Router({**own, **others}) if own else _usual_router()
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
-        self._arrived = threading.Condition()  # guards _waiting and _count, and tells that a request came
+        self._arrived = threading.Condition()  # guards _waiting, _count, _streams; tells that a request came
         self._waiting = 0
         self._flying: dict[int, Request] = {}
-        self._recent: deque[Request] = deque()  # the last whose answers are kept, for the transcript
+        self._recent: deque[Request] = deque(maxlen=19)  # the last: their answers are kept, for the transcript
+        self._streams: WeakSet[Stream] = WeakSet()  # that answered, and did not end; what nobody holds, nobody can close
+        self._interrupted: list[Stream] = []  # of them, those that stop() cut: held, so that they are told
         self._observe: Callable[[Request], None] | None = None
         self._unseeded = _Ids(random.Random().getrandbits)
         self._numbers = iter(range(sys.maxsize))
@@ -5214,28 +5236,45 @@ class FakeOpenAI:
         Then raises the first of `errors`, unless an exception is being handled already. Can be called again, from any
         thread, and from a handler.
         """
-        failing = sys.exc_info()[1]
-        self._stop(failing is not None, failing)
+        __tracebackhide__ = True  # pytest shows no frame that has it
+        if (error := self._stop(sys.exc_info()[1])) is not None:
+            raise error
 
-    def _stop(self, failing: bool, failure: BaseException | None = None) -> None:
+    def _stop(self, failure: BaseException | None) -> BaseException | None:
+        """Stops. Returns what is to be raised: nothing where `failure` is under way, which is told what went wrong."""
+        tell = None if failure is None else lambda text: _tell(failure, text)
+        return self._verdict(tell) if self._halt() else None
+
+    def _halt(self) -> bool:
+        """Stops the server; False where it is not this call that does, or the server is a forked child's parent's."""
         server = self._server
         if server is None or self._pid != os.getpid() or not self._stopping.acquire(blocking=False):
-            return  # in a forked child the server is the parent's
+            return False
         for thread in server.stop():
             _LOG.warning("stopped, but a handler still runs on %s", thread.name)
-        if isinstance(self.handler, Script) and not self.errors and not failing:
-            try:
-                self.handler._check_used()
-            except AssertionError as error:
-                self.errors.append(error)
-        if not self.errors:
-            return
-        if not failing:
-            raise _annotated(self.errors, self._transcript())
-        story = "".join(traceback.format_exception(self.errors[0]))
-        _LOG.warning("the fake had failed before the test did: %s", story)
-        if failure is not None and sys.version_info >= (3, 11):
-            failure.add_note(f"The fake had failed before:\n{story}")
+        return True
+
+    def _verdict(self, tell: Callable[[str], object] | None) -> BaseException | None:
+        """What is to fail the test; where it has failed already, `tell` is told that, and None is returned."""
+        if not self._judged:
+            self._judged = True
+            with self._arrived:
+                checks = [stream._check_closed for stream in self._streams]
+            if isinstance(self.handler, Script):
+                checks.insert(0, self.handler._check_used)
+            for check in checks:
+                try:
+                    check()
+                except (AssertionError, RuntimeError) as error:
+                    self.errors.append(error)
+        new = [error for error in self.errors if error not in self._told]
+        self._told += new
+        if tell is not None:
+            story = "".join(f"\nThe fake had failed before:\n{_report(error)}" for error in new[:1])
+            tell(self.transcript() + story + _others(new))
+        elif new:
+            return _raisable(new[0], self.transcript() + _others(new))
+        return None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -5243,7 +5282,9 @@ class FakeOpenAI:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop(error is not None, error)
+        __tracebackhide__ = True
+        if (failure := self._stop(error)) is not None:
+            raise failure
 
     @property
     def url(self) -> str:
@@ -5282,6 +5323,18 @@ class FakeOpenAI:
                 self._waiting -= 1
         return self.requests
 
+    def transcript(self) -> str:
+        """The last requests and what was answered, a line each; 20 lines at most."""
+        requests = tuple(self._recent)
+        if not requests:
+            return "No request came to the fake."
+        lines = ["The last requests to the fake, and its answers:"]
+        for request in requests:
+            said = ", ".join(_short(repr(part)) for part in request._said[:4])
+            unsaid = "no answer yet" if id(request) in self._flying else "cut"
+            lines.append(f"  {request!r} -> {request._status or unsaid} {_short(request._outcome) or said}")
+        return "\n".join(lines)
+
     def __repr__(self) -> str:
         where = "not started" if self._server is None else self.base_url
         return f"<FakeOpenAI {where}, {self._count} requests>"
@@ -5312,10 +5365,17 @@ class FakeOpenAI:
     def _arrive(self, request: Request) -> None:
         self._journal.append(request)
         self._flying[id(request)] = request
+        self._note(request)
         with self._arrived:
             self._count += 1
             if self._waiting:
                 self._arrived.notify_all()
+
+    def _note(self, request: Request) -> None:
+        if len(self._recent) == self._recent.maxlen:
+            with suppress(IndexError):
+                self._recent[0]._encoder = None
+        self._recent.append(request)
 
     def _depart(self, request: Request) -> None:
         self._flying.pop(id(request), None)
@@ -5353,28 +5413,52 @@ class FakeOpenAI:
     def _ended(self, request: Request, started: float) -> None:
         request._seconds = time.perf_counter() - started
         self._flying.pop(id(request), None)
-        self._recent.append(request)
-        while len(self._recent) > 12:
-            with suppress(IndexError):
-                self._recent.popleft()._encoder = None
         if self._observe is not None:
             with suppress(Exception):
                 self._observe(request)
+        if request not in tuple(self._recent):  # many came since: it is no more of the last
+            request._encoder = None
 
-    def _transcript(self) -> str:
-        if not self._recent:
-            return "No request came to the fake."
-        lines = ["The last requests to the fake, and its answers:"]
-        for request in tuple(self._recent):  # a handler that outlived stop() may end just now
-            said = ", ".join(_short(repr(part)) for part in request._said[:4])
-            lines.append(f"  {request!r} -> {request._status or 'cut'} {_short(request._outcome) or said}")
-        return "\n".join(lines)
+
+_STDLIB = os.path.join(os.path.dirname(os.__file__), "")
 
 
 def _place(error: BaseException) -> str:
-    """Where the user's code raised an error; "" where it was raised here."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    """The innermost of the user's own lines that an error passed; "" where it passed none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = frame.filename
+        generated = path == "<string>" or path.startswith("<frozen ")  # as a dataclass's __init__
+        if path != __file__ and not generated and not path.startswith(_STDLIB) and "-packages" + os.sep not in path:
+            return f" ({os.path.basename(path)}:{frame.lineno} in {frame.name})"
+    return ""
+
+
+def _cut(error: BaseException) -> BaseException:
+    """An error whose traceback begins at the handler: without the frames of this file above it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return error.with_traceback(trace)
+
+
+def _report(error: BaseException) -> str:
+    return "".join(traceback.format_exception(_cut(error))).rstrip()
+
+
+def _others(errors: Sequence[BaseException]) -> str:
+    """Lines that name the errors after the first."""
+    return "".join(f"\nAnother error: {_short(repr(error))}" for error in errors[1:6])
+
+
+def _tell(error: BaseException, text: str) -> None:
+    """Adds a text that is shown with an error's traceback: under it, or above it where Python has no notes."""
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+        return
+    first = error
+    while (before := first.__cause__ or (None if first.__suppress_context__ else first.__context__)) is not None:
+        first = before
+    first.__cause__ = Exception(text)
 
 
 _OTHER_MODELS = ("text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002", "omni-moderation-latest")
@@ -5388,25 +5472,18 @@ _NO_KEY = (
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 100 else text[:99] + "…"
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else line[:99] + "…"
 
 
-def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
-    """The first error, with a transcript that is shown under its traceback."""
-    error = errors[0]
-    if len(errors) > 1:
-        transcript += "".join(f"\nAnother error: {_short(repr(other))}" for other in errors[1:])
+def _raisable(error: BaseException, text: str) -> BaseException:
+    """The error that fails a test, with a text that is shown under its traceback."""
+    error = _cut(error)
     if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
         told = RuntimeError(f"handler raised {type(error).__name__}: {error}")  # itself would end the whole test run
         told.__cause__ = error
         error = told
-    if sys.version_info >= (3, 11):
-        error.add_note(transcript)
-    else:
-        last = error
-        while last.__cause__ is not None:
-            last = last.__cause__
-        last.__cause__ = Exception(transcript)
+    _tell(error, text)
     return error
 
 
@@ -5451,24 +5528,59 @@ def start(
 ) -> FakeOpenAI:
     """Starts a server for a test, or, given a TestCase class, for its tests; it is stopped at cleanup.
 
-    What went wrong in the fake fails the test then, unless the test has failed already. Options: FakeOpenAI's.
+    What went wrong in the fake fails the test then. A test that has failed already is told it, and the transcript, in
+    its one report. Options: FakeOpenAI's. Raises TypeError for what is no test.
     """
+    add: Any = getattr(test, "addClassCleanup" if isinstance(test, type) else "addCleanup", None)
+    if add is None:
+        raise TypeError(f"start() takes the test first, as in start(self, handler); what came is {test!r}")
     server = FakeOpenAI(handler, **options).start()
-    if isinstance(test, type):
-        test.addClassCleanup(server.stop)
-    else:
-        test.addCleanup(lambda: server._stop(_has_failed(test)))
+    add(server.stop) if isinstance(test, type) else add(_stop_after, test, server)
     return server
 
 
-def _has_failed(test: unittest.TestCase) -> bool:
-    """Whether a test has failed so far; unittest says so in private only (3.10 to 3.14), and so does pytest."""
-    outcome: Any = getattr(test, "_outcome", None)  # its `success` is the cleanup's own by now
+def _stop_after(test: Any, server: FakeOpenAI) -> None:
+    """Stops the server of a test. What went wrong is its failure, or is told in the failure that it has."""
+    outcome: Any = getattr(test, "_outcome", None)  # private, from 3.10 to 3.14; there is no public way
+    error = server._verdict(_teller(test, outcome)) if server._halt() else None
+    if error is None:
+        return
+    if outcome is None:
+        raise error
+    # Not raised: the report would have the frames of this file above the handler's.
+    failure = type(error), error, error.__traceback__
+    method = getattr(test, test._testMethodName)
+    if any(getattr(each, "__unittest_expecting_failure__", False) for each in (test, method)):
+        outcome.expectedFailure = failure
+        return
+    outcome.success = False
+    if hasattr(outcome, "errors"):  # before 3.11
+        outcome.errors.append((test, failure))
+    else:
+        add = outcome.result.addFailure if isinstance(error, test.failureException) else outcome.result.addError
+        add(test, failure)
+
+
+def _teller(test: object, outcome: Any) -> Callable[[str], object] | None:
+    """What adds a text to the report of a test that has failed, or was skipped; None where it has not so far."""
     result: Any = getattr(outcome, "result", None)
-    told = [*getattr(outcome, "errors", ()), *getattr(result, "failures", ()), *getattr(result, "errors", ())]
-    if any(error and test in (failed, getattr(failed, "test_case", None)) for failed, error in told):
-        return True
-    return bool(getattr(result, "_excinfo", None))
+    if getattr(outcome, "expectedFailure", None):
+        return bool  # nobody reads it
+    if any(skipped is test for of in (outcome, result) for skipped, _ in getattr(of, "skipped", ())):
+        return bool
+    raised = [info[1] for each, info in getattr(outcome, "errors", ()) if info and _is_of(each, test)]  # before 3.11
+    raised += [info.value for info in getattr(result, "_excinfo", None) or ()]  # pytest
+    if raised:
+        return lambda text: _tell(raised[0], text)
+    for reports in (getattr(result, "failures", ()), getattr(result, "errors", ())):  # pairs of a test and a text
+        for index, (each, report) in enumerate(reports):
+            if _is_of(each, test):
+                return lambda text: reports.__setitem__(index, (each, f"{report}{text}\n"))
+    return None
+
+
+def _is_of(each: object, test: object) -> bool:
+    return test in (each, getattr(each, "test_case", None))  # or its subtest
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

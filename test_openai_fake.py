@@ -4393,14 +4393,15 @@ class FailingFakeTest(unittest.TestCase):
                         self.assertIn(word, text)
 
     def test_a_fake_hides_no_failure_of_the_test(self) -> None:
-        """A test whose body failed keeps that one failure, and gets nothing of the fake's beside it."""
-        for name, (make, requests, *_) in self.faults.items():
+        """A test whose body failed keeps that one failure; in its report is also what went wrong in the fake."""
+        for name, (make, requests, _, words) in self.faults.items():
             for case in cases(make, requests, fails=True)[:-1]:
                 with self.subTest(name=name, case=case.__name__):
                     failures, errors, text = run_inner(case)
                     self.assertEqual((failures, errors), (1, 0))
-                    self.assertIn("the body's own", text)
-                    self.assertNotIn("The last requests to the fake", text)
+                    for word in ("the body's own", *words, "The last requests to the fake", "a question"):
+                        self.assertEqual(text.count(word) > 0, True, (word, text))
+                    self.assertEqual(text.count("in a_broken_handler"), name == "raised", text)
 
     def test_a_sound_fake_fails_nothing(self) -> None:
         """Errors that a handler means, and a client that leaves, are no mistakes of the fake."""
