@@ -29,6 +29,7 @@ it is in Responses. To add an endpoint, write one function in the section "Endpo
 
 Where a comment names the source of a fact, R is recordings of the API's answers (in the tests of public repositories),
 P probes of the live API, S the public API reference and the types of openai-python 3.57, I public issue reports.
+pytest: PYTEST_DONT_REWRITE (it takes a second, and the module may be imported before pytest loads it).
 """
 
 # pyright: strict, reportPrivateUsage=false
@@ -71,11 +72,12 @@ from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import formatdate
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypeVar, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from weakref import WeakSet
 
@@ -86,7 +88,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import TypeAlias
 
-    from typing_extensions import Self, override
+    from typing_extensions import Self, Unpack, override
 else:
     try:
         from typing_extensions import Self, override
@@ -99,6 +101,7 @@ else:
 
 __all__ = [
     "APIError",
+    "Answer",
     "Chunk",
     "ChunkChoice",
     "Completion",
@@ -107,7 +110,9 @@ __all__ = [
     "Disconnect",
     "FakeOpenAI",
     "Finish",
+    "Handler",
     "Message",
+    "Options",
     "Pause",
     "Raw",
     "Reasoning",
@@ -1789,12 +1794,6 @@ class _Failure(_Part):
 
 # ---- Whole answers, and answers in time ------------------------------------------------------------------------------
 
-_Sent: TypeAlias = "str | _Part"
-_Content: TypeAlias = "str | _Part | Stream | Completion | Iterable[_Sent] | AsyncIterable[_Sent]"
-Answer: TypeAlias = "_Content | Reply | APIError"  # what a handler may return
-Handler: TypeAlias = "Callable[[Request], Answer | Awaitable[Answer]]"
-
-
 def _part(value: object) -> _Part:
     """A part, from what a handler may give for one. Raises TypeError for anything else."""
     if isinstance(value, _Part):
@@ -2098,6 +2097,12 @@ class Completion:
                 parts.append(type(call)(call.name, text, id=call.id, choice=choice.index))
             parts.append(Finish(choice.finish_reason, choice=choice.index))
         return parts + ([self.usage] if self.usage else [])
+
+
+_Sent: TypeAlias = str | _Part
+_Content: TypeAlias = str | _Part | Stream | Completion | Iterable[_Sent] | AsyncIterable[_Sent]
+Answer: TypeAlias = _Content | Reply | APIError  # what a handler may return
+Handler: TypeAlias = Callable[[Request], Answer | Awaitable[Answer]]
 
 
 def streaming_response(*chunks: Chunk) -> Reply:
@@ -4224,12 +4229,23 @@ def _get_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     return _model_object(id)
 
 
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+
+
 def _embedding(text: str, dimensions: int) -> list[float]:
-    """A unit vector made from a text: the same for the same text, on every machine."""
-    digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)
-    raw = [number / 2**31 - 1 for number in struct.unpack(f"<{dimensions}I", digest)]
-    length = math.sqrt(math.fsum(number * number for number in raw)) or 1.0  # fsum: the same in every version
-    return [round(number / length, 8) for number in raw]
+    """A unit vector, the same on every machine: feature hashing of the words, so who shares words is near.
+
+    Each word adds its length, for short ones say little, with a sign to each of 15 places.
+    """
+    sums = [0] * dimensions
+    for word in _WORDS.findall(text.lower()) or [text]:
+        digest = hashlib.shake_256(word.encode("utf-8", "surrogatepass")).digest(60)
+        for number in struct.unpack("<15I", digest):
+            sums[(number >> 1) % dimensions] += len(word) if number & 1 else -len(word)
+    if not any(sums):
+        sums[0] = 1
+    length = math.sqrt(sum(number * number for number in sums))
+    return [round(number / length, 8) for number in sums]
 
 
 @_endpoint("POST /embeddings")
@@ -4252,7 +4268,10 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _JSON:
     data: list[_JSON] = []
     for index, each in enumerate(inputs):
         text = each if isinstance(each, str) else _dumps(each)
-        vector: Any = _embedding(text, min(dimensions, 3072))
+        if fake.embeddings is None:
+            vector: Any = _embedding(text, min(dimensions, 3072))
+        else:
+            vector = [float(number) for number in fake.embeddings(text)]
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
@@ -5114,23 +5133,24 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...
 
 # ---- The server that tests use ---------------------------------------------------------------------------------------
 
-if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
 
-    class _Options(TypedDict, total=False):
-        host: str
-        port: int
-        api_key: str | None
-        validate: bool
-        strict: bool
-        ttft: float
-        itl: float
-        models: Sequence[str] | None
-        routes: Mapping[str, Callable[[Request], object]] | None
-        keep: int | None
-        cors: bool
-        seed: int | None
-        clock: Callable[[], float]
+class Options(TypedDict, total=False):
+    """The keywords of FakeOpenAI and `start`, for who hands them on: `**options: Unpack[Options]`."""
+
+    host: str
+    port: int
+    api_key: str | None
+    validate: bool
+    strict: bool
+    ttft: float
+    itl: float
+    models: Sequence[str] | None
+    routes: Mapping[str, Callable[[Request], object]] | None
+    keep: int | None
+    cors: bool
+    seed: int | None
+    clock: Callable[[], float]
+    embeddings: Callable[[str], Sequence[float]] | None
 
 
 class FakeOpenAI:
@@ -5146,6 +5166,7 @@ class FakeOpenAI:
     - `keep`: how many requests are kept in `requests`, answers with `store`, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
+    - `embeddings`: takes a text and returns its vector; without it, texts that share words are near each other.
 
     What went wrong in the fake so far is in `errors`; `stop` raises the first. Raises TypeError for a handler that is
     not callable, ValueError for a route that is not "METHOD /path".
@@ -5171,6 +5192,7 @@ class FakeOpenAI:
         cors: bool = False,
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
+        embeddings: Callable[[str], Sequence[float]] | None = None,
     ) -> None:
         if not callable(handler):
             raise TypeError(
@@ -5188,6 +5210,7 @@ class FakeOpenAI:
         self.cors = cors
         self.seed = seed
         self.clock = clock
+        self.embeddings = embeddings
         self.errors: list[BaseException] = []
         self._told: list[BaseException] = []  # of them, those that a test was failed with, or told of
         self._judged = False
@@ -5202,7 +5225,7 @@ class FakeOpenAI:
         self._waiting = 0
         self._flying: dict[int, Request] = {}
         self._recent: deque[Request] = deque(maxlen=19)  # the last: their answers are kept, for the transcript
-        self._streams: WeakSet[Stream] = WeakSet()  # that answered, and did not end; what nobody holds, nobody can close
+        self._streams: WeakSet[Stream] = WeakSet()  # that did not end; what nobody holds, nobody can close
         self._interrupted: list[Stream] = []  # of them, those that stop() cut: held, so that they are told
         self._observe: Callable[[Request], None] | None = None
         self._unseeded = _Ids(random.Random().getrandbits)
@@ -5242,7 +5265,7 @@ class FakeOpenAI:
 
     def _stop(self, failure: BaseException | None) -> BaseException | None:
         """Stops. Returns what is to be raised: nothing where `failure` is under way, which is told what went wrong."""
-        tell = None if failure is None else lambda text: _tell(failure, text)
+        tell = None if failure is None else partial(_tell, failure)
         return self._verdict(tell) if self._halt() else None
 
     def _halt(self) -> bool:
@@ -5524,7 +5547,7 @@ def _preflight(fake: FakeOpenAI, request: Request, path: str) -> _HTTPResponse:
 
 
 def start(
-    test: unittest.TestCase | type[unittest.TestCase], handler: Handler = echo, **options: Unpack[_Options]
+    test: unittest.TestCase | type[unittest.TestCase], handler: Handler = echo, **options: Unpack[Options]
 ) -> FakeOpenAI:
     """Starts a server for a test, or, given a TestCase class, for its tests; it is stopped at cleanup.
 
@@ -5571,8 +5594,9 @@ def _teller(test: object, outcome: Any) -> Callable[[str], object] | None:
     raised = [info[1] for each, info in getattr(outcome, "errors", ()) if info and _is_of(each, test)]  # before 3.11
     raised += [info.value for info in getattr(result, "_excinfo", None) or ()]  # pytest
     if raised:
-        return lambda text: _tell(raised[0], text)
-    for reports in (getattr(result, "failures", ()), getattr(result, "errors", ())):  # pairs of a test and a text
+        return partial(_tell, raised[0])
+    lists: list[list[tuple[object, str]]] = [getattr(result, name, []) for name in ("failures", "errors")]
+    for reports in lists:
         for index, (each, report) in enumerate(reports):
             if _is_of(each, test):
                 return lambda text: reports.__setitem__(index, (each, f"{report}{text}\n"))
@@ -5580,7 +5604,44 @@ def _teller(test: object, outcome: Any) -> Callable[[str], object] | None:
 
 
 def _is_of(each: object, test: object) -> bool:
-    return test in (each, getattr(each, "test_case", None))  # or its subtest
+    return each is test or getattr(each, "test_case", None) is test  # a subtest's
+
+
+def pytest_configure(config: Any) -> None:
+    """Called by pytest where this module is one of its plugins: gives tests the fixture `fake_openai`."""
+    pytest: Any = import_module("pytest")
+    fakes: dict[Any, list[FakeOpenAI]] = {}  # by the test that they serve
+    failed: set[Any] = set()
+
+    def fake_openai(request: Any) -> Iterator[Callable[..., FakeOpenAI]]:
+        """Starts servers for a test: `fake_openai(handler, **options)`. What goes wrong in them fails the test."""
+        test, servers = request.node, list[FakeOpenAI]()
+        fakes[test] = servers
+
+        def serve(handler: Handler = echo, **options: Unpack[Options]) -> FakeOpenAI:
+            servers.append(FakeOpenAI(handler, **options).start())
+            return servers[-1]
+
+        yield serve
+        late = [error for server in servers if (error := server._stop(None)) is not None]
+        del fakes[test]
+        if late and test not in failed:
+            raise late[0]
+
+    def pytest_runtest_makereport(item: Any, call: Any) -> None:
+        info = (getattr(item, "_excinfo", None) or [call.excinfo])[0]  # a TestCase's, or a function's
+        for server in fakes.get(item, ()):
+            if info is not None:
+                failed.add(item)
+                server._verdict(partial(_tell, info.value))
+            elif call.when == "call" and (error := server._verdict(None)) is not None:
+                info = call.excinfo = pytest.ExceptionInfo.from_exception(error)
+                failed.add(item)
+
+    plugin: Any = ModuleType("openai_fake_fixture")
+    plugin.fake_openai = pytest.fixture(fake_openai)
+    plugin.pytest_runtest_makereport = pytest.hookimpl(tryfirst=True)(pytest_runtest_makereport)
+    config.pluginmanager.register(plugin)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
