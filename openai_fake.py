@@ -1,3 +1,11 @@
+# openai_fake 1.0.0: a fake of OpenAI's API for tests, in one file. Home: https://pypi.org/project/openai-fake/
+# SPDX-FileCopyrightText: 2026 The openai_fake authors
+# SPDX-License-Identifier: MIT
+# Is this a copy in another repository? Do not edit it: report upstream. To update it, run in its folder
+#   pip install -qU --no-deps --target .new openai-fake && mv .new/openai_fake/__init__.py openai_fake.py && rm -r .new
+# ruff: noqa
+# flake8: noqa
+# pylint: skip-file
 """A fake of OpenAI's API: one file that answers real HTTP, so that what calls OpenAI can be tested offline.
 
 A handler, a plain Python function, says what the model answers, once. The server encodes it as whatever the
@@ -32,9 +40,14 @@ P probes of the live API, S the public API reference and the types of openai-pyt
 pytest: PYTEST_DONT_REWRITE (it takes a second, and the module may be imported before pytest loads it).
 """
 
-# pyright: strict, reportPrivateUsage=false
+# pyright: strict, reportPrivateUsage=false, reportMissingModuleSource=false
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # a copied file meets any version
+    raise ImportError("openai_fake needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 import hashlib
 import http
@@ -50,10 +63,10 @@ import select
 import selectors
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from binascii import b2a_base64
 from collections import deque
@@ -75,8 +88,9 @@ from enum import IntEnum
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
+from importlib.machinery import PathFinder
 from socketserver import BaseRequestHandler, TCPServer
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from weakref import WeakSet
@@ -154,6 +168,7 @@ _RUN = 256  # Texts in a row that are encoded together; their events fill a batc
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
+_LOOP_PATIENCE = 1.0  # seconds that a wait may block a running event loop: what is on its way has arrived by then
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
 
 _JSON: TypeAlias = "dict[str, Any]"
@@ -253,6 +268,8 @@ class APIError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if isinstance(status, str):
+            raise TypeError(f"APIError takes the status first, then the message, not {status!r}, {message!r}")
         if not 400 <= status <= 599:
             raise ValueError(f"not the status of an error, which is 400 to 599: {status}")
         super().__init__(message)
@@ -310,7 +327,15 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
 
 
+def _check_seconds(owner: object, **fields: object) -> None:
+    for name, value in fields.items():
+        _check_fields(owner, **{name: (value, (int, float))})
+        if not 0 <= cast(float, value) <= threading.TIMEOUT_MAX:
+            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more seconds, not {value!r}")
+
+
 _WORD = (str, type(None))  # a string that may be left out
+_NUMBER = (int, type(None))
 
 
 # ---- What the client sent --------------------------------------------------------------------------------------------
@@ -1572,8 +1597,8 @@ class _Call(_Spoken):
 class ToolCall(_Call):
     """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping.
 
-    `id` is the call's id (`call_...`), made up where it is not given. A ToolCall with the name "" goes on with the
-    arguments of the call before it, so that a live Stream can send them piece by piece.
+    `id` is the call's id (`call_...`), made up where it is not given. A live Stream can send the arguments piece by
+    piece: `ToolCall("f", "")` opens the call, and one with the name "" goes on with the call before it.
     """
 
     name: str
@@ -1590,7 +1615,7 @@ class ToolCall(_Call):
     def __init__(  # by hand: `arguments` takes more than it is
         self,
         name: str,
-        arguments: str | Mapping[str, object] = "",
+        arguments: str | Mapping[str, object] = "{}",
         *,
         id: str | None = None,
         choice: int = 0,
@@ -1732,8 +1757,7 @@ class Pause(_Part):
     seconds: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seconds <= threading.TIMEOUT_MAX:
-            raise ValueError(f"not a pause: {self.seconds!r} seconds")
+        _check_seconds(self, seconds=self.seconds)
 
     def _act(self, answer: _Delivery) -> None:
         answer.pause(self.seconds)
@@ -1794,13 +1818,31 @@ class _Failure(_Part):
 
 # ---- Whole answers, and answers in time ------------------------------------------------------------------------------
 
+
 def _part(value: object) -> _Part:
     """A part, from what a handler may give for one. Raises TypeError for anything else."""
     if isinstance(value, _Part):
         return value
     if isinstance(value, str):
         return Text(value)
-    raise TypeError(f"not a part of an answer: {value!r}; a part is a str, Text, ToolCall, ...")
+    raise TypeError(f"not a part of an answer: {value!r}; a part is a str, Text, ToolCall, ..." + _copy_hint(value))
+
+
+def _copy_hint(value: object) -> str:
+    """Words for a value whose class is of another copy of this module."""
+    kind = type(value)
+    if kind.__name__ not in __all__ or kind is globals()[kind.__name__]:
+        return ""
+    other = getattr(sys.modules.get(kind.__module__), "__file__", kind.__module__)
+    return f"; it is of another copy of openai_fake, {other}, than this server, {__file__}: import one of them only"
+
+
+def _check_content(value: Any) -> None:
+    """Raises TypeError for what is no answer."""
+    said = isinstance(value, (str, _Part, Stream, Completion, AsyncIterable))
+    if not (said or (isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, dict)))):
+        known = "a str, a part, a list or generator of parts, a Stream, a Reply or an APIError"
+        raise TypeError(f"{value!r} is no answer; an answer is {known}{_copy_hint(cast(object, value))}")
 
 
 class Reply:
@@ -1822,7 +1864,11 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
-        _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, (int, type(None))))
+        _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, _NUMBER))
+        for part in parts:
+            _check_content(part)
+        if ttft is not None or itl is not None:
+            _check_seconds(self, ttft=ttft or 0, itl=itl or 0)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         self.parts = parts
@@ -1856,18 +1902,26 @@ def _reply(answer: Any) -> Reply:
     if isinstance(answer, APIError):
         raise answer
     if answer is None:
-        raise ValueError("handler returned empty response")
-    kind: str = type(answer).__name__
+        raise ValueError("handler returned empty response: None (forgot `return`?)")
     if isinstance(answer, Completion):
         return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
-    if isinstance(answer, (str, _Part, Stream, AsyncIterable)) or (
-        isinstance(answer, Iterable) and not isinstance(answer, (bytes, bytearray, Mapping))
-    ):
-        return Reply(cast("_Content", answer))
-    raise TypeError(
-        f"handler returned {kind}, which is no answer: {answer!r}; "
-        "an answer is a str, a part, a list or generator of parts, a Stream, a Reply or an APIError"
-    )
+    try:
+        return Reply(answer)
+    except TypeError as error:
+        raise TypeError(f"handler returned {type(answer).__name__}: {error}") from None
+
+
+def _wait(changed: threading.Condition, ready: Callable[[], bool], timeout: float, call: str) -> bool:
+    """Whether `ready` within so many seconds. Raises RuntimeError where this wait is itself what it waits for."""
+    loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", bool)()
+    if not loop or timeout <= _LOOP_PATIENCE:
+        return changed.wait_for(ready, timeout)
+    if not changed.wait_for(ready, _LOOP_PATIENCE):
+        raise RuntimeError(
+            f"{call}() blocks the event loop that runs on this thread, so that the loop's client cannot go on: "
+            f"use `await asyncio.to_thread({call})`"
+        )
+    return True
 
 
 _END: Any = object()  # in a Stream's queue: close() was called
@@ -1878,7 +1932,8 @@ class Stream:
     """A live answer: a test sends its parts, from any thread, while the client reads.
 
     It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops,
-    or when its client has waited for the next part for `timeout` seconds (None: for ever).
+    unless the test was told that the client has left, or when its client has waited for the next part for `timeout`
+    seconds (None: for ever). The waits block their thread: in a coroutine, `await asyncio.to_thread(stream.flush)`.
     """
 
     def __init__(self, *, timeout: float | None = 30.0) -> None:
@@ -1927,7 +1982,7 @@ class Stream:
         Raises TimeoutError after `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._gone or self._written >= self._sent, timeout):
+            if not _wait(self._changed, lambda: self._gone or self._written >= self._sent, timeout, "stream.flush"):
                 missing = self._sent - self._written
                 why = "no request has come" if self._request is None else "the client does not read"
                 raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
@@ -1941,7 +1996,7 @@ class Stream:
     def wait_request(self, timeout: float = 5.0) -> Request:
         """Waits for the request that this Stream answers. Raises TimeoutError after `timeout` seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._request is not None, timeout):
+            if not _wait(self._changed, lambda: self._request is not None, timeout, "stream.wait_request"):
                 raise TimeoutError(f"no request came for this Stream in {timeout} s")
             return cast(Request, self._request)
 
@@ -1953,7 +2008,7 @@ class Stream:
     def wait_disconnected(self, timeout: float = 5.0) -> bool:
         """Waits until the client has left. Returns False if it has not after `timeout` seconds, or never came."""
         with self._changed:
-            return self._changed.wait_for(self._left_early, timeout)
+            return _wait(self._changed, self._left_early, timeout, "stream.wait_disconnected")
 
     def _left_early(self) -> bool:
         """Whether the client has left, as the test is told."""
@@ -1962,9 +2017,9 @@ class Stream:
 
     def _check_closed(self) -> None:
         if not self._ended and not self._noticed:
-            raise RuntimeError(
-                f"a Stream was never closed, and its client was waiting for more: {self._request!r}; close() ends it, "
-                "wait_disconnected() or `disconnected` tells that the client has left"
+            raise AssertionError(
+                f"a Stream was never closed, for {self._request!r}: close() ends it; where the client is to leave "
+                "first, look whether it has, by wait_disconnected() or `disconnected`"
             )
 
     def _serve(self, request: Request) -> None:
@@ -1995,6 +2050,9 @@ class Script:
     """
 
     def __init__(self, *answers: Answer | Handler) -> None:
+        for answer in answers:
+            if not (callable(answer) or isinstance(answer, (Reply, APIError))):
+                _check_content(answer)
         self._answers = answers
         self._next = 0
         self._lock = threading.Lock()  # guards _next: requests come on many threads
@@ -2003,18 +2061,15 @@ class Script:
         with self._lock:
             index, self._next = self._next, self._next + 1
         if index >= len(self._answers):
-            raise AssertionError(
-                f"the Script has {len(self._answers)} answers, and request {index + 1} came: {request!r}"
-            )
+            hint = "; a list is one answer" if index == 1 and isinstance(self._answers[0], list) else ""
+            raise AssertionError(f"the Script ends with answer {index}, and one more request came: {request!r}{hint}")
         answer = self._answers[index]
         return answer(request) if callable(answer) else answer
 
     def _check_used(self) -> None:
-        unused = self._answers[self._next :]
+        unused, known = self._answers[self._next :], len(self._answers)
         if unused:
-            raise AssertionError(
-                f"{len(unused)} of the Script's {len(self._answers)} answers were not used: {unused!r}"
-            )
+            raise AssertionError(f"unused answers of the Script, {len(unused)} of {known}: {unused!r}")
 
 
 def echo(request: Request) -> str:
@@ -3420,6 +3475,9 @@ class _BodySink(_Sink):
         self.connection.send(b"".join(pieces), last=shares > self.said)
 
 
+_OPEN_TOOLS = ("mcp", "namespace", "tool_search")  # types of tools that stand for others, whose names are not known
+
+
 class _Delivery:
     """One answer on its way: calls the handler, and carries its parts through an encoder into a sink."""
 
@@ -3529,6 +3587,8 @@ class _Delivery:
         try:
             for part, texts in parts:
                 told = True
+                if isinstance(part, _Call) and part.name:
+                    self._check_call(part.name)
                 if not isinstance(part, _Spoken):
                     part._act(self)
                 elif self.ttft or self.itl:
@@ -3540,8 +3600,26 @@ class _Delivery:
         finally:
             parts.close()
         if not told and not self.streams:
-            raise ValueError("handler returned empty response")
+            raise ValueError("handler returned empty response: no part in it")
         self.sink.end()
+
+    def _check_call(self, name: str) -> None:
+        """Warns of a call that a model could not make, once per tool; raises ValueError where the server is strict."""
+        tools, choice = self.request.tools, self.request.body.get("tool_choice")
+        offered = {tool.name for tool in tools if tool.name}
+        offered |= {_string(_dict(each).get("name")) for each in _list(self.request.body.get("functions"))}
+        chosen = _tool(choice)
+        if name not in offered and not any(tool.type in _OPEN_TOOLS for tool in tools):
+            fault = f"which the request did not offer; it offered: {', '.join(sorted(offered)) or 'none'}"
+        elif choice == "none" or (chosen.type in ("function", "custom") and chosen.name != name):
+            fault = f"against the request's tool_choice: {_dumps(choice)}"
+        else:
+            return
+        if self.fake.strict:
+            raise ValueError(f"the handler called the tool {name!r}, {fault}")
+        if name not in self.fake._warned:
+            self.fake._warned.add(name)
+            warnings.warn(f"the handler called the tool {name!r}, {fault}", stacklevel=2)
 
     def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
         pieces = [(part, texts[:1]), *((part._more(text), (text,)) for text in texts[1:])]
@@ -4391,7 +4469,7 @@ def _target(method: str, target: str) -> tuple[str, str, str]:
         raise _Refused(400, "The path is not UTF-8.") from None
 
 
-def _fields(lines: list[bytes]) -> list[tuple[str, str]]:
+def _field_pairs(lines: list[bytes]) -> list[tuple[str, str]]:
     if len(lines) > _MAX_FIELDS:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
     fields: list[tuple[str, str]] = []
@@ -4408,7 +4486,7 @@ def _parse_head(head: bytes) -> _Head:
     line, _, rest = head.partition(b"\r\n")
     method, target, http11 = _request_line(line)
     path, query, route = _target(method, target)
-    fields = _fields(rest.split(b"\r\n")[:-1] if rest else [])
+    fields = _field_pairs(rest.split(b"\r\n")[:-1] if rest else [])
     values: dict[str, list[str]] = {}
     for name, value in fields:
         values.setdefault(name, []).append(value)
@@ -4579,7 +4657,7 @@ def _read_chunks(inbox: _Inbox) -> _Reading[bytes]:
         trailers.append(line)
         if len(trailers) > _MAX_FIELDS:
             break
-    _fields(trailers)
+    _field_pairs(trailers)
     return bytes(body)
 
 
@@ -5198,6 +5276,10 @@ class FakeOpenAI:
             raise TypeError(
                 f"a handler is a function that takes a Request, not {handler!r}; Script(...) makes one of answers"
             )
+        _check_fields(self, host=(host, str), port=(port, int), api_key=(api_key, _WORD), keep=(keep, _NUMBER))
+        _check_seconds(self, ttft=ttft, itl=itl)
+        if isinstance(models, str):
+            raise TypeError(f"FakeOpenAI wants a list of names for models, not {models!r}")
         self.handler = handler
         self.host = host
         self.port = port
@@ -5214,6 +5296,7 @@ class FakeOpenAI:
         self.errors: list[BaseException] = []
         self._told: list[BaseException] = []  # of them, those that a test was failed with, or told of
         self._judged = False
+        self._warned: set[str] = set()  # tools that were called, but not offered
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
         if cors:
             own["OPTIONS /{path*}"] = _preflight
@@ -5260,44 +5343,38 @@ class FakeOpenAI:
         thread, and from a handler.
         """
         __tracebackhide__ = True  # pytest shows no frame that has it
-        if (error := self._stop(sys.exc_info()[1])) is not None:
+        failing = sys.exc_info()[1]
+        if (error := self._stop(None if failing is None else partial(_tell, failing))) is not None:
             raise error
 
-    def _stop(self, failure: BaseException | None) -> BaseException | None:
-        """Stops. Returns what is to be raised: nothing where `failure` is under way, which is told what went wrong."""
-        tell = None if failure is None else partial(_tell, failure)
-        return self._verdict(tell) if self._halt() else None
-
-    def _halt(self) -> bool:
-        """Stops the server; False where it is not this call that does, or the server is a forked child's parent's."""
+    def _stop(self, tell: Callable[[str], object] | None) -> BaseException | None:
+        """Stops. What went wrong is returned; or, where the test has failed already, `tell` gets it as a text."""
         server = self._server
         if server is None or self._pid != os.getpid() or not self._stopping.acquire(blocking=False):
-            return False
+            return None  # in a forked child the server is the parent's
         for thread in server.stop():
             _LOG.warning("stopped, but a handler still runs on %s", thread.name)
-        return True
+        return self._verdict(tell)
 
     def _verdict(self, tell: Callable[[str], object] | None) -> BaseException | None:
-        """What is to fail the test; where it has failed already, `tell` is told that, and None is returned."""
-        if not self._judged:
-            self._judged = True
-            with self._arrived:
-                checks = [stream._check_closed for stream in self._streams]
-            if isinstance(self.handler, Script):
-                checks.insert(0, self.handler._check_used)
-            for check in checks:
-                try:
-                    check()
-                except (AssertionError, RuntimeError) as error:
-                    self.errors.append(error)
+        checks = [self.handler._check_used] if isinstance(self.handler, Script) else []
+        with self._arrived:
+            checks += [stream._check_closed for stream in self._streams]
+        for check in () if self._judged else checks:
+            try:
+                check()
+            except AssertionError as error:
+                error.__context__ = None  # the test's own failure
+                self.errors.append(error)
+        self._judged = True
         new = [error for error in self.errors if error not in self._told]
         self._told += new
+        text = self.transcript() + "".join(f"\nAnother error: {_short(repr(error))}" for error in new[1:6])
         if tell is not None:
-            story = "".join(f"\nThe fake had failed before:\n{_report(error)}" for error in new[:1])
-            tell(self.transcript() + story + _others(new))
-        elif new:
-            return _raisable(new[0], self.transcript() + _others(new))
-        return None
+            first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in new[:1])
+            tell("\nThe fake had failed before:\n".join([text, *first]))
+            return None
+        return _raisable(new[0], text) if new else None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -5306,7 +5383,7 @@ class FakeOpenAI:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         __tracebackhide__ = True
-        if (failure := self._stop(error)) is not None:
+        if (failure := self._stop(None if error is None else partial(_tell, error))) is not None:
             raise failure
 
     @property
@@ -5322,8 +5399,12 @@ class FakeOpenAI:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The environment variables that point OpenAI's clients here."""
-        return {"OPENAI_BASE_URL": self.base_url, "OPENAI_API_KEY": self.api_key or "sk-fake"}
+        """The environment variables that point OpenAI's clients here, and keep them from asking a proxy for it."""
+        direct = ["127.0.0.1", "localhost", str(urlsplit(self.url).hostname)]
+        names = ("no_proxy", "NO_PROXY")  # some clients read the one, some the other
+        direct += [name for each in names for name in os.environ.get(each, "").split(",") if name]
+        proxies = dict.fromkeys(names, ",".join(dict.fromkeys(direct)))
+        return {"OPENAI_BASE_URL": self.base_url, "OPENAI_API_KEY": self.api_key or "sk-fake", **proxies}
 
     @property
     def requests(self) -> list[Request]:
@@ -5340,7 +5421,7 @@ class FakeOpenAI:
         with self._arrived:
             self._waiting += 1
             try:
-                if not self._arrived.wait_for(lambda: self._count >= n, timeout):
+                if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
                     raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
             finally:
                 self._waiting -= 1
@@ -5464,15 +5545,6 @@ def _cut(error: BaseException) -> BaseException:
     return error.with_traceback(trace)
 
 
-def _report(error: BaseException) -> str:
-    return "".join(traceback.format_exception(_cut(error))).rstrip()
-
-
-def _others(errors: Sequence[BaseException]) -> str:
-    """Lines that name the errors after the first."""
-    return "".join(f"\nAnother error: {_short(repr(error))}" for error in errors[1:6])
-
-
 def _tell(error: BaseException, text: str) -> None:
     """Adds a text that is shown with an error's traceback: under it, or above it where Python has no notes."""
     if sys.version_info >= (3, 11):
@@ -5519,6 +5591,8 @@ def _route_name(name: str) -> str:
 
 def _own_route(function: Callable[[Request], object]) -> _Endpoint:
     """An endpoint from a user's function."""
+    if not callable(function):
+        raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
 
     def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> Any:
         waiter = _Waiter(fake._running(), None, False)
@@ -5528,6 +5602,8 @@ def _own_route(function: Callable[[Request], object]) -> _Endpoint:
                 result = waiter.run(result)
             if isinstance(result, APIError):
                 raise result
+            if result is None:
+                raise TypeError(f"the route {request.method} {request.path} returned None (forgot `return`?)")
             if isinstance(result, bytes):
                 return _HTTPResponse(result, "application/octet-stream")
             return _HTTPResponse(_utf8(_dumps(result)))
@@ -5565,8 +5641,7 @@ def start(
 def _stop_after(test: Any, server: FakeOpenAI) -> None:
     """Stops the server of a test. What went wrong is its failure, or is told in the failure that it has."""
     outcome: Any = getattr(test, "_outcome", None)  # private, from 3.10 to 3.14; there is no public way
-    error = server._verdict(_teller(test, outcome)) if server._halt() else None
-    if error is None:
+    if (error := server._stop(_teller(test, outcome))) is None:
         return
     if outcome is None:
         raise error
@@ -5611,7 +5686,6 @@ def pytest_configure(config: Any) -> None:
     """Called by pytest where this module is one of its plugins: gives tests the fixture `fake_openai`."""
     pytest: Any = import_module("pytest")
     fakes: dict[Any, list[FakeOpenAI]] = {}  # by the test that they serve
-    failed: set[Any] = set()
 
     def fake_openai(request: Any) -> Iterator[Callable[..., FakeOpenAI]]:
         """Starts servers for a test: `fake_openai(handler, **options)`. What goes wrong in them fails the test."""
@@ -5624,19 +5698,16 @@ def pytest_configure(config: Any) -> None:
 
         yield serve
         late = [error for server in servers if (error := server._stop(None)) is not None]
-        del fakes[test]
-        if late and test not in failed:
+        if late and test in fakes:
             raise late[0]
 
     def pytest_runtest_makereport(item: Any, call: Any) -> None:
         info = (getattr(item, "_excinfo", None) or [call.excinfo])[0]  # a TestCase's, or a function's
-        for server in fakes.get(item, ()):
-            if info is not None:
-                failed.add(item)
-                server._verdict(partial(_tell, info.value))
-            elif call.when == "call" and (error := server._verdict(None)) is not None:
+        for server in fakes.get(item, ()) if info or call.when == "call" else ():
+            if (error := server._verdict(info and partial(_tell, info.value))) is not None:
                 info = call.excinfo = pytest.ExceptionInfo.from_exception(error)
-                failed.add(item)
+        if info or call.when == "teardown":
+            fakes.pop(item, None)  # it has failed, and fails no second time
 
     plugin: Any = ModuleType("openai_fake_fixture")
     plugin.fake_openai = pytest.fixture(fake_openai)
@@ -5729,7 +5800,7 @@ def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str 
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
     curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json"]
     curl += ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
-    exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items())
+    exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items() if "OPENAI" in name)
     return f"openai_fake listens on {base_url}\n\n{exports}  {shlex.join([*curl, '-d', body])}\n\nCtrl-C ends it.\n"
 
 
@@ -6053,6 +6124,15 @@ def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[
     return echo
 
 
+def _find_this(name: str, path: Sequence[str] | None, target: object = None) -> Any:
+    """An import hook: this very module, wherever its file is imported from again, as tests.vendor.openai_fake."""
+    spec: Any = PathFinder.find_spec(name, path)
+    if spec is None or os.path.realpath(spec.origin or "") != os.path.realpath(__file__):
+        return None
+    spec.loader = SimpleNamespace(create_module=partial(sys.modules.get, "__main__"), exec_module=bool)
+    return spec
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted: `python -m openai_fake`. What cannot be done is one line and exit status 2."""
     import signal
@@ -6060,6 +6140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if __name__ == "__main__":
         # A handler's file imports openai_fake: it must get these classes, not a second copy of them.
         sys.modules["openai_fake"] = sys.modules[__name__]
+        sys.meta_path.insert(0, cast(Any, SimpleNamespace(find_spec=_find_this)))
     parser = _parser()
     options = parser.parse_args(argv)
     console = _Console(sys.stdout)
