@@ -5547,6 +5547,8 @@ def _cut(error: BaseException) -> BaseException:
 
 def _tell(error: BaseException, text: str) -> None:
     """Adds a text that is shown with an error's traceback: under it, or above it where Python has no notes."""
+    if type(error).__name__ in ("SkipTest", "Skipped", "XFailed"):  # unittest's and pytest's: no failures
+        return
     if sys.version_info >= (3, 11):
         error.add_note(text)
         return

@@ -4512,6 +4512,404 @@ class FailingFakeTest(unittest.TestCase):
                 self.assertEqual(answer.error["type"], "server_error")
 
 
+def ask(server: FakeOpenAI) -> str:
+    """What a client that lets a 500 through gets: urllib's HTTPError, or the text."""
+    data = json.dumps(chat("a question")).encode()
+    with urllib.request.urlopen(server.base_url + "/chat/completions", data, timeout=WAIT) as answer:
+        return str(json.load(answer)["choices"][0]["message"]["content"])
+
+
+def result_of(case: Case) -> tuple[unittest.TestResult, str]:
+    """What unittest says of a test class, and the text of all its reports."""
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
+    return result, "\n".join(text for _, text in (*result.failures, *result.errors, *result.expectedFailures))
+
+
+def tried(body: Callable[[Any], object]) -> tuple[unittest.TestResult, str]:
+    """What unittest says of a test with this body."""
+    return result_of(type("Case", (unittest.TestCase,), {"test": body}))
+
+
+class ReportTest(unittest.TestCase):
+    """The report of a failing test tells by itself what went wrong in its fake."""
+
+    def red(self, outcome: tuple[unittest.TestResult, str]) -> str:
+        """The report of the one failure or error that there is."""
+        result, text = outcome
+        self.assertEqual((len(result.failures) + len(result.errors), len(result.skipped)), (1, 0), text)
+        return text
+
+    def test_the_handlers_traceback_is_shown_once(self) -> None:
+        """Whether the client's error fails the test or is caught, its report has the handler's traceback, once."""
+
+        def with_start(test: Any) -> None:
+            ask(start(test, a_broken_handler))
+
+        def with_start_caught(test: Any) -> None:
+            with contextlib.suppress(OSError):
+                ask(start(test, a_broken_handler))
+
+        def with_with(test: Any) -> None:
+            with FakeOpenAI(a_broken_handler) as server:
+                ask(server)
+
+        def with_stop(test: Any) -> None:
+            server = FakeOpenAI(a_broken_handler).start()
+            try:
+                ask(server)
+            finally:
+                server.stop()
+
+        async def a_coroutine(request: Request) -> Any:
+            return a_broken_handler(request)
+
+        def with_coroutine(test: Any) -> None:
+            with contextlib.suppress(OSError):
+                ask(start(test, a_coroutine))
+
+        for body in (with_start, with_start_caught, with_with, with_stop, with_coroutine):
+            with self.subTest(name=body.__name__):
+                text = self.red(tried(body))
+                self.assertEqual(text.count(", in a_broken_handler\n"), 1, text)
+                self.assertEqual(text.count("ZeroDivisionError: of the handler\n"), 1, text)
+                self.assertNotIn(f'"{openai_fake.__file__}"', text)
+
+    def test_the_client_is_told_the_users_line(self) -> None:
+        """The 500 names the innermost line of the user's own code: not the standard library's, not a generated one."""
+
+        def parsing(request: Request) -> Any:
+            json.loads("{")
+
+        def failing(request: Request) -> Any:
+            self.fail("never")
+
+        def making(request: Request) -> Any:
+            return Message()  # type: ignore[call-arg]
+
+        def late(request: Request) -> Any:
+            yield Text(untyped(5))
+
+        for handler in (parsing, failing, making, late):
+            with self.subTest(name=handler.__name__), forgiven(handler) as server:
+                line = handler.__code__.co_firstlineno + 1
+                told = call(server, chat()).error["message"]
+                self.assertIn(f"({os.path.basename(__file__)}:{line} in {handler.__name__})", told)
+
+    def test_every_failure_shows_the_transcript(self) -> None:
+        """An ordinary failure shows what was asked and answered, or that nothing was."""
+
+        def unequal(test: Any) -> None:
+            test.assertEqual(ask(start(test, always("x"))), "y")
+
+        def unasked(test: Any) -> None:
+            start(test, always("x"))
+            test.fail()
+
+        def in_a_subtest(test: Any) -> None:
+            server = start(test, always("x"))
+            with test.subTest(i=1):
+                test.assertEqual(ask(server), "y")
+
+        asked = "<Request chat.completions gpt-4o 'a question'> -> 200 Text(text='x', choice=0)\n"
+        for body, words in ((unequal, asked), (unasked, "No request came to the fake.\n"), (in_a_subtest, asked)):
+            with self.subTest(name=body.__name__):
+                self.assertIn(words, self.red(tried(body)))
+
+    def test_two_faults_are_one_entry(self) -> None:
+        """A handler's error and a Script that is not used up are told in one report, in the body's if that fails."""
+        for fails in (False, True):
+
+            def body(test: Any, fails: bool = fails) -> None:
+                with contextlib.suppress(OSError):
+                    ask(start(test, Script(a_broken_handler, "b")))
+                if fails:
+                    test.fail("the body's own")
+
+            with self.subTest(fails=fails):
+                text = self.red(tried(body))
+                self.assertEqual("the body's own" in text, fails)
+                self.assertIn("ZeroDivisionError: of the handler", text)
+                self.assertIn("unused answers of the Script, 1 of 2: ('b',)", text)
+
+    def test_skips_and_expected_failures_stay_what_they_are(self) -> None:
+        """A test that is skipped, or expected to fail, is that, whatever its fake says; a failing fake is expected, too."""
+
+        def skipped(test: Any) -> None:
+            start(test, Script("a", "b"))
+            test.skipTest("x")
+
+        def skipped_in_with(test: Any) -> None:
+            with FakeOpenAI(Script("a", "b")):
+                test.skipTest("x")
+
+        @unittest.expectedFailure
+        def expected(test: Any) -> None:
+            start(test, Script("a", "b"))
+            test.fail()
+
+        @unittest.expectedFailure
+        def expected_of_the_fake(test: Any) -> None:
+            start(test, Script("a", "b"))
+
+        @unittest.expectedFailure
+        def unexpected(test: Any) -> None:
+            ask(start(test, Script("a")))
+
+        for body, counts in (
+            (skipped, (1, 0, 0)),
+            (skipped_in_with, (1, 0, 0)),
+            (expected, (0, 1, 0)),
+            (expected_of_the_fake, (0, 1, 0)),
+            (unexpected, (0, 0, 1)),
+        ):
+            with self.subTest(name=body.__name__):
+                result, text = tried(body)
+                self.assertEqual((result.failures, result.errors), ([], []), text)
+                self.assertEqual(
+                    (len(result.skipped), len(result.expectedFailures), len(result.unexpectedSuccesses)), counts
+                )
+
+    def test_a_failure_is_its_own_tests(self) -> None:
+        """A test that runs again is not taken for failed because it failed before."""
+        runs = iter((True, False))
+
+        def body(test: Any) -> None:
+            start(test, Script("a"))
+            if next(runs):
+                test.fail("the first")
+
+        case: Any = type("Case", (unittest.TestCase,), {"test": body})
+        result = unittest.TestResult()
+        unittest.TestSuite([case("test"), case("test")]).run(result)
+        self.assertEqual(len(result.failures), 2)
+
+    def test_a_stream_left_open_fails_though_the_client_left(self) -> None:
+        """Closing the client first hides no Stream that was never closed; a test that looks whether it left knows."""
+
+        def body(test: Any, looks: str = "") -> None:
+            stream = Stream()
+            server = start(test, lambda request: stream)
+            wire = Wire(server)
+            test.addCleanup(wire.sock.close)
+            stream.send("Hi")
+            wire.send(http_bytes(chat(stream=True))).until(b"Hi")
+            if looks:
+                wire.sock.close()
+            if looks == "wait_disconnected":
+                test.assertTrue(stream.wait_disconnected(WAIT))
+            while looks == "send" and stream.send("more"):
+                pass
+
+        self.assertIn("a Stream was never closed", self.red(tried(body)))
+        self.assertIn("a Stream was never closed", self.red(tried(lambda test: body(test, "not"))))
+        for looks in ("wait_disconnected", "send"):
+            with self.subTest(name=looks):
+                self.assertTrue(tried(lambda test, looks=looks: body(test, looks))[0].wasSuccessful())  # type: ignore[misc]
+
+    def test_transcript(self) -> None:
+        """`transcript()` tells at any time the last exchanges, in 20 lines at most, each short."""
+        stream = Stream()
+        with FakeOpenAI(lambda request: stream if request.text == "wait" else "x" * 500) as server:
+            self.assertEqual(server.transcript(), "No request came to the fake.")
+            for number in range(30):
+                call(server, chat(f"question {number}\n" * 99))
+            with asking(server, api="responses", text="wait"):
+                server.wait_for_requests(31, WAIT)
+                lines = server.transcript().splitlines()
+                stream.close() if stream.wait_request(WAIT) else None
+        self.assertEqual((len(lines), lines[-1]), (20, "  <Request responses gpt-4o 'wait'> -> no answer yet "))
+        self.assertIn("question 29", lines[-2])
+        self.assertLess(max(map(len, lines)), 250)
+
+
+PYTEST_CASES = """
+import asyncio, json, unittest, urllib.request
+import pytest
+from openai_fake import FakeOpenAI, Script, Stream, start
+
+def ask(server):
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a question"}]}).encode()
+    with urllib.request.urlopen(server.base_url + "/chat/completions", body) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
+
+def broken(request):
+    raise ZeroDivisionError("of the handler")
+
+def test_passed(fake_openai):
+    assert ask(fake_openai(lambda request: "x")) == ask(fake_openai(lambda request: "x")) == "x"
+
+def test_failed_plain(fake_openai):
+    assert ask(fake_openai(lambda request: "x")) == "y"
+
+def test_failed_handler(fake_openai):
+    ask(fake_openai(broken))
+
+def test_failed_caught(fake_openai):
+    with pytest.raises(OSError):
+        ask(fake_openai(broken))
+
+def test_failed_both(fake_openai):
+    ask(fake_openai(Script(broken, "b")))
+
+def test_failed_left(fake_openai):
+    fake_openai(Script("a"))
+
+def test_failed_options(fake_openai):
+    fake_openai(lambda request: "x", ttft=-1)
+
+def test_skipped(fake_openai):
+    fake_openai(Script("a"))
+    pytest.skip("x")
+
+@pytest.mark.xfail
+def test_xfailed(fake_openai):
+    fake_openai(Script("a"))
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_failed_anyio(fake_openai, anyio_backend):
+    with pytest.raises(OSError):
+        await asyncio.to_thread(ask, fake_openai(broken))
+
+@pytest.mark.asyncio
+async def test_failed_asyncio(fake_openai):
+    with pytest.raises(OSError):
+        await asyncio.to_thread(ask, fake_openai(broken))
+
+@pytest.fixture
+def app(fake_openai):
+    return ask(fake_openai(broken))
+
+def test_error_setup(app):
+    pass
+
+@pytest.fixture
+def late(fake_openai):
+    server = fake_openai(broken)
+    yield
+    with pytest.raises(OSError):
+        ask(server)
+
+def test_error_teardown(late):
+    pass
+
+class TestUnittest(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def made(self, fake_openai):
+        self.fake_openai = fake_openai
+
+    def test_failed_of_start(self):
+        start(self, Script("a", "b"))
+        self.fail("the body's own")
+
+    def test_failed_of_fixture(self):
+        self.fake_openai(broken)
+        self.fail("the body's own")
+
+    def test_failed_in_with(self):
+        with FakeOpenAI(broken) as server:
+            ask(server)
+
+    def test_failed_alone(self):
+        with self.assertRaises(OSError):
+            ask(start(self, broken))
+
+    def test_skipped(self):
+        start(self, Script("a", "b"))
+        self.skipTest("x")
+
+    @unittest.expectedFailure
+    def test_xfailed(self):
+        start(self, Script("a", "b"))
+        self.fail()
+"""
+
+
+@unittest.skipUnless(find_spec("pytest"), "pytest is not installed")
+class PytestTest(unittest.TestCase):
+    """Under pytest: the fixture of the file, and the same reports."""
+
+    def pytest(self, *arguments: str, conftest: str = 'pytest_plugins = ["openai_fake"]') -> tuple[int, str]:
+        """Runs the cases in a folder of their own. Returns the exit status, and what was printed."""
+        folder = self.enterContext(tempfile.TemporaryDirectory()) if sys.version_info >= (3, 11) else tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        Path(folder, "conftest.py").write_text(conftest, "utf-8")
+        Path(folder, "test_cases.py").write_text(PYTEST_CASES, "utf-8")
+        Path(folder, "pytest.ini").write_text("[pytest]\nmarkers =\n    anyio\n    asyncio\n", "utf-8")
+        where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rA",
+            "-W",
+            "error::pytest.PytestAssertRewriteWarning",
+            "-p",
+            "no:cacheprovider",
+            *arguments,
+        ]
+        missing = [
+            name for name in ("anyio", "asyncio") if not find_spec("pytest_asyncio" if name == "asyncio" else name)
+        ]
+        command += ["-k", " and ".join(f"not test_failed_{name}" for name in missing)] if missing else []
+        done = subprocess.run(
+            command, cwd=folder, env=where, capture_output=True, text=True, timeout=WAIT * 6, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def check_outcomes(self, text: str) -> None:
+        """Each case ends as its name says, in one entry."""
+        names = re.findall(r"^(FAILED|ERROR|XFAIL) test_cases\.py::([\w:]+)", text, re.MULTILINE)
+        self.assertGreater(len(names), 12, text)
+        self.assertEqual(len(names), len(set(names)), text)
+        for outcome, name in names:
+            self.assertIn({"FAILED": "_failed", "ERROR": "_error", "XFAIL": "_xfailed"}[outcome], name, text)
+        self.assertRegex(text, r"\d+ failed, 2 passed, 2 skipped,( \d deselected,)? 2 xfailed, 2 errors in")
+
+    def test_each_case_is_one_entry(self) -> None:
+        """What fails is one entry, with the handler's traceback once and the transcript; skips stay skips."""
+        status, text = self.pytest("-p", "no:randomly", "-p", "no:xdist")
+        self.assertEqual(status, 1)
+        self.check_outcomes(text)
+        reports = dict(
+            re.findall(r"^_+ (?:ERROR at \w+ of )?([\w.]+) _+$(.*?)(?=^_+ [\w. ]+ _+$|^=)", text, re.M | re.S)
+        )
+        self.assertIn("No request came to the fake.", reports["test_failed_left"])
+        self.assertIn("'a question'> -> 200 Text(text='x', choice=0)", reports["test_failed_plain"])
+        self.assertIn("unused answers of the Script, 1 of 2", reports["test_failed_both"])
+        for name in ("handler", "caught", "both"):
+            with self.subTest(name=name):
+                report = reports["test_failed_" + name]
+                self.assertEqual(report.count("def broken(request)") + report.count(", in broken\n"), 1, report)
+                self.assertNotIn(openai_fake.__file__, report.replace("The fake had", ""))
+        for name in ("of_start", "of_fixture"):
+            report = reports["TestUnittest.test_failed_" + name]
+            self.assertIn("the body's own", report)
+            self.assertIn("No request came to the fake.", report)
+
+    def test_the_module_may_be_imported_first(self) -> None:
+        """A conftest that imports the module before pytest does gets no warning; -p works as well."""
+        for conftest, arguments in (
+            ('import openai_fake\npytest_plugins = ["openai_fake"]', ()),
+            ("", ("-p", "openai_fake")),
+        ):
+            with self.subTest(conftest=conftest):
+                self.check_outcomes(self.pytest(*arguments, conftest=conftest)[1])
+
+    @unittest.skipUnless(find_spec("xdist") and find_spec("pytest_randomly"), "xdist and randomly are not installed")
+    def test_side_by_side_in_any_order(self) -> None:
+        """With xdist and in random order, the outcomes are the same."""
+        self.check_outcomes(self.pytest("-n", "2")[1])
+
+    def test_nothing_of_pytest_is_imported(self) -> None:
+        """The module imports nothing of pytest unless pytest loads it."""
+        code = "import sys, openai_fake; print([name for name in sys.modules if 'pytest' in name])"
+        where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
+        done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout, "[]\n")
+
+
 def fed(*parts: Any) -> Stream:
     """A Stream that is over."""
     stream = Stream()
