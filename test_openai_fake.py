@@ -12,12 +12,14 @@ import functools
 import gc
 import gzip
 import http.client
+import importlib
 import importlib.metadata
 import inspect
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import pydoc
 import queue
@@ -88,6 +90,11 @@ HAS_HYPOTHESIS = find_spec("hypothesis") is not None
 HAS_RUFF = find_spec("ruff") is not None
 needs_openai = unittest.skipUnless(HAS_OPENAI, "the openai package is not installed")
 needs_hypothesis = unittest.skipUnless(HAS_HYPOTHESIS, "the hypothesis package is not installed")
+
+
+def setUpModule() -> None:
+    """The suite's handlers call tools that its requests do not offer."""
+    warnings.filterwarnings("ignore", "the handler called the tool")
 
 
 def _refusal(check: Callable[..., None], *arguments: Any) -> APIError | None:
@@ -2814,6 +2821,32 @@ class EndpointTest(unittest.TestCase):
             self.assertEqual(len(vector), 1536)
             self.assertAlmostEqual(math.hypot(*vector), 1, places=6)
 
+    def test_embeddings_mean_something(self) -> None:
+        """Texts that share words are nearer than texts that do not, in any language, however long the others are."""
+        texts = {
+            "Where does Alice live?": ("Alice lives in Paris, and works there.", "The invoice is due on Friday."),
+            "refund policy": ("Our REFUND policy: thirty days.", "Our shipping times: three days."),
+            "パリの天気": ("今日のパリは晴れ", "請求書の期限"),
+        }
+        with FakeOpenAI() as server:
+            for query, others in texts.items():
+                asked, near, far = (each["embedding"] for each in self.embed(server, [query, *others])["data"])
+                with self.subTest(name=query):
+                    similar, other = (sum(map(operator.mul, asked, each)) for each in (near, far))
+                    self.assertGreater(similar, 0.2)
+                    self.assertLess(other, 0.15)
+
+    def test_embeddings_can_be_given(self) -> None:
+        """`embeddings` takes a text and returns its vector, which is sent as it is; its mistakes are the fake's."""
+        with FakeOpenAI(embeddings=lambda text: [len(text), 0.5]) as server:
+            self.assertEqual(
+                [each["embedding"] for each in self.embed(server, ["ab", "abc"])["data"]], [[2, 0.5], [3, 0.5]]
+            )
+            packed = self.embed(server, "ab", encoding_format="base64")["data"][0]["embedding"]
+            self.assertEqual(base64.b64decode(packed), struct.pack("<2f", 2, 0.5))
+        with forgiven(echo, embeddings=untyped(lambda text: None)) as server:
+            self.assertEqual(get(server, "/embeddings", "POST", {"model": "m", "input": "x"}).status, 500)
+
     def test_embedding_options(self) -> None:
         """`dimensions`, base64 and the model do what they say; a list of tokens is one text."""
         with FakeOpenAI() as server:
@@ -3019,9 +3052,9 @@ class OptionsTest(unittest.TestCase):
         proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "a.example"}
         with mock.patch.dict(os.environ, proxies), FakeOpenAI() as server:
             self.assertIn("a.example", server.environ["NO_PROXY"].split(","))
-            with mock.patch.dict(os.environ, server.environ):
-                with urllib.request.urlopen(os.environ["OPENAI_BASE_URL"] + "/models", timeout=WAIT) as answer:
-                    self.assertEqual(answer.status, 200)
+            os.environ.update(server.environ)
+            with urllib.request.urlopen(os.environ["OPENAI_BASE_URL"] + "/models", timeout=WAIT) as answer:
+                self.assertEqual(answer.status, 200)
 
     def test_hosts(self) -> None:
         """`url` can be asked, whatever the form of the host; `base_url` is it and /v1."""
@@ -3064,6 +3097,96 @@ class OptionsTest(unittest.TestCase):
             server.start()
         with self.assertRaisesRegex(TypeError, "Script"):
             FakeOpenAI("Hi")  # type: ignore[arg-type]
+
+    def test_mistakes_are_refused_where_they_are_made(self) -> None:
+        """Each is a TypeError or ValueError at once, that says what came and what was expected; types say so, too."""
+        make: Any
+        FakeOpenAI(lambda request: 5)  # type: ignore[arg-type, return-value]  # types alone can tell before it is asked
+        FakeOpenAI(lambda request: [5])  # type: ignore[list-item]
+        route: Any = {"GET /x": 5}
+        for name, words, make in (
+            ("port", "wants int for port, not '8080'", lambda: FakeOpenAI(port="8080")),  # type: ignore[arg-type]
+            ("host", "wants str for host, not None", lambda: FakeOpenAI(host=None)),  # type: ignore[arg-type]
+            ("keep", "wants int or NoneType for keep, not '1'", lambda: FakeOpenAI(keep="1")),  # type: ignore[arg-type]
+            ("models", "wants a list of names for models, not 'gpt-4o'", lambda: FakeOpenAI(models="gpt-4o")),
+            ("negative ttft", "wants ttft of 0 or more seconds, not -1", lambda: FakeOpenAI(ttft=-1)),
+            ("ttft", "wants int or float for ttft, not 'x'", lambda: FakeOpenAI(ttft="x")),  # type: ignore[arg-type]
+            ("itl", "wants itl of 0 or more seconds, not nan", lambda: FakeOpenAI(itl=math.nan)),
+            ("Reply's itl", "Reply wants itl of 0 or more seconds, not -1", lambda: Reply("a", itl=-1)),
+            ("Script", "5 is no answer; an answer is a str, ", lambda: Script(5)),  # type: ignore[arg-type]
+            ("Script of None", "None is no answer; ", lambda: Script("a", None)),  # type: ignore[arg-type]
+            ("Reply", "5 is no answer; ", lambda: Reply(5)),  # type: ignore[arg-type]
+            (
+                "route",
+                "a route is served by a function that takes a Request, not by 5",
+                lambda: FakeOpenAI(routes=route),
+            ),
+            ("order", "APIError takes the status first, then the message", lambda: APIError("Too many", 429)),  # type: ignore[arg-type]
+            ("no test", r"takes the test first, as in start\(self, handler\)", lambda: start(echo)),  # type: ignore[arg-type]
+        ):
+            with self.subTest(name=name), self.assertRaisesRegex((TypeError, ValueError), words):
+                make()
+
+    def test_mistakes_of_a_handler_say_what_to_do(self) -> None:
+        """What a handler returns by mistake is told with what was probably meant."""
+        for name, handler, words in (
+            ("None", lambda request: None, "handler returned empty response: None (forgot `return`?)"),
+            ("nothing", lambda request: [], "handler returned empty response: no part in it"),
+            ("a dict", lambda request: {"a": 1}, "handler returned dict: {'a': 1} is no answer; an answer is a str, "),
+            ("an object", lambda request: SimpleNamespace(a=1), "handler returned SimpleNamespace: namespace(a=1) is"),
+        ):
+            with self.subTest(name=name), forgiven(untyped(handler)) as server:
+                self.assertIn(words, call(server, chat()).error["message"])
+        with forgiven(echo, routes={"GET /x": lambda request: None}) as server:
+            self.assertIn("the route GET /v1/x returned None (forgot `return`?)", get(server, "/x").error["message"])
+        with forgiven(Script(["a", "b"])) as server:
+            call(server, chat())
+            self.assertIn("a list is one answer", call(server, chat()).error["message"])
+
+
+class OfferedToolsTest(unittest.TestCase):
+    """A call that a model could not make is let through, but told."""
+
+    def warned(self, answers: list[Any], *bodies: dict[str, Any]) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with FakeOpenAI(Script(*answers)) as server:
+                for body in bodies:
+                    self.assertEqual(call(server, body).status, 200)
+        return [str(each.message) for each in caught]
+
+    def test_a_tool_that_was_not_offered(self) -> None:
+        """It is a warning that names what was offered, once per tool and server."""
+        offers: list[Any] = [{"type": "function", "function": {"name": "g", "parameters": {}}}]
+        told = "the handler called the tool 'f', which the request did not offer; it offered: "
+        calls = [ToolCall("f"), [ToolCall("f"), ToolCall("g")]]
+        self.assertEqual(self.warned(calls, chat(tools=offers), chat(tools=offers)), [told + "g"])
+        self.assertEqual(self.warned([CustomToolCall("f", "x")], responses()), [told + "none"])
+        self.assertEqual(self.warned([ToolCall("g")], chat(tools=offers)), [])
+        self.assertEqual(self.warned([ToolCall("g")], responses(tools=[{"type": "function", "name": "g"}])), [])
+        hidden = {"type": "mcp", "server_label": "m", "server_url": "https://a.example", "require_approval": "never"}
+        self.assertEqual(self.warned([ToolCall("f")], responses(tools=[hidden])), [])
+
+    def test_a_call_against_tool_choice(self) -> None:
+        """A call where none, or another, was chosen is a warning; one that follows the choice is not."""
+        tools = [{"type": "function", "name": name} for name in "fg"]
+        for choice, fine in (
+            ("none", False),
+            ({"type": "function", "name": "g"}, False),
+            ({"type": "function", "name": "f"}, True),
+            ("required", True),
+        ):
+            with self.subTest(choice=choice):
+                told = self.warned([ToolCall("f")], responses(tools=tools, tool_choice=choice))
+                self.assertEqual(told == [], fine)
+                self.assertEqual([each.split(":")[0][-11:] for each in told], [] if fine else ["tool_choice"])
+
+    def test_strict(self) -> None:
+        """A strict server takes it for a mistake of the handler."""
+        with forgiven(always(ToolCall("f")), strict=True) as server:
+            answer = call(server, chat())
+            self.assertEqual((answer.status, len(server.errors)), (500, 1))
+            self.assertIn("the handler called the tool 'f'", answer.error["message"])
 
 
 class ModuleTest(unittest.TestCase):
@@ -4633,7 +4756,7 @@ class ReportTest(unittest.TestCase):
                 self.assertIn("unused answers of the Script, 1 of 2: ('b',)", text)
 
     def test_skips_and_expected_failures_stay_what_they_are(self) -> None:
-        """A test that is skipped, or expected to fail, is that, whatever its fake says; a failing fake is expected, too."""
+        """A test that is skipped, or expected to fail, is that, whatever its fake says; a failing fake counts."""
 
         def skipped(test: Any) -> None:
             start(test, Script("a", "b"))
@@ -4717,7 +4840,7 @@ class ReportTest(unittest.TestCase):
             with asking(server, api="responses", text="wait"):
                 server.wait_for_requests(31, WAIT)
                 lines = server.transcript().splitlines()
-                stream.close() if stream.wait_request(WAIT) else None
+                stream.close()
         self.assertEqual((len(lines), lines[-1]), (20, "  <Request responses gpt-4o 'wait'> -> no answer yet "))
         self.assertIn("question 29", lines[-2])
         self.assertLess(max(map(len, lines)), 250)
@@ -4832,7 +4955,7 @@ class PytestTest(unittest.TestCase):
 
     def pytest(self, *arguments: str, conftest: str = 'pytest_plugins = ["openai_fake"]') -> tuple[int, str]:
         """Runs the cases in a folder of their own. Returns the exit status, and what was printed."""
-        folder = self.enterContext(tempfile.TemporaryDirectory()) if sys.version_info >= (3, 11) else tempfile.mkdtemp()
+        folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
         Path(folder, "conftest.py").write_text(conftest, "utf-8")
         Path(folder, "test_cases.py").write_text(PYTEST_CASES, "utf-8")
@@ -4873,7 +4996,9 @@ class PytestTest(unittest.TestCase):
         self.assertEqual(status, 1)
         self.check_outcomes(text)
         reports = dict(
-            re.findall(r"^_+ (?:ERROR at \w+ of )?([\w.]+) _+$(.*?)(?=^_+ [\w. ]+ _+$|^=)", text, re.M | re.S)
+            re.findall(
+                r"^_+ (?:ERROR at \w+ of )?([\w.]+) _+$(.*?)(?=^_+ [\w. ]+ _+$|^=)", text, re.MULTILINE | re.DOTALL
+            )
         )
         self.assertIn("No request came to the fake.", reports["test_failed_left"])
         self.assertIn("'a question'> -> 200 Text(text='x', choice=0)", reports["test_failed_plain"])
@@ -4916,6 +5041,13 @@ def fed(*parts: Any) -> Stream:
     stream.send(*parts)
     stream.close()
     return stream
+
+
+def arguments_in(body: Any) -> list[str]:
+    """The arguments of each call in a body of either API."""
+    if "choices" in body:
+        return [each["function"]["arguments"] for each in body["choices"][0]["message"]["tool_calls"]]
+    return [each["arguments"] for each in body["output"]]
 
 
 def hello_scripted(request: Request) -> Any:
@@ -5137,6 +5269,50 @@ class LiveStreamTest(unittest.TestCase):
             with self.subTest(name=api), FakeOpenAI(always(stream)) as server:
                 answer = call(server, BODIES[api]())
                 self.assertEqual((answer.status, answer.headers["retry-after-ms"]), (429, "20"))
+
+    def test_a_wait_that_blocks_its_own_loop_says_so(self) -> None:
+        """A wait on the thread of the loop that must go on for it to end fails soon, and names the way that awaits."""
+        stream = Stream()
+        waits: dict[str, Callable[[float], object]] = {
+            "stream.wait_request": stream.wait_request,
+            "stream.flush": stream.flush,
+            "stream.wait_disconnected": stream.wait_disconnected,
+            "server.wait_for_requests": lambda timeout: server.wait_for_requests(1, timeout),
+        }
+
+        async def blocked(wait: Callable[[float], object]) -> None:
+            wait(3600.0)
+
+        async def awaited() -> None:
+            asked = asyncio.to_thread(call, server, chat(stream=True))
+            answer, *_ = await asyncio.gather(asked, asyncio.to_thread(stream.wait_request, WAIT), closing())
+            self.assertEqual(answer.status, 200)
+            self.assertTrue(stream.flush(WAIT))  # it has ended: nothing blocks
+
+        async def closing() -> None:
+            await asyncio.to_thread(server.wait_for_requests, 1, WAIT)
+            await asyncio.to_thread(stream.flush, WAIT)
+            stream.close()
+
+        stream.send("Hi")
+        with FakeOpenAI(lambda request: stream) as server, mock.patch.object(openai_fake, "_LOOP_PATIENCE", 0.01):
+            for name, wait in waits.items():
+                with self.subTest(name=name):
+                    words = rf"{name}\(\) blocks the event loop .* use `await asyncio.to_thread\({name}\)`"
+                    with self.assertRaisesRegex(RuntimeError, words):
+                        asyncio.run(blocked(wait))
+            asyncio.run(awaited())
+
+    def test_a_call_opens_and_its_arguments_follow(self) -> None:
+        """A ToolCall says {} where no arguments are given; "" opens a call whose arguments come piece by piece."""
+        for api in PATHS:
+            for said, arguments in (
+                ([ToolCall("f")], "{}"),
+                ([ToolCall("f", "")], ""),
+                ([ToolCall("f", ""), ToolCall("", '{"a"'), ToolCall("", ": 1}")], '{"a": 1}'),
+            ):
+                with self.subTest(name=api, arguments=arguments), FakeOpenAI(Script(fed(*said))) as server:
+                    self.assertEqual(arguments_in(call(server, BODIES[api]()).json), [arguments])
 
     def test_misuse_is_a_clear_error(self) -> None:
         """Sending what is no part, or after the end, raises where it happens."""
@@ -6264,6 +6440,58 @@ class CommandLineTest(unittest.TestCase):
         program = Program(self)
         Caller(self, program.url()).said()
         self.assertNotIn("\x1b", program.until("chat.completions gpt-4o"))
+
+
+class CopiesTest(unittest.TestCase):
+    """A vendored copy, and more than one copy in a process."""
+
+    def setUp(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        vendor = self.folder / "tests" / "vendor"
+        vendor.mkdir(parents=True)
+        shutil.copy(openai_fake.__file__, vendor / "openai_fake.py")
+
+    def test_a_command_serves_the_handler_its_own_classes(self) -> None:
+        """Whatever the path by which the command was started and the handler imports it, there is one copy."""
+        imports = {
+            "from": "from tests.vendor import openai_fake",
+            "names": "from tests.vendor.openai_fake import ToolCall\nimport sys\nopenai_fake = sys.modules['__main__']",
+            "import": "import tests.vendor.openai_fake\nopenai_fake = tests.vendor.openai_fake",
+            "top": "import openai_fake",
+        }
+        commands = (["-m", "tests.vendor.openai_fake"], ["tests/vendor/openai_fake.py"])
+        environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        for command, (name, lines) in itertools.product(commands, imports.items()):
+            with self.subTest(command=command, name=name):
+                source = lines + "\n\ndef answer(request):\n    return openai_fake.ToolCall('f')\n"
+                (self.folder / "answers.py").write_text(source, "utf-8")
+                program = Program.__new__(Program)
+                program.process = subprocess.Popen(
+                    [sys.executable, *command, "--port", "0", "--handler", "answers.py:answer"],
+                    bufsize=0,
+                    cwd=self.folder,
+                    env=environ,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                program.stdout = program.process.stdout
+                self.addCleanup(program._end)
+                data = json.dumps(responses()).encode()
+                with urllib.request.urlopen(program.url() + "/responses", data, timeout=WAIT) as answer:
+                    self.assertEqual(arguments_in(json.load(answer)), ["{}"])
+
+    def test_two_copies_are_told(self) -> None:
+        """A part of another copy of the module is no answer, and the message names both files."""
+        with mock.patch.object(sys, "path", [str(self.folder), *sys.path]):
+            other: Any = importlib.import_module("tests.vendor.openai_fake")
+        self.addCleanup(lambda: [sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "tests"])
+        for answer in (other.ToolCall("f"), [other.Text("a")], other.Reply("a"), other.Stream()):
+            with self.subTest(answer=type(answer)), forgiven(always(answer)) as server:
+                message = call(server, chat()).error["message"]
+                self.assertIn(f"of another copy of openai_fake, {other.__file__}, ", message)
+                self.assertIn(openai_fake.__file__, message)
 
 
 class InteractiveTest(unittest.TestCase):
