@@ -1,11 +1,12 @@
 # openai_fake 1.0.0: a fake of OpenAI's API for tests, in one file. Home: https://pypi.org/project/openai-fake/
 # SPDX-FileCopyrightText: 2026 The openai_fake authors
 # SPDX-License-Identifier: MIT
-# Is this a copy in another repository? Do not edit it: report upstream. To update it, run in its folder
+# In another repository this is a copy. Do not edit it: report upstream. To update it, run in its folder:
 #   pip install -qU --no-deps --target .new openai-fake && mv .new/openai_fake/__init__.py openai_fake.py && rm -r .new
-# ruff: noqa
 # flake8: noqa
 # pylint: skip-file
+# mypy: disallow-any-expr=False, disallow-any-explicit=False, disallow-any-decorated=False, warn-unreachable=False
+# mypy: disable-error-code="explicit-override,mutable-override"
 """A fake of OpenAI's API: one file that answers real HTTP, so that what calls OpenAI can be tested offline.
 
 A handler, a plain Python function, says what the model answers, once. The server encodes it as whatever the
