@@ -4,6 +4,7 @@
 # In another repository this is a copy. Do not edit it: report upstream. To update it, run in its folder:
 #   pip install -qU --no-deps --target .new openai-fake && mv .new/openai_fake/__init__.py openai_fake.py && rm -r .new
 # flake8: noqa
+# ruff: noqa: PGH004
 # pylint: skip-file
 # mypy: disallow-any-expr=False, disallow-any-explicit=False, disallow-any-decorated=False, warn-unreachable=False
 # mypy: disable-error-code="explicit-override,mutable-override"
@@ -16,7 +17,7 @@ client asked for: Chat Completions or Responses, JSON or a stream of server-sent
 >>> def handler(request):
 ...     return f"You said: {request.text}"
 >>> with FakeOpenAI(handler) as server:
-...     body = json.dumps({"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}]})
+...     body = json.dumps({"model": "gpt-5.5", "messages": [{"role": "user", "content": "Hello"}]})
 ...     with urllib.request.urlopen(server.base_url + "/chat/completions", body.encode()) as reply:
 ...         json.load(reply)["choices"][0]["message"]["content"]
 'You said: Hello'
@@ -6164,7 +6165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.start()
     except (OSError, ValueError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
-    console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-4o"])[0], options.api_key))
+    console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-5.5"])[0], options.api_key))
     if isinstance(handler, _Operator):
         handler.start()
     console.flush()

@@ -3238,7 +3238,7 @@ class ModuleTest(unittest.TestCase):
     @unittest.skipUnless(HAS_RUFF, "ruff is not installed")
     def test_lint_without_the_header(self) -> None:
         """The lines that keep a host project's linters off do not keep ours off: without them, ruff finds nothing."""
-        source = re.sub(r"(?m)^# flake8: noqa\n", "", Path(openai_fake.__file__).read_text("utf-8"))
+        source = re.sub(r"(?m)^# (flake8|ruff): noqa.*\n", "", Path(openai_fake.__file__).read_text("utf-8"))
         command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--stdin-filename", "openai_fake.py", "-"]
         done = subprocess.run(
             command, input=source, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60, check=False
@@ -6702,7 +6702,7 @@ class ReadmeBlocksTest(unittest.TestCase):
         """The names that a block makes; a recipe goes on from the block with FakeCase."""
         first, common, *_ = fenced("python")
         names: dict[str, Any] = {"__name__": "readme"}
-        for source in (block,) if block == first else (common, "import json", block):
+        for source in (block,) if block == first else (common, block):
             exec(compile(source, "README.md", "exec", dont_inherit=True), names)
         return names
 
@@ -6757,9 +6757,23 @@ class ReadmeBlocksTest(unittest.TestCase):
     def test_banner_is_as_shown(self) -> None:
         """The command that serves prints what the README says."""
         self.assertIn("python -m openai_fake\n", fenced("sh"))
-        [shown] = fenced("text")
+        shown, _ = fenced("text")
         environ = {"OPENAI_BASE_URL": "http://127.0.0.1:8080/v1", "OPENAI_API_KEY": "sk-fake"}
-        self.assertEqual(shown, openai_fake._banner(environ["OPENAI_BASE_URL"], environ, "gpt-4o", None))
+        self.assertEqual(shown, openai_fake._banner(environ["OPENAI_BASE_URL"], environ, "gpt-5.5", None))
+
+    def test_report_is_as_shown(self) -> None:
+        """The report of a failing test is what the README says."""
+
+        def body(test: Any) -> None:
+            server = start(test, always("Hello"))
+            said = call(server, chat(model="gpt-5.5")).json["choices"][0]["message"]["content"]
+            test.assertEqual(said, "Goodbye")
+
+        _, shown = fenced("text")
+        _, report = tried(body)
+        lines = [line for line in report.splitlines() if line and line[0] not in "-+?"]
+        if sys.version_info >= (3, 11):
+            self.assertIn(shown.rstrip(), "\n".join(lines))
 
     def test_help_runs(self) -> None:
         """`python -m openai_fake --help` names every option of the README's table."""
@@ -6797,15 +6811,15 @@ class ReadmeTablesTest(unittest.TestCase):
         self.assertCountEqual([row[0] for row in table("Command line")], options)
 
     def test_parts(self) -> None:
-        """The tables of parts and wire acts have every part there is, with its arguments."""
-        shown: dict[str, list[str]] = {}
-        for signature, _ in (*table("Parts"), *table("Wire acts")):
-            made = ast.parse(signature, mode="eval").body
-            assert isinstance(made, ast.Call) and isinstance(made.func, ast.Name)
-            shown[made.func.id] = [*map(ast.unparse, made.args), *(each.arg or "" for each in made.keywords)]
+        """The tables of parts and wire acts have every part there is, with its signature."""
+        shown = {ast.unparse(ast.parse(f"def {row[0]}: ...")) for row in (*table("Parts"), *table("Wire acts"))}
         public = {name: getattr(openai_fake, name) for name in openai_fake.__all__}
         classes = [each for each in public.values() if isinstance(each, type) and issubclass(each, openai_fake._Part)]
-        self.assertEqual(shown, {each.__name__: [*inspect.signature(each).parameters] for each in classes})
+        made = set()
+        for each in classes:
+            bare = [one.replace(annotation=one.empty) for one in inspect.signature(each).parameters.values()]
+            made.add(ast.unparse(ast.parse(f"def {each.__name__}{inspect.Signature(bare)}: ...")))
+        self.assertEqual(shown, made)
 
     def test_attributes(self) -> None:
         """The tables of the request and the server name what they have; the request's, all of it."""
