@@ -325,19 +325,13 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
         if not isinstance(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind is int and cast(int, value) < 0:
+        if kind in (int, _SECONDS) and not 0 <= cast(float, value) <= threading.TIMEOUT_MAX:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
-
-
-def _check_seconds(owner: object, **fields: object) -> None:
-    for name, value in fields.items():
-        _check_fields(owner, **{name: (value, (int, float))})
-        if not 0 <= cast(float, value) <= threading.TIMEOUT_MAX:
-            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more seconds, not {value!r}")
 
 
 _WORD = (str, type(None))  # a string that may be left out
 _NUMBER = (int, type(None))
+_SECONDS = (int, float)
 
 
 # ---- What the client sent --------------------------------------------------------------------------------------------
@@ -1759,7 +1753,7 @@ class Pause(_Part):
     seconds: float
 
     def __post_init__(self) -> None:
-        _check_seconds(self, seconds=self.seconds)
+        _check_fields(self, seconds=(self.seconds, _SECONDS))
 
     def _act(self, answer: _Delivery) -> None:
         answer.pause(self.seconds)
@@ -1870,7 +1864,7 @@ class Reply:
         for part in parts:
             _check_content(part)
         if ttft is not None or itl is not None:
-            _check_seconds(self, ttft=ttft or 0, itl=itl or 0)
+            _check_fields(self, ttft=(ttft or 0, _SECONDS), itl=(itl or 0, _SECONDS))
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         self.parts = parts
@@ -1916,14 +1910,13 @@ def _reply(answer: Any) -> Reply:
 def _wait(changed: threading.Condition, ready: Callable[[], bool], timeout: float, call: str) -> bool:
     """Whether `ready` within so many seconds. Raises RuntimeError where this wait is itself what it waits for."""
     loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", bool)()
-    if not loop or timeout <= _LOOP_PATIENCE:
-        return changed.wait_for(ready, timeout)
-    if not changed.wait_for(ready, _LOOP_PATIENCE):
+    patience = min(timeout, _LOOP_PATIENCE) if loop else timeout
+    if not changed.wait_for(ready, patience) and patience < timeout:
         raise RuntimeError(
             f"{call}() blocks the event loop that runs on this thread, so that the loop's client cannot go on: "
             f"use `await asyncio.to_thread({call})`"
         )
-    return True
+    return ready()
 
 
 _END: Any = object()  # in a Stream's queue: close() was called
@@ -5279,7 +5272,7 @@ class FakeOpenAI:
                 f"a handler is a function that takes a Request, not {handler!r}; Script(...) makes one of answers"
             )
         _check_fields(self, host=(host, str), port=(port, int), api_key=(api_key, _WORD), keep=(keep, _NUMBER))
-        _check_seconds(self, ttft=ttft, itl=itl)
+        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
         if isinstance(models, str):
             raise TypeError(f"FakeOpenAI wants a list of names for models, not {models!r}")
         self.handler = handler
@@ -5526,16 +5519,16 @@ class FakeOpenAI:
             request._encoder = None
 
 
-_STDLIB = os.path.join(os.path.dirname(os.__file__), "")
+_NOT_USERS = re.compile(  # where code is that is not the user's; a dataclass's __init__ is of <string>
+    rf"{re.escape(__file__)}\Z|{re.escape(os.path.dirname(os.__file__))}[\\/]|.*[\\/](site|dist)-packages[\\/]|<(string|frozen)"
+)
 
 
 def _place(error: BaseException) -> str:
     """The innermost of the user's own lines that an error passed; "" where it passed none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = frame.filename
-        generated = path == "<string>" or path.startswith("<frozen ")  # as a dataclass's __init__
-        if path != __file__ and not generated and not path.startswith(_STDLIB) and "-packages" + os.sep not in path:
-            return f" ({os.path.basename(path)}:{frame.lineno} in {frame.name})"
+        if not _NOT_USERS.match(frame.filename):
+            return f" ({os.path.basename(frame.filename)}:{frame.lineno} in {frame.name})"
     return ""
 
 
@@ -5666,10 +5659,9 @@ def _stop_after(test: Any, server: FakeOpenAI) -> None:
 def _teller(test: object, outcome: Any) -> Callable[[str], object] | None:
     """What adds a text to the report of a test that has failed, or was skipped; None where it has not so far."""
     result: Any = getattr(outcome, "result", None)
-    if getattr(outcome, "expectedFailure", None):
+    skipped = [*getattr(outcome, "skipped", ()), *getattr(result, "skipped", ())]
+    if getattr(outcome, "expectedFailure", None) or any(each is test for each, _ in skipped):
         return bool  # nobody reads it
-    if any(skipped is test for of in (outcome, result) for skipped, _ in getattr(of, "skipped", ())):
-        return bool
     raised = [info[1] for each, info in getattr(outcome, "errors", ()) if info and _is_of(each, test)]  # before 3.11
     raised += [info.value for info in getattr(result, "_excinfo", None) or ()]  # pytest
     if raised:
@@ -5693,8 +5685,7 @@ def pytest_configure(config: Any) -> None:
 
     def fake_openai(request: Any) -> Iterator[Callable[..., FakeOpenAI]]:
         """Starts servers for a test: `fake_openai(handler, **options)`. What goes wrong in them fails the test."""
-        test, servers = request.node, list[FakeOpenAI]()
-        fakes[test] = servers
+        servers = fakes.setdefault(request.node, [])
 
         def serve(handler: Handler = echo, **options: Unpack[Options]) -> FakeOpenAI:
             servers.append(FakeOpenAI(handler, **options).start())
@@ -5702,7 +5693,7 @@ def pytest_configure(config: Any) -> None:
 
         yield serve
         late = [error for server in servers if (error := server._stop(None)) is not None]
-        if late and test in fakes:
+        if late and request.node in fakes:
             raise late[0]
 
     def pytest_runtest_makereport(item: Any, call: Any) -> None:

@@ -3109,10 +3109,10 @@ class OptionsTest(unittest.TestCase):
             ("host", "wants str for host, not None", lambda: FakeOpenAI(host=None)),  # type: ignore[arg-type]
             ("keep", "wants int or NoneType for keep, not '1'", lambda: FakeOpenAI(keep="1")),  # type: ignore[arg-type]
             ("models", "wants a list of names for models, not 'gpt-4o'", lambda: FakeOpenAI(models="gpt-4o")),
-            ("negative ttft", "wants ttft of 0 or more seconds, not -1", lambda: FakeOpenAI(ttft=-1)),
+            ("negative ttft", "wants ttft of 0 or more, not -1", lambda: FakeOpenAI(ttft=-1)),
             ("ttft", "wants int or float for ttft, not 'x'", lambda: FakeOpenAI(ttft="x")),  # type: ignore[arg-type]
-            ("itl", "wants itl of 0 or more seconds, not nan", lambda: FakeOpenAI(itl=math.nan)),
-            ("Reply's itl", "Reply wants itl of 0 or more seconds, not -1", lambda: Reply("a", itl=-1)),
+            ("itl", "wants itl of 0 or more, not nan", lambda: FakeOpenAI(itl=math.nan)),
+            ("Reply's itl", "Reply wants itl of 0 or more, not -1", lambda: Reply("a", itl=-1)),
             ("Script", "5 is no answer; an answer is a str, ", lambda: Script(5)),  # type: ignore[arg-type]
             ("Script of None", "None is no answer; ", lambda: Script("a", None)),  # type: ignore[arg-type]
             ("Reply", "5 is no answer; ", lambda: Reply(5)),  # type: ignore[arg-type]
