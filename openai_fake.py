@@ -1838,7 +1838,7 @@ def _check_content(value: Any) -> None:
     said = isinstance(value, (str, _Part, Stream, Completion, AsyncIterable))
     if not (said or (isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, dict)))):
         known = "a str, a part, a list or generator of parts, a Stream, a Reply or an APIError"
-        raise TypeError(f"{value!r} is no answer; an answer is {known}{_copy_hint(cast(object, value))}")
+        raise TypeError(f"{_short(repr(value))} is no answer; an answer is {known}{_copy_hint(cast(object, value))}")
 
 
 class Reply:

@@ -5640,7 +5640,7 @@ class WireActTest(unittest.TestCase):
                     begun = time.monotonic()
                     with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
                         server.stop()
-                    self.assertLess(time.monotonic() - begun, 1.5)  # robustness.md 38
+                    self.assertLess(time.monotonic() - begun, 1.5)
                     self.assertEqual(wire.rest(), b"")
 
 
@@ -6178,7 +6178,7 @@ class Program:
 
     def interrupt(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(2)  # robustness: it leaves within two seconds
+        return self.process.wait(2)  # it leaves within two seconds
 
     def _end(self) -> None:
         self.process.kill()
