@@ -38,6 +38,7 @@ import traceback
 import tracemalloc
 import typing
 import unittest
+import urllib.error
 import urllib.request
 import warnings
 import zlib
@@ -4638,8 +4639,12 @@ class FailingFakeTest(unittest.TestCase):
 def ask(server: FakeOpenAI) -> str:
     """What a client that lets a 500 through gets: urllib's HTTPError, or the text."""
     data = json.dumps(chat("a question")).encode()
-    with urllib.request.urlopen(server.base_url + "/chat/completions", data, timeout=WAIT) as answer:
-        return str(json.load(answer)["choices"][0]["message"]["content"])
+    try:
+        with urllib.request.urlopen(server.base_url + "/chat/completions", data, timeout=WAIT) as answer:
+            return str(json.load(answer)["choices"][0]["message"]["content"])
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
 
 
 def result_of(case: Case) -> tuple[unittest.TestResult, str]:
