@@ -4600,7 +4600,8 @@ class FailingFakeTest(unittest.TestCase):
                 with self.subTest(name=name, case=case.__name__):
                     failures, errors, text = run_inner(case)
                     self.assertEqual((failures, errors), (1, 0))
-                    for word in ("the body's own", *words, "The last requests to the fake", "a question"):
+                    self.assertEqual(text.count("AssertionError: the body's own"), 1)
+                    for word in (*words, "The last requests to the fake", "a question"):
                         self.assertIn(word, text)
                     self.assertEqual(text.count(", in a_broken_handler\n"), name == "raised", text)
 
@@ -4922,6 +4923,9 @@ def late(fake_openai):
 def test_error_teardown(late):
     pass
 
+def test_failed_before_teardown(late):
+    assert not "the body's own"
+
 class TestUnittest(unittest.TestCase):
     @pytest.fixture(autouse=True)
     def made(self, fake_openai):
@@ -4993,6 +4997,7 @@ class PytestTest(unittest.TestCase):
         self.assertEqual(len(names), len(set(names)), text)
         for outcome, name in names:
             self.assertIn({"FAILED": "_failed", "ERROR": "_error", "XFAIL": "_xfailed"}[outcome], name, text)
+        self.assertNotRegex(text, r"(?m)^SKIPPED .*: x\n(No request|The last)")
         self.assertRegex(text, r"\d+ failed, 2 passed, 2 skipped,( \d deselected,)? 2 xfailed, 2 errors in")
 
     def test_each_case_is_one_entry(self) -> None:
