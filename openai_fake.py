@@ -5289,8 +5289,6 @@ class FakeOpenAI:
         self.clock = clock
         self.embeddings = embeddings
         self.errors: list[BaseException] = []
-        self._told: list[BaseException] = []  # of them, those that a test was failed with, or told of
-        self._judged = False
         self._warned: set[str] = set()  # tools that were called, but not offered
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
         if cors:
@@ -5355,21 +5353,19 @@ class FakeOpenAI:
         checks = [self.handler._check_used] if isinstance(self.handler, Script) else []
         with self._arrived:
             checks += [stream._check_closed for stream in self._streams]
-        for check in () if self._judged else checks:
+        for check in checks:
             try:
                 check()
             except (AssertionError, RuntimeError) as error:
                 error.__context__ = None  # the test's own failure
                 self.errors.append(error)
-        self._judged = True
-        new = [error for error in self.errors if error not in self._told]
-        self._told += new
-        text = self.transcript() + "".join(f"\nAnother error: {_short(repr(error))}" for error in new[1:6])
+        errors = tuple(self.errors)
+        text = self.transcript() + "".join(f"\nAnother error: {_short(repr(error))}" for error in errors[1:6])
         if tell is not None:
-            first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in new[:1])
+            first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in errors[:1])
             tell("\nThe fake had failed before:\n".join([text, *first]))
             return None
-        return _raisable(new[0], text) if new else None
+        return _raisable(errors[0], text) if errors else None
 
     def __enter__(self) -> Self:
         return self.start()

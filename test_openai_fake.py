@@ -2837,6 +2837,13 @@ class EndpointTest(unittest.TestCase):
                     self.assertGreater(similar, 0.2)
                     self.assertLess(other, 0.15)
 
+    def test_long_words_say_more(self) -> None:
+        """A text that shares one long word is nearer than one that shares two short ones."""
+        texts = ["Is the invoice due?", "Invoice number nine", "The sun is up"]
+        with FakeOpenAI() as server:
+            asked, near, far = (each["embedding"] for each in self.embed(server, texts)["data"])
+        self.assertGreater(sum(map(operator.mul, asked, near)), sum(map(operator.mul, asked, far)) + 0.1)
+
     def test_embeddings_can_be_given(self) -> None:
         """`embeddings` takes a text and returns its vector, which is sent as it is; its mistakes are the fake's."""
         with FakeOpenAI(embeddings=lambda text: [len(text), 0.5]) as server:
