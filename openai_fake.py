@@ -1833,12 +1833,16 @@ def _copy_hint(value: object) -> str:
     return f"; it is of another copy of openai_fake, {other}, than this server, {__file__}: import one of them only"
 
 
-def _check_content(value: Any) -> None:
+def _is_content(value: object) -> bool:
+    iterable = isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping))
+    return iterable or isinstance(value, (str, _Part, Stream, Completion, AsyncIterable))
+
+
+def _check_content(value: object) -> None:
     """Raises TypeError for what is no answer."""
-    said = isinstance(value, (str, _Part, Stream, Completion, AsyncIterable))
-    if not (said or (isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, dict)))):
+    if not _is_content(value):
         known = "a str, a part, a list or generator of parts, a Stream, a Reply or an APIError"
-        raise TypeError(f"{_short(repr(value))} is no answer; an answer is {known}{_copy_hint(cast(object, value))}")
+        raise TypeError(f"{_short(repr(value))} is no answer; an answer is {known}{_copy_hint(value)}")
 
 
 class Reply:
