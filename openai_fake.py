@@ -1,3 +1,13 @@
+# openai_fake 1.0.0: a fake of OpenAI's API for tests, in one file. Home: https://pypi.org/project/openai-fake/
+# SPDX-FileCopyrightText: 2026 The openai_fake authors
+# SPDX-License-Identifier: MIT
+# In another repository this is a copy. Do not edit it: report upstream. To update it, run in its folder:
+#   pip install -qU --no-deps --target .new openai-fake && mv .new/openai_fake/__init__.py openai_fake.py && rm -r .new
+# flake8: noqa
+# ruff: noqa: PGH004
+# pylint: skip-file
+# mypy: disallow-any-expr=False, disallow-any-explicit=False, disallow-any-decorated=False, warn-unreachable=False
+# mypy: disable-error-code="explicit-override,mutable-override"
 """A fake of OpenAI's API: one file that answers real HTTP, so that what calls OpenAI can be tested offline.
 
 A handler, a plain Python function, says what the model answers, once. The server encodes it as whatever the
@@ -7,7 +17,7 @@ client asked for: Chat Completions or Responses, JSON or a stream of server-sent
 >>> def handler(request):
 ...     return f"You said: {request.text}"
 >>> with FakeOpenAI(handler) as server:
-...     body = json.dumps({"model": "gpt-4o", "messages": [{"role": "user", "content": "Hello"}]})
+...     body = json.dumps({"model": "gpt-5.5", "messages": [{"role": "user", "content": "Hello"}]})
 ...     with urllib.request.urlopen(server.base_url + "/chat/completions", body.encode()) as reply:
 ...         json.load(reply)["choices"][0]["message"]["content"]
 'You said: Hello'
@@ -29,11 +39,17 @@ it is in Responses. To add an endpoint, write one function in the section "Endpo
 
 Where a comment names the source of a fact, R is recordings of the API's answers (in the tests of public repositories),
 P probes of the live API, S the public API reference and the types of openai-python 3.57, I public issue reports.
+pytest: PYTEST_DONT_REWRITE (it takes a second, and the module may be imported before pytest loads it).
 """
 
-# pyright: strict, reportPrivateUsage=false
+# pyright: strict, reportPrivateUsage=false, reportMissingModuleSource=false
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # a copied file meets any version
+    raise ImportError("openai_fake needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 import hashlib
 import http
@@ -49,10 +65,10 @@ import select
 import selectors
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
+import warnings
 import zlib
 from binascii import b2a_base64
 from collections import deque
@@ -69,16 +85,31 @@ from collections.abc import (
 )
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from email.utils import formatdate
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
+from importlib.machinery import PathFinder
 from itertools import accumulate, pairwise
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, cast
+from types import ModuleType, SimpleNamespace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TextIO,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     import argparse
@@ -87,7 +118,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import TypeAlias
 
-    from typing_extensions import Self, override
+    from typing_extensions import Self, Unpack, override
 else:
     try:
         from typing_extensions import Self, override
@@ -100,6 +131,7 @@ else:
 
 __all__ = [
     "APIError",
+    "Answer",
     "Chunk",
     "ChunkChoice",
     "Completion",
@@ -108,8 +140,10 @@ __all__ = [
     "Disconnect",
     "FakeOpenAI",
     "Finish",
+    "Handler",
     "Item",
     "Message",
+    "Options",
     "Pause",
     "Raw",
     "Reasoning",
@@ -155,6 +189,7 @@ _UNREAD = 128 << 10  # bytes that a socket holds for its client: in the usual me
 _READ = 8 << 10  # bytes that a read makes room for: a head, and a small body
 _HALF_CLOSED = 1.0  # seconds that a client which has sent FIN is still taken to wait for its JSON
 _LONGEST = 3600.0  # seconds that a select waits: more than a month is an OverflowError
+_LOOP_PATIENCE = 1.0  # seconds that a wait may block a running event loop: what is on its way has arrived by then
 _STOP_SECONDS = 1.0  # what stop() waits for handlers that do not return
 _AT_ONCE = 0.1  # seconds in which a handler answers at once, before a background response is told to be queued
 
@@ -268,6 +303,8 @@ class APIError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if isinstance(status, str):
+            raise TypeError(f"APIError takes the status first, then the message, not {status!r}, {message!r}")
         if not 400 <= status <= 599:
             raise ValueError(f"not the status of an error, which is 400 to 599: {status}")
         super().__init__(message)
@@ -327,13 +364,18 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
     """Raises TypeError where a field is not of its type: the mistake shows where the value is made."""
     for name, (value, kind) in fields.items():
         if not isinstance(value, kind):
-            wanted = kind.__name__ if isinstance(kind, type) else " or ".join(each.__name__ for each in kind)
+            wanted = (
+                kind.__name__
+                if isinstance(kind, type)
+                else " or ".join(each.__name__ for each in kind if each is not type(None))
+            )
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) < math.inf:
-            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, and finite, not {value!r}")
+        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
+            raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
 
 
 _WORD = (str, type(None))  # a string that may be left out
+_NUMBER = (int, type(None))
 _SECONDS = (int, float, type(None))
 
 
@@ -1565,10 +1607,20 @@ class _Item:
         return self.part._with(self.pieces)
 
 
+def _defaults(each: Any) -> tuple[Any, ...]:
+    return (each.default,) if each.default_factory is MISSING else (each.default_factory(),)
+
+
 class _Part:
     """A part of an answer."""
 
     __slots__ = ()
+
+    @override
+    def __repr__(self) -> str:
+        """What makes it: the fields that are not what they are by themselves."""
+        shown = [each.name for each in fields(cast(Any, self)) if getattr(self, each.name) not in _defaults(each)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def _act(self, answer: _Delivery) -> None:
         """Does what a part does that is not said by the model."""
@@ -1750,7 +1802,7 @@ def _rounded(entry: _JSON) -> _JSON:
     return {**entry, "logprob": round(entry["logprob"], 6), "top_logprobs": top}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Text(_MessagePart):
     """Text of the answer. One that is alone is sent in word-sized deltas; several in a row are one text, a delta each.
 
@@ -1827,7 +1879,7 @@ class Text(_MessagePart):
         return "response.output_text.delta", {"content_index": 0, "logprobs": []}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Refusal(_MessagePart):
     """The model refuses, in these words (`message.refusal`; a refusal content part in Responses).
 
@@ -1866,7 +1918,7 @@ class Refusal(_MessagePart):
         return "response.refusal.delta", {"content_index": 0}
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class Reasoning(_Spoken):
     """The model thinks first: a reasoning item in Responses; in Chat Completions only tokens in the usage.
 
@@ -2034,13 +2086,13 @@ class _Call(_Spoken):
         _check_fields(self, namespace=(self.namespace, _WORD), caller=(self.caller, (Mapping, type(None))))
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class ToolCall(_Call):
     """The model calls a function. `arguments`: JSON text, sent as it is given, or a mapping; none are `{}`.
 
-    `id` is the call's id (`call_...`), made up where it is not given. A ToolCall with the name "" goes on with the
-    arguments of the call before it, so that a live Stream can send them piece by piece, after `ToolCall(name, "")`.
-    Responses also tells the `namespace` of the function, and the `caller`, as {"caller_id": "call_..."}: a program's.
+    `id` is the call's id (`call_...`), made up where it is not given. A live Stream can send the arguments piece by
+    piece: `ToolCall("f", "")` opens the call, and one with the name "" goes on with the call before it. Responses also
+    tells the `namespace` of the function, and the `caller`, as {"caller_id": "call_..."}: a program's.
     """
 
     name: str
@@ -2081,7 +2133,7 @@ class ToolCall(_Call):
         return replace(self, arguments=json.dumps(json.loads(self.arguments), ensure_ascii=False))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CustomToolCall(_Call):
     """The model calls a custom tool, whose input is free text. The other fields, and "" as a name: as in ToolCall."""
 
@@ -2245,7 +2297,7 @@ _REPEATED_STEPS: dict[str, Callable[[Sequence[Any]], Iterator[tuple[str, _JSON]]
 }
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class Item(_Spoken):
     """Any output item of Responses, by its type and the API's own keys: `Item("mcp_call", name="search", ...)`.
 
@@ -2387,7 +2439,7 @@ _Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "
 _REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Finish(_Part):
     """Why the answer ends. Without it: "tool_calls" where tools were called ("function_call" if they were `functions`),
     else "stop".
@@ -2406,7 +2458,7 @@ class Finish(_Part):
         answer.encoder.finish[self.choice] = self.reason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Usage(_Part):
     """The tokens that the answer says it used. Without it they are estimated from the texts.
 
@@ -2437,21 +2489,20 @@ class Usage(_Part):
         answer.encoder.usage = self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Pause(_Part):
     """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
 
     seconds: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seconds <= threading.TIMEOUT_MAX:
-            raise ValueError(f"not a pause: {self.seconds!r} seconds")
+        _check_fields(self, seconds=(self.seconds, _SECONDS))
 
     def _act(self, answer: _Delivery) -> None:
         answer.pause(self.seconds)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Disconnect(_Part):
     """The server hangs up here: with a FIN, or a RST if `reset`. A stream has no terminator, a JSON body is cut."""
 
@@ -2462,7 +2513,7 @@ class Disconnect(_Part):
         answer.cut(self.reset)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Raw(_Part):
     """These bytes, as they are, in the place of an event (or in the JSON body, which they are if nothing is said)."""
 
@@ -2476,7 +2527,7 @@ class Raw(_Part):
         answer.sink.raw(self.data)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class StreamError(_Part):
     """The answer fails here. A stream gets the API's in-stream error; a request for JSON a 500 with these fields.
 
@@ -2500,7 +2551,7 @@ class StreamError(_Part):
         answer.fail(error)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Failure(_Part):
     """An APIError at this place: itself, status and all, for a request for JSON; inside a stream its error."""
 
@@ -2513,26 +2564,34 @@ class _Failure(_Part):
 # ---- Whole answers, and answers in time ------------------------------------------------------------------------------
 
 
-class _Dumps(Protocol):
-    """An object of the official SDK, or another of pydantic's."""
-
-    def model_dump(self, *, mode: str, exclude_unset: bool) -> dict[str, Any]: ...
-
-
-_Sent: TypeAlias = "str | _Part"
-_Content: TypeAlias = "str | _Part | Stream | Completion | Iterable[_Sent] | AsyncIterable[_Sent]"
-_Whole: TypeAlias = "Reply | Mapping[str, Any] | _Dumps"  # one answer; the latter two as `recorded` takes them
-Answer: TypeAlias = "_Content | _Whole | APIError"  # what a handler may return
-Handler: TypeAlias = "Callable[[Request], Answer | Awaitable[Answer]]"
-
-
 def _part(value: object) -> _Part:
     """A part, from what a handler may give for one. Raises TypeError for anything else."""
     if isinstance(value, _Part):
         return value
     if isinstance(value, str):
         return Text(value)
-    raise TypeError(f"not a part of an answer: {value!r}; a part is a str, Text, ToolCall, ...")
+    raise TypeError(f"not a part of an answer: {value!r}; a part is a str, Text, ToolCall, ..." + _copy_hint(value))
+
+
+def _copy_hint(value: object) -> str:
+    """Words for a value whose class is of another copy of this module."""
+    kind = type(value)
+    if kind.__name__ not in __all__ or kind is globals()[kind.__name__]:
+        return ""
+    other = getattr(sys.modules.get(kind.__module__), "__file__", kind.__module__)
+    return f"; it is of another copy of openai_fake, {other}, than this server, {__file__}: import one of them only"
+
+
+def _is_content(value: object) -> bool:
+    iterable = isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping))
+    return iterable or isinstance(value, (str, _Part, Stream, Completion, AsyncIterable))
+
+
+def _check_content(value: object, whole: bool = False) -> None:
+    """Raises TypeError for what is no answer. `whole`: it may be one that has an envelope."""
+    if not (_is_content(value) or (whole and (isinstance(value, (Reply, Mapping)) or hasattr(value, "model_dump")))):
+        known = "a str, a part, a list or generator of parts, a Stream, a Reply, a recorded answer or an APIError"
+        raise TypeError(f"{_short(repr(value))} is no answer; an answer is {known}{_copy_hint(value)}")
 
 
 class Reply:
@@ -2558,7 +2617,7 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
-        _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, (int, type(None))))
+        _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, _NUMBER))
         _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
@@ -2567,6 +2626,8 @@ class Reply:
             inner = recorded(cast(object, inner))
         if not isinstance(inner, Reply):
             inner = None
+            for part in parts:
+                _check_content(part)
         self.parts = cast("Sequence[_Content]", parts if inner is None else inner.parts)
         self.id: str | None = id or getattr(inner, "id", None)
         self.model: str | None = model or getattr(inner, "model", None)
@@ -2600,23 +2661,25 @@ def _reply(answer: Any) -> Reply:
     if isinstance(answer, APIError):
         raise answer
     if answer is None:
-        raise ValueError("handler returned empty response")
-    kind: str = type(answer).__name__
-    if isinstance(answer, Mapping) or hasattr(answer, "model_dump"):
-        try:
-            return recorded(cast(object, answer))
-        except ValueError as error:
-            raise TypeError(f"handler returned {kind}, which is no answer: {error}") from None
+        raise ValueError("handler returned empty response: None (forgot `return`?)")
     if isinstance(answer, Completion):
         return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
-    if isinstance(answer, (str, _Part, Stream, AsyncIterable)) or (
-        isinstance(answer, Iterable) and not isinstance(answer, (bytes, bytearray, Mapping))
-    ):
-        return Reply(cast("_Content", answer))
-    raise TypeError(
-        f"handler returned {kind}, which is no answer: {answer!r}; "
-        "an answer is a str, a part, a list or generator of parts, a Stream, a Reply or an APIError"
-    )
+    try:
+        return Reply(answer)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"handler returned {type(answer).__name__}: {error}") from None
+
+
+def _wait(changed: threading.Condition, ready: Callable[[], bool], timeout: float, call: str) -> bool:
+    """Whether `ready` within so many seconds. Raises RuntimeError where this wait is itself what it waits for."""
+    loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", bool)()
+    patience = min(timeout, _LOOP_PATIENCE) if loop else timeout
+    if not changed.wait_for(ready, patience) and patience < timeout:
+        raise RuntimeError(
+            f"{call}() blocks the event loop that runs on this thread, so that the loop's client cannot go on: "
+            f"use `await asyncio.to_thread({call})`"
+        )
+    return ready()
 
 
 _END: Any = object()  # in a Stream's queue: close() was called
@@ -2627,7 +2690,8 @@ class Stream:
     """A live answer: a test sends its parts, from any thread, while the client reads.
 
     It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops,
-    or when its client has waited for the next part for `timeout` seconds (None: for ever).
+    unless the test was told that the client has left, or when its client has waited for the next part for `timeout`
+    seconds (None: for ever). The waits block their thread: in a coroutine, `await asyncio.to_thread(stream.flush)`.
     """
 
     def __init__(self, *, timeout: float | None = 30.0) -> None:
@@ -2640,6 +2704,7 @@ class Stream:
         self._written = 0  # of what was sent, on the wire
         self._ended = False
         self._gone = False
+        self._noticed = False  # the test was told that the client has left
 
     def send(self, *parts: _Sent) -> bool:
         """Sends parts, in order. Returns whether there is still a client: False once it has left, and drops them.
@@ -2650,7 +2715,7 @@ class Stream:
         with self._changed:
             if self._ended:
                 raise RuntimeError("send() on a Stream that has ended: close() or fail() was called before")
-            if self._gone:
+            if self._left_early():
                 return False
             self._sent += len(checked)
             for part in checked:
@@ -2676,11 +2741,11 @@ class Stream:
         Raises TimeoutError after `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._gone or self._written >= self._sent, timeout):
+            if not _wait(self._changed, lambda: self._gone or self._written >= self._sent, timeout, "stream.flush"):
                 missing = self._sent - self._written
                 why = "no request has come" if self._request is None else "the client does not read"
                 raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
-            return self._written >= self._sent
+            return self._written >= self._sent or not self._left_early()
 
     @property
     def request(self) -> Request | None:
@@ -2690,19 +2755,31 @@ class Stream:
     def wait_request(self, timeout: float = 5.0) -> Request:
         """Waits for the request that this Stream answers. Raises TimeoutError after `timeout` seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._request is not None, timeout):
+            if not _wait(self._changed, lambda: self._request is not None, timeout, "stream.wait_request"):
                 raise TimeoutError(f"no request came for this Stream in {timeout} s")
             return cast(Request, self._request)
 
     @property
     def disconnected(self) -> bool:
         """Whether the client has left before the end."""
-        return self._gone
+        return self._left_early()
 
     def wait_disconnected(self, timeout: float = 5.0) -> bool:
         """Waits until the client has left. Returns False if it has not after `timeout` seconds, or never came."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._gone, timeout)
+            return _wait(self._changed, self._left_early, timeout, "stream.wait_disconnected")
+
+    def _left_early(self) -> bool:
+        """Whether the client has left, as the test is told."""
+        self._noticed = self._noticed or self._gone
+        return self._gone
+
+    def _check_closed(self) -> None:
+        if not self._ended and not self._noticed:
+            raise RuntimeError(
+                f"a Stream was never closed, for {self._request!r}: close() ends it; where the client is to leave "
+                "first, look whether it has, by wait_disconnected() or `disconnected`"
+            )
 
     def _serve(self, request: Request) -> None:
         with self._changed:
@@ -2740,6 +2817,9 @@ class Script:
     ) -> None:
         if (when is None) != (otherwise is None):
             raise TypeError("a Script takes when=function and otherwise=answer together, or neither")
+        for answer in answers if otherwise is None else (*answers, otherwise):
+            if not (callable(answer) or isinstance(answer, APIError)):
+                _check_content(answer, whole=True)
         self._answers = answers
         self._when = when
         self._otherwise = otherwise
@@ -2752,18 +2832,15 @@ class Script:
         with self._lock:
             index, self._next = self._next, self._next + 1
         if index >= len(self._answers):
-            raise AssertionError(
-                f"the Script has {len(self._answers)} answers, and request {index + 1} came: {request!r}"
-            )
+            hint = "; a list is one answer" if index == 1 and isinstance(self._answers[0], list) else ""
+            raise AssertionError(f"the Script ends with answer {index}, and one more request came: {request!r}{hint}")
         answer = self._answers[index]
         return answer(request) if callable(answer) else answer
 
     def _check_used(self) -> None:
-        unused = self._answers[self._next :]
+        unused, known = self._answers[self._next :], len(self._answers)
         if unused:
-            raise AssertionError(
-                f"{len(unused)} of the Script's {len(self._answers)} answers were not used: {unused!r}"
-            )
+            raise AssertionError(f"unused answers of the Script, {len(unused)} of {known}: {unused!r}")
 
 
 def echo(request: Request) -> str:
@@ -2963,7 +3040,7 @@ class ChunkChoice:
     finish_reason: _Reason | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Chunk(_Part):
     """One chat.completion.chunk, sent as it is given; in Responses and in JSON, the parts that it says.
 
@@ -3024,6 +3101,19 @@ class Completion:
                 parts.append(type(call)(call.name, text, id=call.id, choice=choice.index))
             parts.append(Finish(choice.finish_reason, choice=choice.index))
         return parts + ([self.usage] if self.usage else [])
+
+
+class _Dumps(Protocol):
+    """An object of the official SDK, or another of pydantic's."""
+
+    def model_dump(self, *, mode: str, exclude_unset: bool) -> dict[str, Any]: ...
+
+
+_Sent: TypeAlias = str | _Part
+_Content: TypeAlias = str | _Part | Stream | Completion | Iterable[_Sent] | AsyncIterable[_Sent]
+_Whole: TypeAlias = Reply | Mapping[str, Any] | _Dumps  # one answer; the latter two as `recorded` takes them
+Answer: TypeAlias = _Content | _Whole | APIError  # what a handler may return
+Handler: TypeAlias = Callable[[Request], Answer | Awaitable[Answer]]
 
 
 def streaming_response(*chunks: Chunk) -> Reply:
@@ -5059,6 +5149,9 @@ class _BodySink(_Sink):
         self.connection.send(b"".join(pieces), last=shares > self.said)
 
 
+_OPEN_TOOLS = ("mcp", "namespace", "tool_search")  # types of tools that stand for others, whose names are not known
+
+
 class _Delivery:
     """One answer on its way: calls the handler, and carries its parts through an encoder into a sink."""
 
@@ -5188,6 +5281,8 @@ class _Delivery:
             if isinstance(content, Stream):
                 content._serve(self.request)
                 self.streams.append(content)
+                with self.fake._arrived:
+                    self.fake._streams.add(content)
         known = reply._known()
         if known is not None and (len(known) > 1 or self.encoder.n > 1):
             known = _arranged(known, self.encoder)
@@ -5197,6 +5292,8 @@ class _Delivery:
         try:
             for part, texts in parts:
                 told = True
+                if isinstance(part, _Call) and part.name:
+                    self._check_call(part.name)
                 if not isinstance(part, _Spoken):
                     part._act(self)
                 elif self.ttft or self.itl:
@@ -5208,8 +5305,26 @@ class _Delivery:
         finally:
             parts.close()
         if not told and not self.streams:
-            raise ValueError("handler returned empty response")
+            raise ValueError("handler returned empty response: no part in it")
         self.sink.end()
+
+    def _check_call(self, name: str) -> None:
+        """Warns of a call that a model could not make, once per tool; raises ValueError where the server is strict."""
+        tools, choice = self.request.tools, self.request.body.get("tool_choice")
+        offered = {tool.name for tool in tools if tool.name}
+        offered |= {_string(_dict(each).get("name")) for each in _list(self.request.body.get("functions"))}
+        chosen = _tool(choice)
+        if name not in offered and not any(tool.type in _OPEN_TOOLS for tool in tools):
+            fault = f"which the request did not offer; it offered: {', '.join(sorted(offered)) or 'none'}"
+        elif choice == "none" or (chosen.type in ("function", "custom") and chosen.name != name):
+            fault = f"against the request's tool_choice: {_dumps(choice)}"
+        else:
+            return
+        if self.fake.strict:
+            raise ValueError(f"the handler called the tool {name!r}, {fault}")
+        if name not in self.fake._warned:
+            self.fake._warned.add(name)
+            warnings.warn(f"the handler called the tool {name!r}, {fault}", stacklevel=2)
 
     def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
         for fragment in part._cut(texts):
@@ -5314,9 +5429,10 @@ class _Delivery:
         gone = waiter.connection is not None and waiter.connection.state is _State.GONE
         if not gone and stream._taken == stream._sent - stream._ended and not waiter.server.stopping:
             stream._on_wire(stream._sent)
-        elif not gone and not stream._ended and not self.over and waiter.server.stopping:
-            error = RuntimeError("a Stream was never closed: the server stopped while its client was waiting for more")
-            self.fake._keep_error(error, self.request)
+            with self.fake._arrived:
+                self.fake._streams.discard(stream)
+        elif not gone and not self.over:
+            self.fake._interrupted.append(stream)
         stream._left()
 
 
@@ -6083,12 +6199,23 @@ def _delete_model(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     return {"id": id, "object": "model", "deleted": True, "owned_by": "openai-internal"}
 
 
+_WORD_PATTERN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+
+
 def _embedding(text: str, dimensions: int) -> list[float]:
-    """A unit vector made from a text: the same for the same text, on every machine."""
-    digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(4 * dimensions)
-    raw = [number / 2**31 - 1 for number in struct.unpack(f"<{dimensions}I", digest)]
-    length = math.sqrt(math.fsum(number * number for number in raw)) or 1.0  # fsum: the same in every version
-    return [round(number / length, 8) for number in raw]
+    """A unit vector, the same on every machine: feature hashing of the words, so who shares words is near.
+
+    Each word adds its length, for short ones say little, with a sign to each of 15 places.
+    """
+    sums = [0] * dimensions
+    for word in _WORD_PATTERN.findall(text.lower()) or [text]:
+        digest = hashlib.shake_256(word.encode("utf-8", "surrogatepass")).digest(60)
+        for number in struct.unpack("<15I", digest):
+            sums[(number >> 1) % dimensions] += len(word) if number & 1 else -len(word)
+    if not any(sums):
+        sums[0] = 1
+    length = math.sqrt(sum(number * number for number in sums))
+    return [round(number / length, 8) for number in sums]
 
 
 @_endpoint("POST /completions")
@@ -6122,7 +6249,10 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
     data: list[str] = []  # encoded one by one: the encoder lets no other thread run
     for index, each in enumerate(inputs):
         text = each if isinstance(each, str) else _dumps(each)
-        vector: Any = _embedding(text, min(dimensions, 3072))
+        if fake.embeddings is None:
+            vector: Any = _embedding(text, min(dimensions, 3072))
+        else:
+            vector = [float(number) for number in fake.embeddings(text)]
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
         place = {"embedding": vector, "index": index} if "-3-" in model else {"index": index, "embedding": vector}  # R
@@ -6592,7 +6722,7 @@ def _target(method: str, target: str) -> tuple[str, str, str]:
         raise _Refused(400, "The path is not UTF-8.") from None
 
 
-def _fields(lines: list[bytes]) -> list[tuple[str, str]]:
+def _field_pairs(lines: list[bytes]) -> list[tuple[str, str]]:
     if len(lines) > _MAX_FIELDS:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
     fields: list[tuple[str, str]] = []
@@ -6609,7 +6739,7 @@ def _parse_head(head: bytes) -> _Head:
     line, _, rest = head.partition(b"\r\n")
     method, target, http11 = _request_line(line)
     path, query, route = _target(method, target)
-    fields = _fields(rest.split(b"\r\n")[:-1] if rest else [])
+    fields = _field_pairs(rest.split(b"\r\n")[:-1] if rest else [])
     values: dict[str, list[str]] = {}
     for name, value in fields:
         values.setdefault(name, []).append(value)
@@ -6781,7 +6911,7 @@ def _read_chunks(inbox: _Inbox) -> _Reading[bytes]:
         trailers.append(line)
         if len(trailers) > _MAX_FIELDS:
             break
-    _fields(trailers)
+    _field_pairs(trailers)
     return bytes(body)
 
 
@@ -7472,6 +7602,7 @@ class _Connection(BaseRequestHandler):
         self.asked = Request("", method, path, "", {})
         with suppress(_Gone):
             self._send_error(APIError(refused.status, refused.message))
+        self.server.fake._keep_last(self.asked)
         self.server.fake._ended(self.asked, self.started)
         self._linger()
 
@@ -7766,23 +7897,24 @@ def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[Any, ...
 
 # ---- The server that tests use ---------------------------------------------------------------------------------------
 
-if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
 
-    class _Options(TypedDict, total=False):
-        host: str
-        port: int
-        api_key: str | None
-        validate: bool
-        strict: bool
-        ttft: float
-        itl: float
-        models: Sequence[str] | None
-        routes: Mapping[str, Callable[[Request], object]] | None
-        keep: int | None
-        cors: bool
-        seed: int | None
-        clock: Callable[[], float]
+class Options(TypedDict, total=False):
+    """The keywords of FakeOpenAI and `start`, for who hands them on: `**options: Unpack[Options]`."""
+
+    host: str
+    port: int
+    api_key: str | None
+    validate: bool
+    strict: bool
+    ttft: float
+    itl: float
+    models: Sequence[str] | None
+    routes: Mapping[str, Callable[[Request], object]] | None
+    keep: int | None
+    cors: bool
+    seed: int | None
+    clock: Callable[[], float]
+    embeddings: Callable[[str], Sequence[float]] | None
 
 
 class FakeOpenAI:
@@ -7800,6 +7932,7 @@ class FakeOpenAI:
     - `keep`: how many are kept of each: requests, stored answers, turns, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin; without it those of other sites get a 403.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
+    - `embeddings`: takes a text and returns its vector; without it, texts that share words are near each other.
 
     Options can be set later, but for host, port, routes and keep. What went wrong in the fake so far is in `errors`;
     `stop` raises the first. Raises TypeError for a handler that is not callable, ValueError for a route that is not
@@ -7828,11 +7961,16 @@ class FakeOpenAI:
         cors: bool = False,
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
+        embeddings: Callable[[str], Sequence[float]] | None = None,
     ) -> None:
         if not callable(handler):
             raise TypeError(
                 f"a handler is a function that takes a Request, not {handler!r}; Script(...) makes one of answers"
             )
+        _check_fields(self, host=(host, str), port=(port, int), api_key=(api_key, _WORD), keep=(keep, _NUMBER))
+        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
+        if isinstance(models, str):
+            raise TypeError(f"FakeOpenAI wants a list of names for models, not {models!r}")
         self.handler = handler
         self.host = host
         self.port = port
@@ -7845,16 +7983,21 @@ class FakeOpenAI:
         self.cors = cors
         self.seed = seed
         self.clock = clock
+        self.embeddings = embeddings
         self.errors: list[BaseException] = []
+        self._warned: set[str] = set()  # tools that were called, but not offered
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
         others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
         self._router = _Router({**own, **others}) if own else _usual_router()
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
-        self._arrived = threading.Condition()  # guards _waiting and _count, and tells that a request came
+        self._arrived = threading.Condition()  # guards _waiting, _count, _streams; tells that a request came
         self._waiting = 0
         self._flying: dict[int, Request] = {}
-        self._recent: deque[Request] = deque()  # the last whose answers are kept, for the transcript
+        last = 19 if keep is None else min(19, keep)
+        self._recent: deque[Request] = deque(maxlen=last)  # their answers are kept, for the transcript
+        self._streams: WeakSet[Stream] = WeakSet()  # that did not end; what nobody holds, nobody can close
+        self._interrupted: list[Stream] = []  # of them, those that stop() cut: held, so that they are told
         self._observe: Callable[[Request], None] | None = None
         self._unseeded = _Ids(random.Random().getrandbits)
         self._numbers = iter(range(sys.maxsize))
@@ -7900,31 +8043,40 @@ class FakeOpenAI:
         Then raises the first of `errors`, unless an exception is being handled already. Can be called again, from any
         thread, and from a handler.
         """
+        __tracebackhide__ = True  # pytest shows no frame that has it
         failing = sys.exc_info()[1]
-        self._stop(failing is not None, failing)
+        if (error := self._stop(None if failing is None else partial(_tell, failing))) is not None:
+            raise error
 
-    def _stop(self, failing: bool, failure: BaseException | None = None) -> None:
+    def _stop(self, tell: Callable[[str], object] | None) -> BaseException | None:
+        """Stops. What went wrong is returned; or, where the test has failed already, `tell` gets it as a text."""
         server = self._server
         if server is None or self._pid != os.getpid() or self._stopping.locked():
-            return  # in a forked child the server is the parent's
+            return None  # in a forked child the server is the parent's
         running = server.stop()  # where a signal's exception breaks it off, the next stop() does it all again
         if not self._stopping.acquire(blocking=False):
-            return
+            return None
         for thread in running:
             _LOG.warning("stopped, but a handler still runs on %s", thread.name)
-        if isinstance(self.handler, Script) and not self.errors and not failing:
+        return self._verdict(tell)
+
+    def _verdict(self, tell: Callable[[str], object] | None) -> BaseException | None:
+        checks = [self.handler._check_used] if isinstance(self.handler, Script) else []
+        with self._arrived:
+            checks += [stream._check_closed for stream in self._streams]
+        for check in checks:
             try:
-                self.handler._check_used()
-            except AssertionError as error:
+                check()
+            except (AssertionError, RuntimeError) as error:
+                error.__context__ = None  # the test's own failure
                 self.errors.append(error)
-        if not self.errors:
-            return
-        if not failing:
-            raise _annotated(self.errors, self._transcript())
-        story = "".join(traceback.format_exception(self.errors[0]))
-        _LOG.warning("the fake had failed before the test did: %s", story)
-        if failure is not None and sys.version_info >= (3, 11):
-            failure.add_note(f"The fake had failed before:\n{story}")
+        errors = tuple(self.errors)
+        text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:6])
+        if tell is not None:
+            first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in errors[:1])
+            tell("\nThe fake had failed before:\n".join([text, *first]))
+            return None
+        return _raisable(errors[0], text) if errors else None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -7932,7 +8084,9 @@ class FakeOpenAI:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop(error is not None, error)
+        __tracebackhide__ = True
+        if (failure := self._stop(None if error is None else partial(_tell, error))) is not None:
+            raise failure
 
     @property
     def url(self) -> str:
@@ -7947,8 +8101,12 @@ class FakeOpenAI:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The environment variables that point OpenAI's clients here."""
-        return {"OPENAI_BASE_URL": self.base_url, "OPENAI_API_KEY": self.api_key or "sk-fake"}
+        """The environment variables that point OpenAI's clients here, and keep them from asking a proxy for it."""
+        direct = ["127.0.0.1", "localhost", str(urlsplit(self.url).hostname)]
+        names = ("no_proxy", "NO_PROXY")  # some clients read the one, some the other
+        direct += [name for each in names for name in os.environ.get(each, "").split(",") if name]
+        proxies = dict.fromkeys(names, ",".join(dict.fromkeys(direct)))
+        return {"OPENAI_BASE_URL": self.base_url, "OPENAI_API_KEY": self.api_key or "sk-fake", **proxies}
 
     @property
     def requests(self) -> list[Request]:
@@ -7965,11 +8123,23 @@ class FakeOpenAI:
         with self._arrived:
             self._waiting += 1
             try:
-                if not self._arrived.wait_for(lambda: self._count >= n, timeout):
+                if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
                     raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
             finally:
                 self._waiting -= 1
         return self.requests
+
+    def transcript(self) -> str:
+        """The last requests and what was answered, a line each; 20 lines at most."""
+        requests = tuple(self._recent)
+        if not requests:
+            return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
+        lines = ["The last requests to the fake, and its answers:"]
+        for request in requests:
+            said = ", ".join(_short(repr(part)) for part in request.answer[:4])
+            unsaid = "no answer yet" if id(request) in self._flying else "cut"
+            lines.append(f"  {request!r} -> {request._status or unsaid} {_short(request._outcome) or said}")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         where = "not started" if self._server is None else self.base_url
@@ -8006,10 +8176,19 @@ class FakeOpenAI:
             self._control.begin(request)
         self._journal.append(request)
         self._flying[id(request)] = request
+        self._keep_last(request)
         with self._arrived:
             self._count += 1
             if self._waiting:
                 self._arrived.notify_all()
+
+    def _keep_last(self, request: Request) -> None:
+        """Keeps a request for the transcript, in place of the oldest one there."""
+        if len(self._recent) == self._recent.maxlen:
+            with suppress(IndexError):
+                oldest = self._recent[0]
+                oldest._settle(oldest._encoder)
+        self._recent.append(request)
 
     def _depart(self, request: Request) -> None:
         self._flying.pop(id(request), None)
@@ -8060,30 +8239,45 @@ class FakeOpenAI:
     def _ended(self, request: Request, started: float) -> None:
         request._seconds = _Clock.perf_counter() - started
         self._flying.pop(id(request), None)
-        self._recent.append(request)
-        while len(self._recent) > (12 if self._keep is None else min(12, self._keep)):
-            with suppress(IndexError):
-                old = self._recent.popleft()
-                old._settle(old._encoder)
         if self._observe is not None:
             with suppress(Exception):
                 self._observe(request)
+        if request not in tuple(self._recent):  # many came since: it is no more of the last
+            request._settle(request._encoder)
 
-    def _transcript(self) -> str:
-        if not self._recent:
-            return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
-        lines = ["The last requests to the fake, and its answers:"]
-        for request in tuple(self._recent):  # a handler that outlived stop() may end just now
-            said = ", ".join(_short(repr(part)) for part in request.answer[:4])
-            lines.append(f"  {request!r} -> {request._status or 'cut'} {_short(request._outcome) or said}")
-        return "\n".join(lines)
+
+_NOT_USERS = re.compile(  # where code is that is not the user's; a dataclass's __init__ is of <string>
+    rf"{re.escape(__file__)}\Z|{re.escape(os.path.dirname(os.__file__))}[\\/]|.*[\\/](site|dist)-packages[\\/]|<(string|frozen)"
+)
 
 
 def _place(error: BaseException) -> str:
-    """Where the user's code raised an error; "" where it was raised here."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")]  # import's own
-    return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    """The innermost of the user's own lines that an error passed; "" where it passed none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _NOT_USERS.match(frame.filename):
+            return f" ({os.path.basename(frame.filename)}:{frame.lineno} in {frame.name})"
+    return ""
+
+
+def _cut(error: BaseException) -> BaseException:
+    """An error whose traceback begins at the handler: without the frames of this file above it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return error.with_traceback(trace)
+
+
+def _tell(error: BaseException, text: str) -> None:
+    """Adds a text that is shown with an error's traceback: under it, or above it where Python has no notes."""
+    if type(error).__name__ in ("SkipTest", "Skipped", "XFailed"):  # unittest's and pytest's: no failures
+        return
+    if sys.version_info >= (3, 11):
+        error.add_note(text)
+        return
+    first = error
+    while (before := first.__cause__ or (None if first.__suppress_context__ else first.__context__)) is not None:
+        first = before
+    first.__cause__ = Exception(text)
 
 
 _LOOPBACK = r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?"
@@ -8109,25 +8303,18 @@ _NO_KEY = (
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 100 else text[:99] + "…"
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else line[:99] + "…"
 
 
-def _annotated(errors: list[BaseException], transcript: str) -> BaseException:
-    """The first error, with a transcript that is shown under its traceback."""
-    error = errors[0]
-    if len(errors) > 1:
-        transcript += "".join(f"\nAnother error: {_short(_error_words(other))}" for other in errors[1:])
+def _raisable(error: BaseException, text: str) -> BaseException:
+    """The error that fails a test, with a text that is shown under its traceback."""
+    error = _cut(error)
     if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
         told = RuntimeError(f"handler raised {_error_words(error)}")  # itself would end the whole test run
         told.__cause__ = error
         error = told
-    if sys.version_info >= (3, 11):
-        error.add_note(transcript)
-    else:
-        last = error
-        while last.__cause__ is not None:
-            last = last.__cause__
-        last.__cause__ = Exception(transcript)
+    _tell(error, text)
     return error
 
 
@@ -8155,6 +8342,8 @@ class _OwnRoute(NamedTuple):
                 result = waiter.run(result)
             if isinstance(result, APIError):
                 raise result
+            if result is None:
+                raise TypeError(f"the route {self.request.method} {self.request.path} returned None (forgot `return`?)")
             status, headers, body = _own_answer(result)
             if self.fake.ttft:
                 waiter.sleep(self.fake.ttft)
@@ -8196,6 +8385,10 @@ def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
 
 
 def _own_route(function: Callable[[Request], object]) -> _Endpoint:
+    """An endpoint from a user's function."""
+    if not callable(function):
+        raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
+
     def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
         return _OwnRoute(function, fake, request)
 
@@ -8212,28 +8405,94 @@ def _preflight(fake: FakeOpenAI, request: Request, *values: str) -> _HTTPRespons
 
 
 def start(
-    test: unittest.TestCase | type[unittest.TestCase], handler: Handler = echo, **options: Unpack[_Options]
+    test: unittest.TestCase | type[unittest.TestCase], handler: Handler = echo, **options: Unpack[Options]
 ) -> FakeOpenAI:
     """Starts a server for a test, or, given a TestCase class, for its tests; it is stopped at cleanup.
 
-    What went wrong in the fake fails the test then, unless the test has failed already. Options: FakeOpenAI's.
+    What went wrong in the fake fails the test then. A test that has failed already is told it, and the transcript, in
+    its one report. Options: FakeOpenAI's. Raises TypeError for what is no test.
     """
+    add: Any = getattr(test, "addClassCleanup" if isinstance(test, type) else "addCleanup", None)
+    if add is None:
+        raise TypeError(f"start() takes the test first, as in start(self, handler); what came is {test!r}")
     server = FakeOpenAI(handler, **options).start()
-    if isinstance(test, type):
-        test.addClassCleanup(server.stop)
-    else:
-        test.addCleanup(lambda: server._stop(_has_failed(test)))
+    add(server.stop) if isinstance(test, type) else add(_stop_after, test, server)
     return server
 
 
-def _has_failed(test: unittest.TestCase) -> bool:
-    """Whether a test has failed so far; unittest says so in private only (3.10 to 3.14), and so does pytest."""
-    outcome: Any = getattr(test, "_outcome", None)  # its `success` is the cleanup's own by now
+def _stop_after(test: Any, server: FakeOpenAI) -> None:
+    """Stops the server of a test. What went wrong is its failure, or is told in the failure that it has."""
+    outcome: Any = getattr(test, "_outcome", None)  # private, from 3.10 to 3.14; there is no public way
+    if (error := server._stop(_teller(test, outcome))) is None:
+        return
+    if outcome is None:
+        raise error
+    # Not raised: the report would have the frames of this file above the handler's.
+    failure = type(error), error, error.__traceback__
+    method = getattr(test, test._testMethodName)
+    if any(getattr(each, "__unittest_expecting_failure__", False) for each in (test, method)):
+        outcome.expectedFailure = failure
+        return
+    outcome.success = False
+    if hasattr(outcome, "errors"):  # before 3.11
+        outcome.errors.append((test, failure))
+    else:
+        add = outcome.result.addFailure if isinstance(error, test.failureException) else outcome.result.addError
+        add(test, failure)
+
+
+def _teller(test: object, outcome: Any) -> Callable[[str], object] | None:
+    """What adds a text to the report of a test that has failed, or was skipped; None where it has not so far."""
     result: Any = getattr(outcome, "result", None)
-    told = [*getattr(outcome, "errors", ()), *getattr(result, "failures", ()), *getattr(result, "errors", ())]
-    if any(error and test in (failed, getattr(failed, "test_case", None)) for failed, error in told):
-        return True
-    return bool(getattr(result, "_excinfo", None))
+    skipped = [*getattr(outcome, "skipped", ()), *getattr(result, "skipped", ())]
+    if getattr(outcome, "expectedFailure", None) or any(each is test for each, _ in skipped):
+        return bool  # nobody reads it
+    raised = [info[1] for each, info in getattr(outcome, "errors", ()) if info and _is_of(each, test)]  # before 3.11
+    raised += [info.value for info in getattr(result, "_excinfo", None) or ()]  # pytest
+    if raised:
+        return partial(_tell, raised[0])
+    lists: list[list[tuple[object, str]]] = [getattr(result, name, []) for name in ("failures", "errors")]
+    for reports in lists:
+        for index, (each, report) in enumerate(reports):
+            if _is_of(each, test):
+                return lambda text: reports.__setitem__(index, (each, f"{report}{text}\n"))
+    return None
+
+
+def _is_of(each: object, test: object) -> bool:
+    return each is test or getattr(each, "test_case", None) is test  # a subtest's
+
+
+def pytest_configure(config: Any) -> None:
+    """Called by pytest where this module is one of its plugins: gives tests the fixture `fake_openai`."""
+    pytest: Any = import_module("pytest")
+    fakes: dict[Any, list[FakeOpenAI]] = {}  # by the test that they serve
+
+    def fake_openai(request: Any) -> Iterator[Callable[..., FakeOpenAI]]:
+        """Starts servers for a test: `fake_openai(handler, **options)`. What goes wrong in them fails the test."""
+        servers = fakes.setdefault(request.node, [])
+
+        def serve(handler: Handler = echo, **options: Unpack[Options]) -> FakeOpenAI:
+            servers.append(FakeOpenAI(handler, **options).start())
+            return servers[-1]
+
+        yield serve
+        late = [error for server in servers if (error := server._stop(None)) is not None]
+        if late and request.node in fakes:
+            raise late[0]
+
+    def pytest_runtest_makereport(item: Any, call: Any) -> None:
+        info = (getattr(item, "_excinfo", None) or [call.excinfo])[0]  # a TestCase's, or a function's
+        for server in fakes.get(item, ()) if info or call.when == "call" else ():
+            if (error := server._verdict(info and partial(_tell, info.value))) is not None:
+                info = call.excinfo = pytest.ExceptionInfo.from_exception(error)
+        if info or call.when == "teardown":
+            fakes.pop(item, None)  # it has failed, and fails no second time
+
+    plugin: Any = ModuleType("openai_fake_fixture")
+    plugin.fake_openai = pytest.fixture(fake_openai)
+    plugin.pytest_runtest_makereport = pytest.hookimpl(tryfirst=True)(pytest_runtest_makereport)
+    config.pluginmanager.register(plugin)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -8336,7 +8595,7 @@ def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str 
     curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json"]
     curl += ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
     page = base_url.removesuffix("v1")
-    exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items())
+    exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items() if "OPENAI" in name)
     paste = f"{exports}  {shlex.join([*curl, '-d', body])}\n\n"
     return f"openai_fake listens on {base_url}\n\n{paste}{page} shows what comes. Ctrl-C ends it.\n"
 
@@ -8764,6 +9023,15 @@ def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[
     return (lambda request: auto(request, tokens=options.tokens)) if options.auto else echo
 
 
+def _find_this(name: str, path: Sequence[str] | None, target: object = None) -> Any:
+    """An import hook: this very module, wherever its file is imported from again, as tests.vendor.openai_fake."""
+    spec: Any = PathFinder.find_spec(name, path)
+    if spec is None or os.path.realpath(spec.origin or "") != os.path.realpath(__file__):
+        return None
+    spec.loader = SimpleNamespace(create_module=partial(sys.modules.get, "__main__"), exec_module=bool)
+    return spec
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until interrupted: `python -m openai_fake`. What cannot be done is one line and exit status 2."""
     import signal
@@ -8771,6 +9039,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if __name__ == "__main__":
         # A handler's file imports openai_fake: it must get these classes, not a second copy of them.
         sys.modules["openai_fake"] = sys.modules[__name__]
+        sys.meta_path.insert(0, cast(Any, SimpleNamespace(find_spec=_find_this)))
     parser = _parser()
     options = parser.parse_args(argv)
     console = _Console(sys.stdout)
@@ -8792,7 +9061,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.start()
     except (OSError, ValueError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
-    console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-4o"])[0], options.api_key))
+    console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-5.5"])[0], options.api_key))
     console.flush()
     if isinstance(handler, _Operator):
         handler.start()

@@ -14,6 +14,7 @@ import functools
 import gc
 import gzip
 import http.client
+import importlib
 import importlib.metadata
 import inspect
 import io
@@ -21,8 +22,10 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
+import pydoc
 import queue
 import random
 import re
@@ -38,7 +41,11 @@ import threading
 import time
 import traceback
 import tracemalloc
+import typing
 import unittest
+import urllib.error
+import urllib.request
+import warnings
 import weakref
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -91,6 +98,7 @@ from openai_fake import (
 WAIT = 10.0  # seconds that a test waits for what must come; it never waits for time to pass
 HAS_OPENAI = find_spec("openai") is not None
 HAS_HYPOTHESIS = find_spec("hypothesis") is not None
+HAS_RUFF = find_spec("ruff") is not None
 needs_openai = unittest.skipUnless(HAS_OPENAI, "the openai package is not installed")
 needs_hypothesis = unittest.skipUnless(HAS_HYPOTHESIS, "the hypothesis package is not installed")
 needs_websockets = unittest.skipUnless(find_spec("websockets"), "the websockets package is not installed")
@@ -160,7 +168,11 @@ def _hurry(server: FakeOpenAI, *states: str) -> None:
 
 
 def setUpModule() -> None:
-    """A loop in debug mode (-X dev) says on stderr what took 0.1 s, as a client's first import may."""
+    """A loop in debug mode (-X dev) says on stderr what took 0.1 s, as a client's first import may.
+
+    The suite's handlers call tools that its requests do not offer.
+    """
+    warnings.filterwarnings("ignore", "the handler called the tool")
     logger = logging.getLogger("asyncio")
     unittest.addModuleCleanup(logger.setLevel, logger.level)
     logger.setLevel(logging.ERROR)
@@ -474,7 +486,7 @@ CHAT_FAMILIES: dict[str, tuple[str, bool, bool, bool, bool]] = {
     "gpt-4o-mini-search-preview": ("gpt-4o-mini-search-preview-2025-03-11", False, False, False, False),
 }
 PARALLEL = [ToolCall("f", {"a": 1, "b": [2]}, id="call_1"), ToolCall("g", {}, id="call_2")]
-# Each case of wire.md's table in section 2: an answer, and what is asked.
+# Each kind of answer in Chat Completions: an answer, and what is asked.
 CHAT_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "text": ("Hello big world", {}),
     "two texts": (["Hi", "there"], {}),
@@ -831,7 +843,7 @@ ITEM_KEYS = {
     "reasoning": "id type content encrypted_content summary",
     "web_search_call": "id type status action",
 }
-# Each case of wire.md's table in section 4.
+# Each kind of answer in Responses.
 RESPONSE_CASES: dict[str, Any] = {
     "text": "Hi",
     "reasoning, no summary": [Reasoning(), "Hi"],
@@ -2196,7 +2208,7 @@ class HeadersTest(unittest.TestCase):
     ORG = ("openai-organization", "openai-project")
 
     def test_answers_have_the_headers_that_their_sender_gives(self) -> None:
-        """Content type, request id, version, organization, limits, www-authenticate: as of wire.md's table."""
+        """Content type, request id, version, organization, limits, www-authenticate: as the API sends them."""
         plain, utf8, sse = "application/json", "application/json; charset=utf-8", "text/event-stream; charset=utf-8"
         key = "Authorization: Bearer sk-1"
         bad = "Authorization: Bearer sk-2"
@@ -2339,7 +2351,7 @@ class RowsOfTheOriginalTest(unittest.TestCase):
         )
         for (words, answer, stream), (api, body) in itertools.product(rows, BODIES.items()):
             with self.subTest(name=words, answer=answer, api=api):
-                self.assertEqual(self.only_fault(always(answer), body(stream=stream)), words)
+                self.assertEqual(self.only_fault(always(answer), body(stream=stream)).partition(":")[0], words)
 
     def test_chunks_while_the_client_reads(self) -> None:
         """Chunks come from a channel while the client reads; closing it ends the stream."""
@@ -3298,13 +3310,30 @@ CALL_ITEMS = [
     {"type": "custom_tool_call", "call_id": "call_b", "name": "note", "input": "hm"},
 ]
 USER = {"role": "user", "content": "Rain?"}
-BILLING = {"billing": {"payer": "developer"}}  # in JSON alone (wire 3)
-PINNED = [-0.01300005, -0.00414091, 6.126e-05, 0.00043543]  # the vector of "hello" begins so, on every machine
+BILLING = {"billing": {"payer": "developer"}}  # in JSON alone (R)
+PINNED = {
+    73: -0.25819889,
+    282: -0.25819889,
+    478: -0.25819889,
+    493: 0.25819889,
+    521: -0.25819889,
+    896: -0.25819889,
+    977: 0.25819889,
+    1033: -0.25819889,
+    1207: 0.25819889,
+    1266: -0.25819889,
+    1286: 0.25819889,
+    1304: -0.25819889,
+    1340: -0.25819889,
+    1419: -0.25819889,
+    1452: -0.25819889,
+}  # where the vector of "hello" is not zero, on every machine
 NAMES = """
     FakeOpenAI start main  Request Message Tool  Reply Stream Script APIError rate_limit echo recorded auto
     Text Refusal Reasoning ToolCall CustomToolCall WebSearch Item Finish Usage  Pause Disconnect Raw StreamError
     Chunk ChunkChoice Completion CompletionChoice streaming_response non_streaming_response text_chunks tool_call_chunk
-"""  # design.md, "Public names"
+    Answer Handler Options
+"""  # the public names
 
 
 def asked(api: str, **body: Any) -> Request:
@@ -3921,10 +3950,43 @@ class EndpointTest(unittest.TestCase):
         vectors = [each["embedding"] for each in data]
         self.assertEqual([each["index"] for each in data], [0, 1, 2, 3])
         self.assertEqual((vectors[0], len({tuple(vector) for vector in vectors})), (vectors[2], 3))
-        self.assertEqual(vectors[0][:4], PINNED)
+        self.assertEqual({index: number for index, number in enumerate(vectors[0]) if number}, PINNED)
         for vector in vectors:
             self.assertEqual(len(vector), 1536)
             self.assertAlmostEqual(math.hypot(*vector), 1, places=6)
+
+    def test_embeddings_mean_something(self) -> None:
+        """Texts that share words are nearer than texts that do not, in any language, however long the others are."""
+        texts = {
+            "Where does Alice live?": ("Alice lives in Paris, and works there.", "The invoice is due on Friday."),
+            "refund policy": ("Our REFUND policy: thirty days.", "Our shipping times: three days."),
+            "パリの天気": ("今日のパリは晴れ", "請求書の期限"),
+        }
+        with FakeOpenAI() as server:
+            for query, others in texts.items():
+                asked, near, far = (each["embedding"] for each in self.embed(server, [query, *others])["data"])
+                with self.subTest(name=query):
+                    similar, other = (sum(map(operator.mul, asked, each)) for each in (near, far))
+                    self.assertGreater(similar, 0.2)
+                    self.assertLess(other, 0.15)
+
+    def test_long_words_say_more(self) -> None:
+        """A text that shares one long word is nearer than one that shares two short ones."""
+        texts = ["Is the invoice due?", "Invoice number nine", "The sun is up"]
+        with FakeOpenAI() as server:
+            asked, near, far = (each["embedding"] for each in self.embed(server, texts)["data"])
+        self.assertGreater(sum(map(operator.mul, asked, near)), sum(map(operator.mul, asked, far)) + 0.1)
+
+    def test_embeddings_can_be_given(self) -> None:
+        """`embeddings` takes a text and returns its vector, which is sent as it is; its mistakes are the fake's."""
+        with FakeOpenAI(embeddings=lambda text: [len(text), 0.5]) as server:
+            self.assertEqual(
+                [each["embedding"] for each in self.embed(server, ["ab", "abc"])["data"]], [[2, 0.5], [3, 0.5]]
+            )
+            packed = self.embed(server, "ab", encoding_format="base64")["data"][0]["embedding"]
+            self.assertEqual(base64.b64decode(packed), struct.pack("<2f", 2, 0.5))
+        with forgiven(echo, embeddings=untyped(lambda text: None)) as server:
+            self.assertEqual(get(server, "/embeddings", "POST", {"model": "m", "input": "x"}).status, 500)
 
     def test_embedding_options(self) -> None:
         """`dimensions`, base64 and the model do what they say; a list of tokens is one text."""
@@ -3996,7 +4058,6 @@ class EndpointTest(unittest.TestCase):
         table: dict[str, tuple[Any, int, str, bytes]] = {
             "JSON": ({"a": 1}, 200, "application/json", b'{"a":1}'),
             "str": ("é", 200, "application/json", '"é"'.encode()),
-            "null": (None, 200, "application/json", b"null"),
             "tuple": ((1, 2, 3), 200, "application/json", b"[1,2,3]"),
             "bytes": (b"\xff", 200, "application/octet-stream", b"\xff"),
             "text": ((201, csv, "a,é"), 201, "text/csv", "a,é".encode()),
@@ -4457,8 +4518,18 @@ class OptionsTest(unittest.TestCase):
     def test_environ(self) -> None:
         """`environ` is what points OpenAI's clients here, with the key that is asked for."""
         with FakeOpenAI(api_key="sk-mine") as server, FakeOpenAI() as other:
-            self.assertEqual(server.environ, {"OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": "sk-mine"})
+            environ = server.environ
+            self.assertEqual((environ["OPENAI_BASE_URL"], environ["OPENAI_API_KEY"]), (server.base_url, "sk-mine"))
             self.assertTrue(other.environ["OPENAI_API_KEY"])
+
+    def test_environ_goes_round_proxies(self) -> None:
+        """With a proxy in the environment, `environ` keeps clients of the fake from it, and drops no exception."""
+        proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "a.example"}
+        with mock.patch.dict(os.environ, proxies), FakeOpenAI() as server:
+            self.assertIn("a.example", server.environ["NO_PROXY"].split(","))
+            os.environ.update(server.environ)
+            with urllib.request.urlopen(os.environ["OPENAI_BASE_URL"] + "/models", timeout=WAIT) as answer:
+                self.assertEqual(answer.status, 200)
 
     def test_hosts(self) -> None:
         """`url` can be asked, whatever the form of the host; `base_url` is it and /v1."""
@@ -4502,6 +4573,101 @@ class OptionsTest(unittest.TestCase):
         with self.assertRaisesRegex(TypeError, "Script"):
             FakeOpenAI("Hi")  # type: ignore[arg-type]
 
+    def test_mistakes_are_refused_where_they_are_made(self) -> None:
+        """Each is a TypeError or ValueError at once, that says what came and what was expected; types say so, too."""
+        make: Any
+        FakeOpenAI(lambda request: 5)  # type: ignore[arg-type, return-value]  # types alone can tell before it is asked
+        FakeOpenAI(lambda request: [5])  # type: ignore[list-item]
+        route: Any = {"GET /x": 5}
+        for name, words, make in (
+            ("port", "wants int for port, not '8080'", lambda: FakeOpenAI(port="8080")),  # type: ignore[arg-type]
+            ("host", "wants str for host, not None", lambda: FakeOpenAI(host=None)),  # type: ignore[arg-type]
+            ("keep", "wants int for keep, not '1'", lambda: FakeOpenAI(keep="1")),  # type: ignore[arg-type]
+            ("models", "wants a list of names for models, not 'gpt-4o'", lambda: FakeOpenAI(models="gpt-4o")),
+            ("negative ttft", "wants ttft of 0 or more, not -1", lambda: FakeOpenAI(ttft=-1)),
+            ("ttft", "wants int or float for ttft, not 'x'", lambda: FakeOpenAI(ttft="x")),  # type: ignore[arg-type]
+            ("itl", "wants itl of 0 or more, not nan", lambda: FakeOpenAI(itl=math.nan)),
+            ("Reply's itl", "Reply wants itl of 0 or more, not -1", lambda: Reply("a", itl=-1)),
+            ("Script", "5 is no answer; an answer is a str, ", lambda: Script(5)),  # type: ignore[arg-type]
+            ("Script of None", "None is no answer; ", lambda: Script("a", None)),  # type: ignore[arg-type]
+            ("Reply", "5 is no answer; ", lambda: Reply(5)),  # type: ignore[arg-type]
+            (
+                "route",
+                "a route is served by a function that takes a Request, not by 5",
+                lambda: FakeOpenAI(routes=route),
+            ),
+            ("order", "APIError takes the status first, then the message", lambda: APIError("Too many", 429)),  # type: ignore[arg-type]
+            ("no test", r"takes the test first, as in start\(self, handler\)", lambda: start(echo)),  # type: ignore[arg-type]
+        ):
+            with self.subTest(name=name), self.assertRaisesRegex((TypeError, ValueError), words):
+                make()
+
+    def test_mistakes_of_a_handler_say_what_to_do(self) -> None:
+        """What a handler returns by mistake is told with what was probably meant."""
+        for name, handler, words in (
+            ("None", lambda request: None, "handler returned empty response: None (forgot `return`?)"),
+            ("nothing", lambda request: [], "handler returned empty response: no part in it"),
+            (
+                "a dict",
+                lambda request: {"a": 1},
+                "handler returned dict: recorded(...) cannot say this again: it is no chat.",
+            ),
+            ("bytes", lambda request: b"a", "handler returned bytes: b'a' is no answer; an answer is a str, "),
+            ("an object", lambda request: SimpleNamespace(a=1), "handler returned SimpleNamespace: namespace(a=1) is"),
+        ):
+            with self.subTest(name=name), forgiven(untyped(handler)) as server:
+                self.assertIn(words, call(server, chat()).error["message"])
+        with forgiven(echo, routes={"GET /x": lambda request: None}) as server:
+            self.assertIn("the route GET /v1/x returned None (forgot `return`?)", get(server, "/x").error["message"])
+        with forgiven(Script(["a", "b"])) as server:
+            call(server, chat())
+            self.assertIn("a list is one answer", call(server, chat()).error["message"])
+
+
+class OfferedToolsTest(unittest.TestCase):
+    """A call that a model could not make is let through, but told."""
+
+    def warned(self, answers: list[Any], *bodies: dict[str, Any]) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with FakeOpenAI(Script(*answers)) as server:
+                for body in bodies:
+                    self.assertEqual(call(server, body).status, 200)
+        return [str(each.message) for each in caught]
+
+    def test_a_tool_that_was_not_offered(self) -> None:
+        """It is a warning that names what was offered, once per tool and server."""
+        offers: list[Any] = [{"type": "function", "function": {"name": "g", "parameters": {}}}]
+        told = "the handler called the tool 'f', which the request did not offer; it offered: "
+        calls = [ToolCall("f"), [ToolCall("f"), ToolCall("g")]]
+        self.assertEqual(self.warned(calls, chat(tools=offers), chat(tools=offers)), [told + "g"])
+        self.assertEqual(self.warned([CustomToolCall("f", "x")], responses()), [told + "none"])
+        self.assertEqual(self.warned([ToolCall("g")], chat(tools=offers)), [])
+        self.assertEqual(self.warned([ToolCall("g")], responses(tools=[{"type": "function", "name": "g"}])), [])
+        hidden = {"type": "mcp", "server_label": "m", "server_url": "https://a.example", "require_approval": "never"}
+        self.assertEqual(self.warned([ToolCall("f")], responses(tools=[hidden])), [])
+
+    def test_a_call_against_tool_choice(self) -> None:
+        """A call where none, or another, was chosen is a warning; one that follows the choice is not."""
+        tools = [{"type": "function", "name": name} for name in "fg"]
+        for choice, fine in (
+            ("none", False),
+            ({"type": "function", "name": "g"}, False),
+            ({"type": "function", "name": "f"}, True),
+            ("required", True),
+        ):
+            with self.subTest(choice=choice):
+                told = self.warned([ToolCall("f")], responses(tools=tools, tool_choice=choice))
+                self.assertEqual(told == [], fine)
+                self.assertEqual([each.split(":")[0][-11:] for each in told], [] if fine else ["tool_choice"])
+
+    def test_strict(self) -> None:
+        """A strict server takes it for a mistake of the handler."""
+        with forgiven(always(ToolCall("f")), strict=True) as server:
+            answer = call(server, chat())
+            self.assertEqual((answer.status, len(server.errors)), (500, 1))
+            self.assertIn("the handler called the tool 'f'", answer.error["message"])
+
 
 class ModuleTest(unittest.TestCase):
     def test_all(self) -> None:
@@ -4510,13 +4676,16 @@ class ModuleTest(unittest.TestCase):
         public = {name: each for name, each in vars(openai_fake).items() if not name.startswith("_")}
         defined = {name for name, each in public.items() if getattr(each, "__module__", "") == "openai_fake"}
         stand_ins = {"override", "dataclass_transform"}  # where typing_extensions is not installed
-        self.assertEqual(defined - stand_ins, set(openai_fake.__all__))
+        aliases, hook = {"Answer", "Handler"}, {"pytest_configure"}
+        self.assertEqual(defined - stand_ins - hook | aliases, set(openai_fake.__all__))
         self.assertRegex(openai_fake.__version__, r"^\d+\.\d+\.\d+$")
 
     def test_docstrings(self) -> None:
         """Every public class, function, method and property has a docstring."""
         for name in openai_fake.__all__:
             public = getattr(openai_fake, name)
+            if name in ("Answer", "Handler"):
+                continue
             with self.subTest(name=name):
                 self.assertTrue(public.__doc__)
                 self.assertNotRegex(public.__doc__, rf"^{name}\(")  # which a dataclass makes up
@@ -4524,6 +4693,46 @@ class ModuleTest(unittest.TestCase):
                 if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
                     with self.subTest(name=f"{name}.{key}"):
                         self.assertTrue(inspect.getdoc(member) or inspect.getdoc(getattr(public, key)))
+
+    def test_help_shows_the_api(self) -> None:
+        """help(openai_fake) tells of the public names, and of no private class or function."""
+        shown = pydoc.plain(pydoc.render_doc(openai_fake))
+        self.assertEqual(re.findall(r"^    (?:class _\w+|_[a-z]\w* ?[(=])", shown, re.MULTILINE), [])
+        for name in openai_fake.__all__:
+            self.assertRegex(shown, rf"(?m)^    (class )?{name}\b")
+
+    def test_options_are_known_at_run_time(self) -> None:
+        """`Options` has FakeOpenAI's keywords, and it and the aliases can be looked into where code runs."""
+        keywords = list(inspect.signature(FakeOpenAI).parameters)[1:]
+        self.assertEqual(list(typing.get_type_hints(openai_fake.Options)), keywords)
+        self.assertEqual(openai_fake.Answer | None, typing.Optional[openai_fake.Answer])  # noqa: UP045
+        self.assertEqual(typing.get_args(openai_fake.Handler)[0], [Request])
+
+    def test_a_header_for_copies(self) -> None:
+        """The first lines say what a copied file must: name, version, home, licence, how to update."""
+        head = Path(openai_fake.__file__).read_text("utf-8").partition('"""')[0]
+        self.assertTrue(head.startswith(f"# openai_fake {openai_fake.__version__}: "))
+        for word in ("https://", "SPDX-License-Identifier: MIT", "SPDX-FileCopyrightText: ", "Do not edit", "update"):
+            self.assertIn(word, head)
+
+    @unittest.skipUnless(HAS_RUFF, "ruff is not installed")
+    def test_lint_without_the_header(self) -> None:
+        """The lines that keep a host project's linters off do not keep ours off: without them, ruff finds nothing."""
+        source = re.sub(r"(?m)^# (flake8|ruff): noqa.*\n", "", Path(openai_fake.__file__).read_text("utf-8"))
+        command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--stdin-filename", "openai_fake.py", "-"]
+        done = subprocess.run(
+            command, input=source, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60, check=False
+        )
+        self.assertEqual((done.returncode, done.stdout), (0, "All checks passed!\n"))
+
+    def test_an_old_python_is_told(self) -> None:
+        """An import by Python 3.9 is an ImportError that says 3.10."""
+        source = Path(openai_fake.__file__).read_text("utf-8")
+        tree = ast.parse(source)
+        begin = [node for node in tree.body if isinstance(node, (ast.If, ast.ImportFrom))][:2]
+        guard = ast.Module(body=tree.body[: tree.body.index(begin[1]) + 1], type_ignores=[])
+        with mock.patch.object(sys, "version_info", (3, 9)), self.assertRaisesRegex(ImportError, "3.10 or newer"):
+            exec(compile(guard, "openai_fake.py", "exec"), {})
 
 
 @needs_openai
@@ -6467,6 +6676,7 @@ class LaterOptionsTest(unittest.TestCase):
             "itl": (0.05, lambda server: server.itl, 0.05),
             "cors": (True, lambda server: "access-control-allow-origin" in call(server, chat()).headers, True),
             "seed": (1, lambda server: server.seed, 1),
+            "embeddings": (lambda text: [1], lambda server: server.embeddings is None, False),
         }  # fmt: skip
         for name, (value, found, expected) in rows.items():
             with self.subTest(name=name), FakeOpenAI() as server:
@@ -6629,8 +6839,8 @@ class FailingFakeTest(unittest.TestCase):
         "raised": (lambda: a_broken_handler, 1, (0, 1), ("in a_broken_handler", "of the handler", "the cause")),
         "asserted": (lambda: an_asserting_handler, 1, (1, 0), ("in an_asserting_handler", "the wrong prompt")),
         "exited": (lambda: an_exiting_handler, 1, (0, 1), ("in an_exiting_handler", "SystemExit: 3")),
-        "ran out": (lambda: Script("one"), 2, (1, 0), ("the Script has 1 answers, and request 2 came",)),
-        "left over": (lambda: Script("one", "two"), 1, (1, 0), ("1 of the Script's 2 answers", "'two'")),
+        "ran out": (lambda: Script("one"), 2, (1, 0), ("the Script ends with answer 1, and one more request came",)),
+        "left over": (lambda: Script("one", "two"), 1, (1, 0), ("unused answers of the Script, 1 of 2", "'two'")),
         "not encodable": (lambda: an_unencodable_answer, 1, (0, 1), ("in an_unencodable_answer", "object at")),
         "no answer": (lambda: always(3), 1, (0, 1), ("handler returned int",)),
         "no part": (lambda: always(["fine", 3]), 1, (0, 1), ("not a part of an answer: 3",)),
@@ -6648,14 +6858,16 @@ class FailingFakeTest(unittest.TestCase):
                         self.assertIn(word, text)
 
     def test_a_fake_hides_no_failure_of_the_test(self) -> None:
-        """A test whose body failed keeps that one failure, and gets nothing of the fake's beside it."""
-        for name, (make, requests, *_) in self.faults.items():
+        """A test whose body failed keeps that one failure; in its report is also what went wrong in the fake."""
+        for name, (make, requests, _, words) in self.faults.items():
             for case in cases(make, requests, fails=True)[:-1]:
                 with self.subTest(name=name, case=case.__name__):
                     failures, errors, text = run_inner(case)
                     self.assertEqual((failures, errors), (1, 0))
-                    self.assertIn("the body's own", text)
-                    self.assertNotIn("The last requests to the fake", text)
+                    self.assertEqual(text.count("AssertionError: the body's own"), 1)
+                    for word in (*words, "The last requests to the fake", "a question"):
+                        self.assertIn(word, text)
+                    self.assertEqual(text.count(", in a_broken_handler\n"), name == "raised", text)
 
     def test_a_sound_fake_fails_nothing(self) -> None:
         """Errors that a handler means, and a client that leaves, are no mistakes of the fake."""
@@ -6689,12 +6901,427 @@ class FailingFakeTest(unittest.TestCase):
                 self.assertEqual(answer.error["type"], "server_error")
 
 
+def ask(server: FakeOpenAI) -> str:
+    """What a client that lets a 500 through gets: urllib's HTTPError, or the text."""
+    data = json.dumps(chat("a question")).encode()
+    try:
+        with urllib.request.urlopen(server.base_url + "/chat/completions", data, timeout=WAIT) as answer:
+            return str(json.load(answer)["choices"][0]["message"]["content"])
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
+def result_of(case: Case) -> tuple[unittest.TestResult, str]:
+    """What unittest says of a test class, and the text of all its reports."""
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
+    return result, "\n".join(text for _, text in (*result.failures, *result.errors, *result.expectedFailures))
+
+
+def tried(body: Callable[[Any], object]) -> tuple[unittest.TestResult, str]:
+    """What unittest says of a test with this body."""
+    return result_of(type("Case", (unittest.TestCase,), {"test": body}))
+
+
+class ReportTest(unittest.TestCase):
+    """The report of a failing test tells by itself what went wrong in its fake."""
+
+    def red(self, outcome: tuple[unittest.TestResult, str]) -> str:
+        """The report of the one failure or error that there is."""
+        result, text = outcome
+        self.assertEqual((len(result.failures) + len(result.errors), len(result.skipped)), (1, 0), text)
+        return text
+
+    def test_the_handlers_traceback_is_shown_once(self) -> None:
+        """Whether the client's error fails the test or is caught, its report has the handler's traceback, once."""
+
+        def with_start(test: Any) -> None:
+            ask(start(test, a_broken_handler))
+
+        def with_start_caught(test: Any) -> None:
+            with contextlib.suppress(OSError):
+                ask(start(test, a_broken_handler))
+
+        def with_with(test: Any) -> None:
+            with FakeOpenAI(a_broken_handler) as server:
+                ask(server)
+
+        def with_stop(test: Any) -> None:
+            server = FakeOpenAI(a_broken_handler).start()
+            try:
+                ask(server)
+            finally:
+                server.stop()
+
+        async def a_coroutine(request: Request) -> Any:
+            return a_broken_handler(request)
+
+        def with_coroutine(test: Any) -> None:
+            with contextlib.suppress(OSError):
+                ask(start(test, a_coroutine))
+
+        for body in (with_start, with_start_caught, with_with, with_stop, with_coroutine):
+            with self.subTest(name=body.__name__):
+                text = self.red(tried(body))
+                self.assertEqual(text.count(", in a_broken_handler\n"), 1, text)
+                self.assertEqual(text.count("ZeroDivisionError: of the handler\n"), 1, text)
+                self.assertNotIn(f'"{openai_fake.__file__}"', text)
+
+    def test_the_client_is_told_the_users_line(self) -> None:
+        """The 500 names the innermost line of the user's own code: not the standard library's, not a generated one."""
+
+        def parsing(request: Request) -> Any:
+            json.loads("{")
+
+        def failing(request: Request) -> Any:
+            self.fail("never")
+
+        def making(request: Request) -> Any:
+            return Message()  # type: ignore[call-arg]
+
+        def late(request: Request) -> Any:
+            yield Text(untyped(5))
+
+        for handler in (parsing, failing, making, late):
+            with self.subTest(name=handler.__name__), forgiven(handler) as server:
+                line = handler.__code__.co_firstlineno + 1
+                told = call(server, chat()).error["message"]
+                self.assertIn(f"({os.path.basename(__file__)}:{line} in {handler.__name__})", told)
+
+    def test_every_failure_shows_the_transcript(self) -> None:
+        """An ordinary failure shows what was asked and answered, or that nothing was."""
+
+        def unequal(test: Any) -> None:
+            test.assertEqual(ask(start(test, always("x"))), "y")
+
+        def unasked(test: Any) -> None:
+            start(test, always("x"))
+            test.fail()
+
+        def in_a_subtest(test: Any) -> None:
+            server = start(test, always("x"))
+            with test.subTest(i=1):
+                test.assertEqual(ask(server), "y")
+
+        asked = "<Request chat.completions gpt-4o 'a question'> -> 200 Text(text='x')\n"
+        for body, words in ((unequal, asked), (unasked, "No request came to the fake.\n"), (in_a_subtest, asked)):
+            with self.subTest(name=body.__name__):
+                self.assertIn(words, self.red(tried(body)))
+
+    def test_two_faults_are_one_entry(self) -> None:
+        """A handler's error and a Script that is not used up are told in one report, in the body's if that fails."""
+        for fails in (False, True):
+
+            def body(test: Any, fails: bool = fails) -> None:
+                with contextlib.suppress(OSError):
+                    ask(start(test, Script(a_broken_handler, "b")))
+                if fails:
+                    test.fail("the body's own")
+
+            with self.subTest(fails=fails):
+                text = self.red(tried(body))
+                self.assertEqual("the body's own" in text, fails)
+                self.assertIn("ZeroDivisionError: of the handler", text)
+                self.assertIn("unused answers of the Script, 1 of 2: ('b',)", text)
+
+    def test_skips_and_expected_failures_stay_what_they_are(self) -> None:
+        """A test that is skipped, or expected to fail, is that, whatever its fake says; a failing fake counts."""
+
+        def skipped(test: Any) -> None:
+            start(test, Script("a", "b"))
+            test.skipTest("x")
+
+        def skipped_in_with(test: Any) -> None:
+            with FakeOpenAI(Script("a", "b")):
+                test.skipTest("x")
+
+        @unittest.expectedFailure
+        def expected(test: Any) -> None:
+            start(test, Script("a", "b"))
+            test.fail()
+
+        @unittest.expectedFailure
+        def expected_of_the_fake(test: Any) -> None:
+            start(test, Script("a", "b"))
+
+        @unittest.expectedFailure
+        def unexpected(test: Any) -> None:
+            ask(start(test, Script("a")))
+
+        for body, counts in (
+            (skipped, (1, 0, 0)),
+            (skipped_in_with, (1, 0, 0)),
+            (expected, (0, 1, 0)),
+            (expected_of_the_fake, (0, 1, 0)),
+            (unexpected, (0, 0, 1)),
+        ):
+            with self.subTest(name=body.__name__):
+                result, text = tried(body)
+                self.assertEqual((result.failures, result.errors), ([], []), text)
+                self.assertEqual(
+                    (len(result.skipped), len(result.expectedFailures), len(result.unexpectedSuccesses)), counts
+                )
+
+    def test_a_failure_is_its_own_tests(self) -> None:
+        """A test that runs again is not taken for failed because it failed before."""
+        runs = iter((True, False))
+
+        def body(test: Any) -> None:
+            start(test, Script("a"))
+            if next(runs):
+                test.fail("the first")
+
+        case: Any = type("Case", (unittest.TestCase,), {"test": body})
+        result = unittest.TestResult()
+        unittest.TestSuite([case("test"), case("test")]).run(result)
+        self.assertEqual(len(result.failures), 2)
+
+    def test_a_stream_left_open_fails_though_the_client_left(self) -> None:
+        """Closing the client first hides no Stream that was never closed; a test that looks whether it left knows."""
+
+        def body(test: Any, looks: str = "") -> None:
+            stream = Stream()
+            server = start(test, lambda request: stream)
+            wire = Wire(server)
+            test.addCleanup(wire.sock.close)
+            stream.send("Hi")
+            wire.send(http_bytes(chat(stream=True))).until(b"Hi")
+            if looks:
+                wire.sock.close()
+            if looks == "wait_disconnected":
+                test.assertTrue(stream.wait_disconnected(WAIT))
+            while looks == "send" and stream.send("more"):
+                pass
+
+        self.assertIn("a Stream was never closed", self.red(tried(body)))
+        self.assertIn("a Stream was never closed", self.red(tried(lambda test: body(test, "not"))))
+        for looks in ("wait_disconnected", "send"):
+            with self.subTest(name=looks):
+                self.assertTrue(tried(lambda test, looks=looks: body(test, looks))[0].wasSuccessful())  # type: ignore[misc]
+
+    def test_transcript(self) -> None:
+        """`transcript()` tells at any time the last exchanges, in 20 lines at most, each short."""
+        stream = Stream()
+        with FakeOpenAI(lambda request: stream if request.text == "wait" else "x" * 500) as server:
+            self.assertEqual(server.transcript(), "No request came to the fake.")
+            for number in range(30):
+                call(server, chat(f"question {number}\n" * 99))
+            with asking(server, api="responses", text="wait"):
+                server.wait_for_requests(31, WAIT)
+                lines = server.transcript().splitlines()
+                stream.close()
+        self.assertEqual((len(lines), lines[-1]), (20, "  <Request responses gpt-4o 'wait'> -> no answer yet "))
+        self.assertIn("question 29", lines[-2])
+        self.assertLess(max(map(len, lines)), 250)
+
+
+PYTEST_CASES = """
+import asyncio, json, unittest, urllib.request
+import pytest
+from openai_fake import FakeOpenAI, Script, Stream, start
+
+def ask(server):
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a question"}]}).encode()
+    with urllib.request.urlopen(server.base_url + "/chat/completions", body) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
+
+def broken(request):
+    raise ZeroDivisionError("of the handler")
+
+def test_passed(fake_openai):
+    assert ask(fake_openai(lambda request: "x")) == ask(fake_openai(lambda request: "x")) == "x"
+
+def test_failed_plain(fake_openai):
+    assert ask(fake_openai(lambda request: "x")) == "y"
+
+def test_failed_handler(fake_openai):
+    ask(fake_openai(broken))
+
+def test_failed_caught(fake_openai):
+    with pytest.raises(OSError):
+        ask(fake_openai(broken))
+
+def test_failed_both(fake_openai):
+    ask(fake_openai(Script(broken, "b")))
+
+def test_failed_left(fake_openai):
+    fake_openai(Script("a"))
+
+def test_failed_options(fake_openai):
+    fake_openai(lambda request: "x", ttft=-1)
+
+def test_skipped(fake_openai):
+    fake_openai(Script("a"))
+    pytest.skip("x")
+
+@pytest.mark.xfail
+def test_xfailed(fake_openai):
+    fake_openai(Script("a"))
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_failed_anyio(fake_openai, anyio_backend):
+    with pytest.raises(OSError):
+        await asyncio.to_thread(ask, fake_openai(broken))
+
+@pytest.mark.asyncio
+async def test_failed_asyncio(fake_openai):
+    with pytest.raises(OSError):
+        await asyncio.to_thread(ask, fake_openai(broken))
+
+@pytest.fixture
+def app(fake_openai):
+    return ask(fake_openai(broken))
+
+def test_error_setup(app):
+    pass
+
+@pytest.fixture
+def late(fake_openai):
+    server = fake_openai(broken)
+    yield
+    with pytest.raises(OSError):
+        ask(server)
+
+def test_error_teardown(late):
+    pass
+
+def test_failed_before_teardown(late):
+    assert not "the body's own"
+
+class TestUnittest(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def made(self, fake_openai):
+        self.fake_openai = fake_openai
+
+    def test_failed_of_start(self):
+        start(self, Script("a", "b"))
+        self.fail("the body's own")
+
+    def test_failed_of_fixture(self):
+        self.fake_openai(broken)
+        self.fail("the body's own")
+
+    def test_failed_in_with(self):
+        with FakeOpenAI(broken) as server:
+            ask(server)
+
+    def test_failed_alone(self):
+        with self.assertRaises(OSError):
+            ask(start(self, broken))
+
+    def test_skipped(self):
+        start(self, Script("a", "b"))
+        self.skipTest("x")
+
+    @unittest.expectedFailure
+    def test_xfailed(self):
+        start(self, Script("a", "b"))
+        self.fail()
+"""
+
+
+@unittest.skipUnless(find_spec("pytest"), "pytest is not installed")
+class PytestTest(unittest.TestCase):
+    """Under pytest: the fixture of the file, and the same reports."""
+
+    def pytest(self, *arguments: str, conftest: str = 'pytest_plugins = ["openai_fake"]') -> tuple[int, str]:
+        """Runs the cases in a folder of their own. Returns the exit status, and what was printed."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        Path(folder, "conftest.py").write_text(conftest, "utf-8")
+        Path(folder, "test_cases.py").write_text(PYTEST_CASES, "utf-8")
+        Path(folder, "pytest.ini").write_text("[pytest]\nmarkers =\n    anyio\n    asyncio\n", "utf-8")
+        where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rA",
+            "-W",
+            "error::pytest.PytestAssertRewriteWarning",
+            "-p",
+            "no:cacheprovider",
+            *arguments,
+        ]
+        missing = [
+            name for name in ("anyio", "asyncio") if not find_spec("pytest_asyncio" if name == "asyncio" else name)
+        ]
+        command += ["-k", " and ".join(f"not test_failed_{name}" for name in missing)] if missing else []
+        done = subprocess.run(
+            command, cwd=folder, env=where, capture_output=True, text=True, timeout=WAIT * 6, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def check_outcomes(self, text: str) -> None:
+        """Each case ends as its name says, in one entry."""
+        names = re.findall(r"^(FAILED|ERROR|XFAIL) test_cases\.py::([\w:]+)", text, re.MULTILINE)
+        self.assertGreater(len(names), 12, text)
+        self.assertEqual(len(names), len(set(names)), text)
+        for outcome, name in names:
+            self.assertIn({"FAILED": "_failed", "ERROR": "_error", "XFAIL": "_xfailed"}[outcome], name, text)
+        self.assertNotRegex(text, r"(?m)^SKIPPED .*: x\n(No request|The last)")
+        self.assertRegex(text, r"\d+ failed, 2 passed, 2 skipped,( \d deselected,)? 2 xfailed, 2 errors in")
+
+    def test_each_case_is_one_entry(self) -> None:
+        """What fails is one entry, with the handler's traceback once and the transcript; skips stay skips."""
+        status, text = self.pytest("-p", "no:randomly", "-p", "no:xdist")
+        self.assertEqual(status, 1)
+        self.check_outcomes(text)
+        reports = dict(
+            re.findall(
+                r"^_+ (?:ERROR at \w+ of )?([\w.]+) _+$(.*?)(?=^_+ [\w. ]+ _+$|^=)", text, re.MULTILINE | re.DOTALL
+            )
+        )
+        self.assertIn("No request came to the fake.", reports["test_failed_left"])
+        self.assertIn("'a question'> -> 200 Text(text='x')", reports["test_failed_plain"])
+        self.assertIn("unused answers of the Script, 1 of 2", reports["test_failed_both"])
+        for name in ("handler", "caught", "both"):
+            with self.subTest(name=name):
+                report = reports["test_failed_" + name]
+                self.assertEqual(report.count("def broken(request)") + report.count(", in broken\n"), 1, report)
+                self.assertNotIn(openai_fake.__file__, report.replace("The fake had", ""))
+        for name in ("of_start", "of_fixture"):
+            report = reports["TestUnittest.test_failed_" + name]
+            self.assertIn("the body's own", report)
+            self.assertIn("No request came to the fake.", report)
+
+    def test_the_module_may_be_imported_first(self) -> None:
+        """A conftest that imports the module before pytest does gets no warning; -p works as well."""
+        for conftest, arguments in (
+            ('import openai_fake\npytest_plugins = ["openai_fake"]', ()),
+            ("", ("-p", "openai_fake")),
+        ):
+            with self.subTest(conftest=conftest):
+                self.check_outcomes(self.pytest(*arguments, conftest=conftest)[1])
+
+    @unittest.skipUnless(find_spec("xdist") and find_spec("pytest_randomly"), "xdist and randomly are not installed")
+    def test_side_by_side_in_any_order(self) -> None:
+        """With xdist and in random order, the outcomes are the same."""
+        self.check_outcomes(self.pytest("-n", "2")[1])
+
+    def test_nothing_of_pytest_is_imported(self) -> None:
+        """The module imports nothing of pytest unless pytest loads it."""
+        code = "import sys, openai_fake; print([name for name in sys.modules if 'pytest' in name])"
+        where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
+        done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout, "[]\n")
+
+
 def fed(*parts: Any) -> Stream:
     """A Stream that is over."""
     stream = Stream()
     stream.send(*parts)
     stream.close()
     return stream
+
+
+def arguments_in(body: Any) -> list[str]:
+    """The arguments of each call in a body of either API."""
+    if "choices" in body:
+        return [each["function"]["arguments"] for each in body["choices"][0]["message"]["tool_calls"]]
+    return [each["arguments"] for each in body["output"]]
 
 
 def hello_scripted(request: Request) -> Any:
@@ -6812,7 +7439,7 @@ class AnswersTest(unittest.TestCase):
         "an error of another kind": (lambda: ValueError("x"), "handler returned ValueError"),
         "list of junk": (lambda: ["fine", 3], "not a part of an answer: 3"),
         "generator of junk": (lambda: iter([3]), "not a part of an answer: 3"),
-        "Reply of junk": (lambda: Reply(untyped(3)), "not iterable"),
+        "Reply of junk": (lambda: Reply([untyped(3)]), "not a part of an answer: 3"),
     }
 
     def test_what_is_no_answer_is_the_fake_s_mistake(self) -> None:
@@ -7157,6 +7784,50 @@ class LiveStreamTest(unittest.TestCase):
             with self.subTest(name=api), FakeOpenAI(always(stream)) as server:
                 answer = call(server, BODIES[api]())
                 self.assertEqual((answer.status, answer.headers["retry-after-ms"]), (429, "20"))
+
+    def test_a_wait_that_blocks_its_own_loop_says_so(self) -> None:
+        """A wait on the thread of the loop that must go on for it to end fails soon, and names the way that awaits."""
+        stream = Stream()
+        waits: dict[str, Callable[[float], object]] = {
+            "stream.wait_request": stream.wait_request,
+            "stream.flush": stream.flush,
+            "stream.wait_disconnected": stream.wait_disconnected,
+            "server.wait_for_requests": lambda timeout: server.wait_for_requests(1, timeout),
+        }
+
+        async def blocked(wait: Callable[[float], object]) -> None:
+            wait(3600.0)
+
+        async def awaited() -> None:
+            asked = asyncio.to_thread(call, server, chat(stream=True))
+            answer, *_ = await asyncio.gather(asked, asyncio.to_thread(stream.wait_request, WAIT), closing())
+            self.assertEqual(answer.status, 200)
+            self.assertTrue(stream.flush(WAIT))  # it has ended: nothing blocks
+
+        async def closing() -> None:
+            await asyncio.to_thread(server.wait_for_requests, 1, WAIT)
+            await asyncio.to_thread(stream.flush, WAIT)
+            stream.close()
+
+        stream.send("Hi")
+        with FakeOpenAI(lambda request: stream) as server, mock.patch.object(openai_fake, "_LOOP_PATIENCE", 0.01):
+            for name, wait in waits.items():
+                with self.subTest(name=name):
+                    words = rf"{name}\(\) blocks the event loop .* use `await asyncio.to_thread\({name}\)`"
+                    with self.assertRaisesRegex(RuntimeError, words):
+                        asyncio.run(blocked(wait))
+            asyncio.run(awaited())
+
+    def test_a_call_opens_and_its_arguments_follow(self) -> None:
+        """A ToolCall says {} where no arguments are given; "" opens a call whose arguments come piece by piece."""
+        for api in PATHS:
+            for said, arguments in (
+                ([ToolCall("f")], "{}"),
+                ([ToolCall("f", "")], ""),
+                ([ToolCall("f", ""), ToolCall("", '{"a"'), ToolCall("", ": 1}")], '{"a": 1}'),
+            ):
+                with self.subTest(name=api, arguments=arguments), FakeOpenAI(Script(fed(*said))) as server:
+                    self.assertEqual(arguments_in(call(server, BODIES[api]()).json), [arguments])
 
     def test_misuse_is_a_clear_error(self) -> None:
         """Sending what is no part, or after the end, raises where it happens."""
@@ -7509,7 +8180,7 @@ class WireActTest(unittest.TestCase):
                     begun = time.monotonic()
                     with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
                         server.stop()
-                    self.assertLess(time.monotonic() - begun, 1.5)  # robustness.md 38
+                    self.assertLess(time.monotonic() - begun, 1.5)
                     self.assertEqual(wire.rest(), b"")
 
 
@@ -8847,7 +9518,7 @@ class Program:
 
     def interrupt(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(2)  # robustness: it leaves within two seconds
+        return self.process.wait(2)  # it leaves within two seconds
 
     def _end(self) -> None:
         self.process.kill()
@@ -9059,7 +9730,7 @@ class ControlTest(LeakTest):
                 if "events" not in route:
                     control(server, route)
             self.assertEqual((server.requests, listed(server, "GET /_fake/requests")), ([], []))
-            self.assertEqual(server._transcript(), "No request came to the fake.")
+            self.assertEqual(server.transcript(), "No request came to the fake.")
 
     def test_wait(self) -> None:
         """`wait` blocks until so many came, also while they are answered; after `timeout` it is a 504."""
@@ -9669,6 +10340,58 @@ class CommandLineTest(unittest.TestCase):
         self.assertNotIn("\x1b", program.until("chat.completions gpt-4o"))
 
 
+class CopiesTest(unittest.TestCase):
+    """A vendored copy, and more than one copy in a process."""
+
+    def setUp(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        vendor = self.folder / "tests" / "vendor"
+        vendor.mkdir(parents=True)
+        shutil.copy(openai_fake.__file__, vendor / "openai_fake.py")
+
+    def test_a_command_serves_the_handler_its_own_classes(self) -> None:
+        """Whatever the path by which the command was started and the handler imports it, there is one copy."""
+        imports = {
+            "from": "from tests.vendor import openai_fake",
+            "names": "from tests.vendor.openai_fake import ToolCall\nimport sys\nopenai_fake = sys.modules['__main__']",
+            "import": "import tests.vendor.openai_fake\nopenai_fake = tests.vendor.openai_fake",
+            "top": "import openai_fake",
+        }
+        commands = (["-m", "tests.vendor.openai_fake"], ["tests/vendor/openai_fake.py"])
+        environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        for command, (name, lines) in itertools.product(commands, imports.items()):
+            with self.subTest(command=command, name=name):
+                source = lines + "\n\ndef answer(request):\n    return openai_fake.ToolCall('f')\n"
+                (self.folder / "answers.py").write_text(source, "utf-8")
+                program = Program.__new__(Program)
+                program.process = subprocess.Popen(
+                    [sys.executable, *command, "--port", "0", "--handler", "answers.py:answer"],
+                    bufsize=0,
+                    cwd=self.folder,
+                    env=environ,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+                program.stdout = program.process.stdout
+                self.addCleanup(program._end)
+                data = json.dumps(responses()).encode()
+                with urllib.request.urlopen(program.url() + "/responses", data, timeout=WAIT) as answer:
+                    self.assertEqual(arguments_in(json.load(answer)), ["{}"])
+
+    def test_two_copies_are_told(self) -> None:
+        """A part of another copy of the module is no answer, and the message names both files."""
+        with mock.patch.object(sys, "path", [str(self.folder), *sys.path]):
+            other: Any = importlib.import_module("tests.vendor.openai_fake")
+        self.addCleanup(lambda: [sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "tests"])
+        for answer in (other.ToolCall("f"), [other.Text("a")], other.Reply("a"), other.Stream()):
+            with self.subTest(answer=type(answer)), forgiven(always(answer)) as server:
+                message = call(server, chat()).error["message"]
+                self.assertIn(f"of another copy of openai_fake, {other.__file__}, ", message)
+                self.assertIn(openai_fake.__file__, message)
+
+
 class InteractiveTest(unittest.TestCase):
     def setUp(self) -> None:
         self.program = Program(self, "--interactive")
@@ -10011,7 +10734,7 @@ class ReadmeBlocksTest(unittest.TestCase):
         """The names that a block makes; a recipe goes on from the block with FakeCase."""
         first, common, *_ = fenced("python")
         names: dict[str, Any] = {"__name__": "readme"}
-        for source in (block,) if block == first else (common, "import json", block):
+        for source in (block,) if block == first else (common, block):
             exec(compile(source, "README.md", "exec", dont_inherit=True), names)
         return names
 
@@ -10079,9 +10802,30 @@ class ReadmeBlocksTest(unittest.TestCase):
     def test_banner_is_as_shown(self) -> None:
         """The command that serves prints what the README says."""
         self.assertIn("python -m openai_fake\n", fenced("sh"))
-        [shown] = fenced("text")
+        shown, _ = fenced("text")
         environ = {"OPENAI_BASE_URL": "http://127.0.0.1:8080/v1", "OPENAI_API_KEY": "sk-fake"}
-        self.assertEqual(shown, _banner(environ["OPENAI_BASE_URL"], environ, "gpt-4o", None))
+        self.assertEqual(shown, openai_fake._banner(environ["OPENAI_BASE_URL"], environ, "gpt-5.5", None))
+
+    def test_report_is_as_shown(self) -> None:
+        """The report of a failing test is what the README says."""
+
+        def body(test: Any) -> None:
+            server = start(test, always("Hello"))
+            said = call(server, chat(model="gpt-5.5")).json["choices"][0]["message"]["content"]
+            test.assertEqual(said, "Goodbye")
+
+        _, shown = fenced("text")
+        _, report = tried(body)
+        lines = [line for line in report.splitlines() if line and line[0] not in "-+?"]
+        if sys.version_info >= (3, 11):
+            self.assertIn(shown.rstrip(), "\n".join(lines))
+
+    def test_help_runs(self) -> None:
+        """`python -m openai_fake --help` names every option of the README's table."""
+        command = [sys.executable, openai_fake.__file__, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        for option, _ in table("Command line"):
+            self.assertIn(option.split()[0], done.stdout)
 
     def test_docstring_runs(self) -> None:
         """The examples of the module's docstrings are true."""
@@ -10117,16 +10861,16 @@ class ReadmeTablesTest(unittest.TestCase):
         self.assertCountEqual([row[0] for row in table("Command line")], options)
 
     def test_parts(self) -> None:
-        """The tables of parts and wire acts have every part there is, with its arguments."""
-        shown: dict[str, list[str]] = {}
-        for signature, _ in (*table("Parts"), *table("Wire acts")):
-            made = ast.parse(signature, mode="eval").body
-            assert isinstance(made, ast.Call) and isinstance(made.func, ast.Name)
-            named = [each.arg or ast.unparse(each.value) for each in made.keywords]
-            shown[made.func.id] = [*(ast.unparse(each).lstrip("*") for each in made.args), *named]
+        """The tables of parts and wire acts have every part there is, with its signature."""
+        shown = {ast.unparse(ast.parse(f"def {row[0]}: ...")) for row in (*table("Parts"), *table("Wire acts"))}
         public = {name: getattr(openai_fake, name) for name in openai_fake.__all__}
-        classes = [each for each in public.values() if isinstance(each, type) and issubclass(each, _Part)]
-        self.assertEqual(shown, {each.__name__: [*inspect.signature(each).parameters] for each in classes})
+        classes = [each for each in public.values() if isinstance(each, type) and issubclass(each, openai_fake._Part)]
+        made = set()
+        for each in classes:
+            bare = [one.replace(annotation=one.empty) for one in inspect.signature(each).parameters.values()]
+            signature = str(inspect.Signature(bare)).replace("<factory>", "{}")
+            made.add(ast.unparse(ast.parse(f"def {each.__name__}{signature}: ...")))
+        self.assertEqual(shown, made)
 
     def test_attributes(self) -> None:
         """The tables of the request and the server name what they have; the request's, all of it."""
