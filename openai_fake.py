@@ -1571,7 +1571,7 @@ def _citation(text: str, url: str) -> _JSON | None:
     return {"type": "url_citation", "end_index": end, "start_index": begin, "title": _title(url), "url": url}
 
 
-class _Item:
+class _Utterance:
     """One thing being said: the part that opened it, and the fragments it has grown by."""
 
     index = 0  # of a tool call, among its choice's
@@ -1683,34 +1683,34 @@ class _Spoken(_Part):
 
     # Chat Completions: deltas, and the message's fields.
 
-    def _chat_role(self, item: _Item) -> _JSON:
+    def _chat_role(self, item: _Utterance) -> _JSON:
         """The delta that opens a choice."""
         return {"role": "assistant", "content": "", "refusal": None}
 
-    def _chat_head(self, item: _Item) -> _JSON | None:
+    def _chat_head(self, item: _Utterance) -> _JSON | None:
         """The delta that opens this part, where it needs one beside the role's."""
         return None
 
-    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
         raise NotImplementedError
 
-    def _chat_message(self, item: _Item, message: _JSON) -> None:
+    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
         """Writes a whole part into the message."""
 
     # Responses: the item, and the events between output_item.added and .done.
 
-    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+    def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         """The item: whole, as in output_item.done and in the response, or nothing said, as in output_item.added."""
         raise NotImplementedError
 
-    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         """The events before the deltas of a section: their types, and the keys that are their own."""
         return []
 
-    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         raise NotImplementedError
 
-    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         """The events after the deltas of a section."""
         return []
 
@@ -1752,7 +1752,7 @@ class _MessagePart(_Spoken):
             return False
         return self.phase in (None, opened.phase) and self.id in (None, opened.id)
 
-    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+    def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         content = [self._content_part(item)] if whole else []
         if whole and item.entries and self._type == "output_text":
             content[0]["logprobs"] = [_rounded(entry) for entry in item.entries]
@@ -1761,14 +1761,14 @@ class _MessagePart(_Spoken):
         told: _JSON = {"id": item.id, "type": "message", "status": status, "content": content}
         return {**told, "phase": phase, "role": "assistant"} if phase else {**told, "role": "assistant"}
 
-    def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
+    def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
         raise NotImplementedError
 
-    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         part = self._content_part(item, whole=False)
         return [("response.content_part.added", {"content_index": 0, "item_id": item.id, "part": part})]
 
-    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         where = {"content_index": 0, "item_id": item.id}
         logprobs = {"logprobs": item.entries} if self._type == "output_text" else {}
         return [
@@ -1858,10 +1858,10 @@ class Text(_MessagePart):
         logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
         return replace(self, annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
 
-    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
         return {"content": text}
 
-    def _chat_message(self, item: _Item, message: _JSON) -> None:
+    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
         before = message["content"] or ""
         message["content"] = before + item.text
         for each in item.annotations:
@@ -1871,11 +1871,11 @@ class Text(_MessagePart):
                     moved[key] = moved.get(key, 0) + len(before)
                 message["annotations"].append({"type": "url_citation", "url_citation": moved})
 
-    def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
+    def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
         annotations, text = ([*item.annotations], item.text) if whole else ([], "")
         return {"type": "output_text", "annotations": annotations, "logprobs": [], "text": text}
 
-    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return "response.output_text.delta", {"content_index": 0, "logprobs": []}
 
 
@@ -1902,19 +1902,19 @@ class Refusal(_MessagePart):
         if self.logprobs is not None:
             object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
 
-    def _chat_role(self, item: _Item) -> _JSON:
+    def _chat_role(self, item: _Utterance) -> _JSON:
         return {"role": "assistant", "content": None, "refusal": ""}
 
-    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
         return {"refusal": text}
 
-    def _chat_message(self, item: _Item, message: _JSON) -> None:
+    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
         message["refusal"] = (message["refusal"] or "") + item.text
 
-    def _content_part(self, item: _Item, whole: bool = True) -> _JSON:
+    def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
         return {"type": "refusal", "refusal": item.text if whole else ""}
 
-    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return "response.refusal.delta", {"content_index": 0}
 
 
@@ -1980,7 +1980,7 @@ class Reasoning(_Spoken):
             return False
         return self.encrypted_content in (None, opened.encrypted_content) and self.id in (None, opened.id)
 
-    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+    def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         secret = self.encrypted_content or encoder.secret(item)  # it differs each time it is sent (R)
         summaries = _sections(item.pieces) if whole and item.pieces else []
         return {
@@ -1991,7 +1991,7 @@ class Reasoning(_Spoken):
             "summary": [{"type": "summary_text", "text": text} for text in summaries],
         }
 
-    def _thought(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _thought(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         """The events of the text (S; none was recorded)."""
         where = {"content_index": 0, "item_id": item.id}
         part = {"type": "reasoning_text", "text": ""}
@@ -2002,16 +2002,16 @@ class Reasoning(_Spoken):
             ("response.content_part.done", {**where, "part": {**part, "text": self.text}}),
         ]
 
-    def _opening(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         where = {"item_id": item.id, "summary_index": item.section}
         part = {"type": "summary_text", "text": ""}
         thought = self._thought(item) if self.text and item.section == 0 else []
         return [*thought, ("response.reasoning_summary_part.added", {**where, "part": part})]
 
-    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return "response.reasoning_summary_text.delta", {"summary_index": item.section}
 
-    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         if not item.pieces:
             return self._thought(item) if self.text else []
         where, text = {"item_id": item.id, "summary_index": item.section}, _sections(item.pieces)[item.section]
@@ -2042,30 +2042,30 @@ class _Call(_Spoken):
             return self.id == opened.id
         return not self.name
 
-    def _chat_call(self, item: _Item, text: str) -> _JSON:
+    def _chat_call(self, item: _Utterance, text: str) -> _JSON:
         return {"id": item.call_id, "type": self._key, self._key: {"name": self.name, self._grows: text}}
 
-    def _chat_role(self, item: _Item) -> _JSON:
+    def _chat_role(self, item: _Utterance) -> _JSON:
         head = cast(_JSON, self._chat_head(item))
         return {"role": "assistant", "content": None, **head, **({} if item.legacy else {"refusal": None})}
 
-    def _chat_head(self, item: _Item) -> _JSON | None:
+    def _chat_head(self, item: _Utterance) -> _JSON | None:
         if item.legacy:
             return {"function_call": {"name": self.name, "arguments": ""}}
         return {"tool_calls": [{"index": item.index, **self._chat_call(item, "")}]}
 
-    def _chat_delta(self, item: _Item, text: str) -> _JSON:
+    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
         if item.legacy:
             return {"function_call": {"arguments": text}}
         return {"tool_calls": [{"index": item.index, self._key: {self._grows: text}}]}
 
-    def _chat_message(self, item: _Item, message: _JSON) -> None:
+    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
         if item.legacy:
             message["function_call"] = {"name": self.name, "arguments": item.text}
         else:
             message["tool_calls"].append(self._chat_call(item, item.text))
 
-    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+    def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         keys: _JSON = {self._grows: item.text if whole else "", "call_id": item.call_id, "name": self.name}
         if self.namespace is not None:
             keys["namespace"] = self.namespace
@@ -2075,10 +2075,10 @@ class _Call(_Spoken):
         status = item.status if whole and self.caller is None else "in_progress"
         return {"id": item.id, "type": self._type, "status": status, **dict(sorted(keys.items()))}
 
-    def _delta(self, item: _Item) -> tuple[str, _JSON]:
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return f"response.{self._type}_{self._grows}.delta", {}
 
-    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         return [(f"response.{self._type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
 
     def _check(self, **fields: object) -> None:
@@ -2358,7 +2358,7 @@ class Item(_Spoken):
     def _continues(self, opened: _Spoken) -> bool:
         return False
 
-    def _item(self, item: _Item, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
+    def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         row = self._row
         fields: _JSON = {**({"status": row.status} if row.status else {}), **row.keys, **self.fields}
         for key, value in fields.items():
@@ -2383,7 +2383,7 @@ class Item(_Spoken):
         told = {key: _typed_first(key, fields[key]) for key in sorted(fields) if key != "id"}
         return {"id": item.id, "type": self.type, **status, **told}
 
-    def _closing(self, item: _Item) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         failed = self.fields.get("status") == "failed" or self.fields.get("error") is not None
         steps = _steps(self.type, self._row.steps, self.fields, "failed" if failed else "completed")
         told = [(kind, {"item_id": item.id, **fields}) for kind, fields in steps]
@@ -3634,7 +3634,9 @@ class _Deltas:
 
     __slots__ = ("first", "item", "make", "section", "texts")
 
-    def __init__(self, item: _Item, texts: Sequence[str], first: int, make: Callable[[str, str, Any], _JSON]) -> None:
+    def __init__(
+        self, item: _Utterance, texts: Sequence[str], first: int, make: Callable[[str, str, Any], _JSON]
+    ) -> None:
         self.item = item
         self.section = item.section
         self.texts = texts
@@ -3699,8 +3701,8 @@ class _Encoder:
         self.model = _model(reply.model or model)
         self.model_name = reply.model or _SNAPSHOTS.get(model, model)
         self.streams = self.asked.get("stream") is True  # whether events are told
-        self.items: list[_Item] = []
-        self.open: dict[int, _Item] = {}  # the item that each choice is saying
+        self.items: list[_Utterance] = []
+        self.open: dict[int, _Utterance] = {}  # the item that each choice is saying
         self.finish: dict[int, str] = {}
         self.sources: list[str] = []  # found by web searches, before the text that may cite them
 
@@ -3710,7 +3712,7 @@ class _Encoder:
         self.logprobs = asked
         self.top_logprobs = min(top, 20) if type(top) is int and asked else 0
 
-    def fold(self, part: _Spoken, texts: Sequence[str]) -> tuple[_Item, _Item | None, bool]:
+    def fold(self, part: _Spoken, texts: Sequence[str]) -> tuple[_Utterance, _Utterance | None, bool]:
         """Folds in a part that adds these texts. Returns its item, the item that it ended, and whether it is new."""
         item, ended, new = self.open.get(part.choice), None, False
         if item is None or not part._continues(item.part):
@@ -3733,7 +3735,7 @@ class _Encoder:
         given = [_dict(entry) for entry in part.logprobs]
         return [[entry] for entry in given] if len(given) == len(texts) else [given, *([] for _ in texts[1:])]
 
-    def _annotate(self, item: _Item, part: _MessagePart) -> None:
+    def _annotate(self, item: _Utterance, part: _MessagePart) -> None:
         """Adds a part's annotations to its item, and the sources that its text has come to name."""
         item.annotations += map(_dict, part.annotations)
         item.join()
@@ -3742,10 +3744,10 @@ class _Encoder:
         named = {url for url, _ in found}
         item.sources = [url for url in item.sources if url not in named]
 
-    def _new_item(self, part: _Spoken) -> _Item:
+    def _new_item(self, part: _Spoken) -> _Utterance:
         if isinstance(part, _Call) and not part.name:
             raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
-        item = _Item(part, len(self.items))
+        item = _Utterance(part, len(self.items))
         self.name_item(item)
         if isinstance(part, WebSearch):
             self.sources += part.sources
@@ -3755,7 +3757,7 @@ class _Encoder:
         self.open[part.choice] = item
         return item
 
-    def name_item(self, item: _Item) -> None:
+    def name_item(self, item: _Utterance) -> None:
         """Gives an item its ids."""
         raise NotImplementedError
 
@@ -3801,7 +3803,7 @@ class _Encoder:
             if item.status == "in_progress":
                 self._finish(item, "incomplete" if cut else "completed")
 
-    def _finish(self, item: _Item, status: str) -> None:
+    def _finish(self, item: _Utterance, status: str) -> None:
         item.status = status
         if len(item.pieces) > 1:
             item.join()
@@ -3857,7 +3859,7 @@ class _ChatEncoder(_Encoder):
     def prompt_tokens(self) -> int:
         return _estimate(_list(self.asked.get("messages")))
 
-    def name_item(self, item: _Item) -> None:
+    def name_item(self, item: _Utterance) -> None:
         part = item.part
         if isinstance(part, _Call):
             item.call_id = part.id or "call_" + self.ids.alnum(24)
@@ -3913,7 +3915,7 @@ class _ChatEncoder(_Encoder):
         events = self._opening(item) if opens else []
         return events + self._deltas(item, part, texts) if texts else events
 
-    def _opening(self, item: _Item) -> list[_Event]:
+    def _opening(self, item: _Utterance) -> list[_Event]:
         part, choice = item.part, item.part.choice
         if isinstance(part, Item):  # audio
             self.started.add(choice)
@@ -3931,7 +3933,7 @@ class _ChatEncoder(_Encoder):
             return None
         return {"content": None, "refusal": []} if isinstance(part, Refusal) else {"content": [], "refusal": None}
 
-    def _deltas(self, item: _Item, said: _Spoken, texts: Sequence[str]) -> list[_Event]:
+    def _deltas(self, item: _Utterance, said: _Spoken, texts: Sequence[str]) -> list[_Event]:
         part, choice = item.part, item.part.choice
         if self.logprobs and isinstance(said, _MessagePart):
             kind = "refusal" if isinstance(said, Refusal) else "content"
@@ -4001,7 +4003,7 @@ class _ChatEncoder(_Encoder):
         for choice in choices:
             if choice not in self.started:
                 nothing = Text("", choice=choice)
-                role = nothing._chat_role(_Item(nothing, 0))
+                role = nothing._chat_role(_Utterance(nothing, 0))
                 events.append(self._choice(choice, role, self._no_logprobs(nothing)))
         if any(item.annotations for item in self.items):
             cited = {body["index"]: body["message"]["annotations"] for body in self._choices()}
@@ -4037,13 +4039,13 @@ class _ChatEncoder(_Encoder):
         return sorted({item.part.choice for item in self.items if item.part._in_chat} | set(self.finish)) or [0]
 
     def _choices(self) -> list[_JSON]:
-        items: dict[int, list[_Item]] = {choice: [] for choice in self._spoken_choices()}
+        items: dict[int, list[_Utterance]] = {choice: [] for choice in self._spoken_choices()}
         for item in self.items:
             if item.part._in_chat:
                 items[item.part.choice].append(item)
         return [self._whole_choice(choice, spoken) for choice, spoken in items.items()]
 
-    def _whole_choice(self, choice: int, items: list[_Item]) -> _JSON:
+    def _whole_choice(self, choice: int, items: list[_Utterance]) -> _JSON:
         message: _JSON = {"role": "assistant", "content": None}
         if choice in self.calls:
             message["function_call" if self.legacy else "tool_calls"] = []
@@ -4367,7 +4369,7 @@ class _ResponsesEncoder(_Encoder):
     def _id(self, prefix: str) -> str:
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
 
-    def name_item(self, item: _Item) -> None:
+    def name_item(self, item: _Utterance) -> None:
         part = item.part
         item.id = self._id(part._prefix)
         if isinstance(part, _Call):
@@ -4375,7 +4377,7 @@ class _ResponsesEncoder(_Encoder):
         elif given := getattr(part, "id", None):
             item.id = given
 
-    def made(self, item: _Item, key: str, value: _Made) -> str:
+    def made(self, item: _Utterance, key: str, value: _Made) -> str:
         """A value of an item that was not given: the same each time, but for secrets."""
         if value is _SECRET:
             return self.secret(item)
@@ -4386,7 +4388,7 @@ class _ResponsesEncoder(_Encoder):
     def includes(self, what: str) -> bool:
         return what in self.include
 
-    def secret(self, item: _Item) -> str:
+    def secret(self, item: _Utterance) -> str:
         """Made-up encrypted content: other letters each time it is sent (R)."""
         seed = f"{item.id} {self.number}".encode("utf-8", "replace")
         digest = b"".join(hashlib.sha512(seed + bytes([part])).digest() for part in range(2))
@@ -4506,7 +4508,7 @@ class _ResponsesEncoder(_Encoder):
         """The items, as they stand."""
         return [self.item(item, True) for item in self.items]
 
-    def item(self, item: _Item, whole: bool) -> _JSON:
+    def item(self, item: _Utterance, whole: bool) -> _JSON:
         """An item: whole, or as it is added."""
         told = item.part._item(item, self, whole)
         metadata = self.asked.get("client_metadata")
@@ -4567,7 +4569,7 @@ class _ResponsesEncoder(_Encoder):
                 return [*events, *self._grow(item, part, texts[:at]), *self._next_section(item, part, texts[at:])]
         return events + self._grow(item, part, texts) if texts else events
 
-    def _next_section(self, item: _Item, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+    def _next_section(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         events: list[_Event] = []
         if item.opened:
             events += self._placed(item, item.part._closing(item))
@@ -4577,7 +4579,7 @@ class _ResponsesEncoder(_Encoder):
         events += self._grow(item, part, [str(texts[0]), *texts[1:later]])
         return events + self._next_section(item, part, texts[later:]) if later < len(texts) else events
 
-    def _grow(self, item: _Item, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+    def _grow(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         """The events of texts within a section."""
         if not texts:
             return []
@@ -4587,7 +4589,7 @@ class _ResponsesEncoder(_Encoder):
             events += self._placed(item, item.part._opening(item))
         return events + self._deltas(item, part, [text for text in texts if text])  # an empty one has no delta (R)
 
-    def _placed(self, item: _Item, events: list[tuple[str, _JSON]]) -> list[_Event]:
+    def _placed(self, item: _Utterance, events: list[tuple[str, _JSON]]) -> list[_Event]:
         placed: list[_Event] = []
         padded = self.obfuscated and item.part._padded
         for kind, own in events:
@@ -4598,7 +4600,7 @@ class _ResponsesEncoder(_Encoder):
             placed.append(self._event(kind, event))
         return placed
 
-    def _deltas(self, item: _Item, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
+    def _deltas(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         kind, fields = item.part._delta(item)
         fields.update(item_id=item.id, output_index=item.position)
         if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
@@ -4613,7 +4615,9 @@ class _ResponsesEncoder(_Encoder):
         first, self.number = self.number, self.number + len(texts)
         return [_Deltas(item, texts, first, make)] if texts else []
 
-    def _text_deltas(self, item: _Item, part: Text, texts: Sequence[str], kind: str, fields: _JSON) -> list[_Event]:
+    def _text_deltas(
+        self, item: _Utterance, part: Text, texts: Sequence[str], kind: str, fields: _JSON
+    ) -> list[_Event]:
         """Deltas of a text with logprobs, or with annotations between them."""
         events: list[_Event] = []
         for text, entries in zip(texts, self.entries(part, texts), strict=True):
@@ -4625,7 +4629,7 @@ class _ResponsesEncoder(_Encoder):
             events += self._annotations(item, item.sent)
         return events
 
-    def _annotations(self, item: _Item, sent: float) -> list[_Event]:
+    def _annotations(self, item: _Utterance, sent: float) -> list[_Event]:
         """The annotations whose place has come, in a text of which so much is sent."""
         events: list[_Event] = []
         while item.cited < len(item.annotations):
@@ -4642,7 +4646,7 @@ class _ResponsesEncoder(_Encoder):
             item.cited += 1
         return events
 
-    def _close(self, item: _Item) -> list[_Event]:
+    def _close(self, item: _Utterance) -> list[_Event]:
         events = self._annotations(item, math.inf)
         events += self._placed(item, item.part._closing(item))
         done = {"item": self.item(item, True), "output_index": item.position}

@@ -2271,7 +2271,7 @@ def content(answer: Answer) -> Any:
 
 
 class RowsOfTheOriginalTest(unittest.TestCase):
-    """Every row of design.md's table; a docstring, or the name of a subtest, names it."""
+    """Every row of the original's table; a docstring, or the name of a subtest, names it."""
 
     def only_fault(self, handler: Callable[[Request], Any], body: dict[str, Any]) -> str:
         """The words of the 500 that this handler gives, which the server keeps too."""
@@ -6504,7 +6504,7 @@ class OneTaskTest(LeakTest):
 
         came: queue.SimpleQueue[None] = queue.SimpleQueue()
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with FakeOpenAI(endless) as server:
+        with FakeOpenAI(endless) as server, mock.patch.object(openai_fake, "_HALF_CLOSED", 0.05):
             for body, path in ASKED:
                 for leave in (socket.socket.close, reset):
                     with Wire(server) as wire:
