@@ -614,7 +614,7 @@ class Request:
         self._seconds = 0.0
         self._outcome = ""  # why the answer is not whole
         self._encoder: _Encoder | None = None  # what was said; the last few requests have it
-        self._said: Sequence[_Spoken] = ()  # the same, without what the encoder holds beside it
+        self._said: Sequence[_Utterance] = ()  # the same, without what the encoder holds beside it
         self._note: _JSON = {}  # what the control routes tell beside
 
     def _parse(self) -> _JSON:
@@ -788,13 +788,12 @@ class Request:
     @property
     def answer(self) -> list[_Spoken]:
         """What the model has said to it, each part whole."""
-        encoder = self._encoder
-        return list(self._said) if encoder is None else [item.whole for item in encoder.items]
+        return [item.whole for item in (self._said if self._encoder is None else self._encoder.items)]
 
     def _settle(self, encoder: _Encoder | None) -> None:
         """Keeps what was said, and not the encoder that said it."""
         if encoder is not None:
-            self._said = tuple(item.whole for item in encoder.items)
+            self._said = encoder.items
         self._encoder = None
 
     @override
@@ -1380,11 +1379,14 @@ def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]
 
 def _check_recorded(api: str, body: dict[str, Any]) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    model, turns = _string(body.get("model")), body.get("messages") or body.get("input")
-    parts = [1 for each in _list(turns) if each.__class__ is dict and each.get("content").__class__ is list]
+    turns = body.get("messages") or body.get("input")
+    parts = turns.__class__ is list and [
+        1 for each in turns if each.__class__ is dict and each.get("content").__class__ is list
+    ]
     for of, models, path, begin, words, param, code, status in _REFUSALS:
         if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
             name, *rest = path.split(".")
+            model = _string(body.get("model"))
             for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
                 if match := re.match(begin, value if isinstance(value, str) else ""):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
@@ -1410,10 +1412,10 @@ def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
         for name in body:
             if name not in rules:
                 raise _unknown_parameter(name, body, rules)
-    for name, rule in rules.items():
+    for name in [name for name in rules if name in body or name in required]:
         value = body.get(name)
         if value is not None or name in required:
-            rule(value, name, body)
+            rules[name](value, name, body)
 
 
 def _unknown_parameter(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
@@ -1737,6 +1739,12 @@ class _MessagePart(_Spoken):
             _check_fields(self, text=(self.text, str), choice=(self.choice, int))
         if self.id is not None:
             _check_fields(self, id=(self.id, str))
+        if self.annotations:
+            object.__setattr__(self, "annotations", tuple(map(_annotation, self.annotations)))
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
+        if self.phase not in _PHASES:
+            raise ValueError(f"a phase is 'commentary' or 'final_answer', not {self.phase!r}")
 
     def _fragments(self) -> Sequence[str]:
         return _tokens(self.text) or ("",)
@@ -1824,15 +1832,6 @@ class Text(_MessagePart):
     _type = "output_text"
     _key = "text"
 
-    def __post_init__(self) -> None:
-        _MessagePart.__post_init__(self)
-        if self.annotations:
-            object.__setattr__(self, "annotations", tuple(map(_annotation, self.annotations)))
-        if self.logprobs is not None:
-            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
-        if self.phase not in _PHASES:
-            raise ValueError(f"a phase is 'commentary' or 'final_answer', not {self.phase!r}")
-
     def _fragments(self) -> Sequence[str]:
         if self.logprobs is not None:
             tokens = [entry["token"] for entry in self.logprobs]
@@ -1896,11 +1895,6 @@ class Refusal(_MessagePart):
     _type = "refusal"
     _key = "refusal"
     _padded = False
-
-    def __post_init__(self) -> None:
-        _MessagePart.__post_init__(self)
-        if self.logprobs is not None:
-            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
 
     def _chat_role(self, item: _Utterance) -> _JSON:
         return {"role": "assistant", "content": None, "refusal": ""}
@@ -2474,8 +2468,9 @@ class Usage(_Part):
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
-        _check_fields(self, prompt_tokens=(self.prompt_tokens, int), completion_tokens=(self.completion_tokens, int))
-        _check_fields(self, cached_tokens=(self.cached_tokens, int), reasoning_tokens=(self.reasoning_tokens, int))
+        parts = {"cached_tokens": (self.cached_tokens, int), "reasoning_tokens": (self.reasoning_tokens, int)}
+        whole = {"prompt_tokens": (self.prompt_tokens, int), "completion_tokens": (self.completion_tokens, int)}
+        _check_fields(self, **whole, **parts)
         for side, tokens in self.details.items():
             if side not in ("prompt", "completion"):
                 raise ValueError(f'Usage has details of "prompt" and "completion", not {side!r}: {tokens!r}')
@@ -2617,8 +2612,8 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
-        _check_fields(self, id=(id, _WORD), model=(model, _WORD), created=(created, _NUMBER))
-        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
+        numbers = {"created": (created, _NUMBER), "ttft": (ttft, _SECONDS), "itl": (itl, _SECONDS)}
+        _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         inner: Any = parts[0] if len(parts) == 1 else None
@@ -2627,7 +2622,8 @@ class Reply:
         if not isinstance(inner, Reply):
             inner = None
             for part in parts:
-                _check_content(part)
+                if type(part) is not str:
+                    _check_content(part)
         self.parts = cast("Sequence[_Content]", parts if inner is None else inner.parts)
         self.id: str | None = id or getattr(inner, "id", None)
         self.model: str | None = model or getattr(inner, "model", None)
@@ -4097,11 +4093,10 @@ class _ChatEncoder(_Encoder):
 
     def _moderation(self) -> _JSON:
         """The key of moderation, where the request asks for it."""
-        given = self.extra.get("moderation")
-        asked = _dict(self.asked.get("moderation"))
-        if given is None and not asked:
+        given, asked = self.extra.get("moderation"), self.asked.get("moderation")
+        if given is None and not (asked and isinstance(asked, dict)):
             return {}
-        model = _string(asked.get("model")) or "omni-moderation-latest"
+        model = _string(_dict(asked).get("model")) or "omni-moderation-latest"
         result = {"type": "moderation_result", "model": model, **_moderation_result()}
         results = {"type": "moderation_results", "model": model, "results": [result]}
         return {"moderation": given or {"input": results, "output": results}}
@@ -5135,13 +5130,12 @@ class _BodySink(_Sink):
 
     def cut(self, reset: bool) -> None:
         if self.said or self.insertions:
-            self._send(self.said)
+            self.end(self.said)
         self.connection.hang_up(reset)
 
-    def end(self) -> None:
-        self._send(self.said + 1)
-
-    def _send(self, shares: int) -> None:
+    def end(self, shares: int | None = None) -> None:
+        """Sends the JSON; of its `shares`, one a part and one for the end, only so many where it is cut."""
+        shares = self.said + 1 if shares is None else shares
         body = _utf8(_dumps(self.encoder.body())) if self.said or not self.insertions else b""
         length, pieces, at = len(body), [b""], 0
         for said, data in (*self.insertions, (shares, b"")):
@@ -5174,7 +5168,7 @@ class _Delivery:
     ) -> None:
         self.fake = fake
         self.request = request
-        self.streamed = request.stream
+        self.streamed = request._json.get("stream") is True
         self.make = make
         self.store = store  # keeps what will be said
         self.handler: Callable[[Request], Any] = fake.handler
@@ -7946,7 +7940,6 @@ class FakeOpenAI:
     _server: _Server | None = None
     _control: _Control | None = None
     _reuse_port = False
-    _count = 0
 
     def __init__(
         self,
@@ -7995,6 +7988,7 @@ class FakeOpenAI:
         self._router = _Router({**own, **others}) if own else _usual_router()
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
+        self._count = 0
         self._arrived = threading.Condition()  # guards _waiting, _count, _streams; tells that a request came
         self._waiting = 0
         self._flying: dict[int, Request] = {}
@@ -8182,7 +8176,7 @@ class FakeOpenAI:
         self._flying[id(request)] = request
         self._keep_last(request)
         with self._arrived:
-            self._count += 1
+            self.__dict__["_count"] += 1  # not through __setattr__, which is for the options
             if self._waiting:
                 self._arrived.notify_all()
 
@@ -8202,9 +8196,10 @@ class FakeOpenAI:
         to lead here (DNS rebinding)."""
         fields = request.headers
         shows = path == "/" or path.startswith("/_fake")
-        own = re.fullmatch("https?://" + _LOOPBACK, fields.get("origin", "http://localhost").lower())
+        origin = fields["origin"] if "origin" in fields else None
+        own = origin is None or re.fullmatch("https?://" + _LOOPBACK, origin.lower())
         if not own and (shows or not self.cors):
-            words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True."
+            words = f"Pages of {origin} may not call this fake, unless it is made with cors=True."
             raise APIError(403, "This is for pages of this machine only." if shows else words)
         if not shows:
             return
