@@ -8196,10 +8196,9 @@ class FakeOpenAI:
         to lead here (DNS rebinding)."""
         fields = request.headers
         shows = path == "/" or path.startswith("/_fake")
-        origin = fields["origin"] if "origin" in fields else None
-        own = origin is None or re.fullmatch("https?://" + _LOOPBACK, origin.lower())
+        own = "origin" not in fields or re.fullmatch("https?://" + _LOOPBACK, fields["origin"].lower())
         if not own and (shows or not self.cors):
-            words = f"Pages of {origin} may not call this fake, unless it is made with cors=True."
+            words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True."
             raise APIError(403, "This is for pages of this machine only." if shows else words)
         if not shows:
             return

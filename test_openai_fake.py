@@ -33,6 +33,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -96,6 +97,7 @@ from openai_fake import (
 )
 
 WAIT = 10.0  # seconds that a test waits for what must come; it never waits for time to pass
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # a client that makes its own loads certificates, for 20 ms
 HAS_OPENAI = find_spec("openai") is not None
 HAS_HYPOTHESIS = find_spec("hypothesis") is not None
 HAS_RUFF = find_spec("ruff") is not None
@@ -4740,7 +4742,9 @@ class OfficialStateTest(unittest.TestCase):
     def client(self, handler: Callable[[Request], Any], **options: Any) -> Any:
         import openai
 
-        client = openai.OpenAI(base_url=start(self, handler, **options).base_url, api_key="test", max_retries=0)
+        http = openai.DefaultHttpxClient(verify=NO_TLS)
+        base_url = start(self, handler, **options).base_url
+        client = openai.OpenAI(base_url=base_url, api_key="test", max_retries=0, http_client=http)
         self.addCleanup(client.close)
         return client
 
@@ -8361,12 +8365,13 @@ class OfficialClientTest(unittest.TestCase):
         settings: dict[str, Any] = {"base_url": server.base_url, "api_key": "test", "timeout": WAIT}
         settings["max_retries"] = retries
         if kind == "sync":
-            client: Any = openai.OpenAI(**settings)
+            client: Any = openai.OpenAI(http_client=openai.DefaultHttpxClient(verify=NO_TLS), **settings)
         else:
             loop = asyncio.new_event_loop()
             stack.callback(loop.close)
             stack.callback(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
-            client = Driven(openai.AsyncOpenAI(**settings), loop.run_until_complete)
+            http = openai.DefaultAsyncHttpxClient(verify=NO_TLS)
+            client = Driven(openai.AsyncOpenAI(http_client=http, **settings), loop.run_until_complete)
         stack.callback(client.close)
         return server, client
 
