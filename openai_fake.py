@@ -8929,7 +8929,7 @@ _USAGE = """\
 usage: python -m openai_fake [OPTION]...
 
 A server that answers like OpenAI's API. It repeats what the user said, or says
-  --reply TEXT                this, always
+  --reply TEXT                this, always; @FILE: the recorded answer in a file
   --handler FILE.py:NAME      what this function returns; loaded again when changed
   --interactive               what you type
   --auto, --tokens N          what fits the tools and schemas; texts of N tokens
@@ -8974,6 +8974,15 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
         return float(text)
 
+    def reply(text: str) -> Text | Reply:
+        if not text.startswith("@"):
+            return Text(text)
+        try:
+            with open(text[1:], "rb") as file:
+                return recorded(file.read())
+        except (OSError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -8988,7 +8997,7 @@ def _parser() -> argparse.ArgumentParser:
     one, other = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     groups = dict.fromkeys(("reply", "handler", "interactive", "auto"), one) | {"quiet": other, "verbose": other}
     types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
-    types |= {"STATUS=RATE": rates, "FILE.jsonl": _dumper}
+    types |= {"TEXT": reply, "STATUS=RATE": rates, "FILE.jsonl": _dumper}
     for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
         more: _JSON = {"metavar": takes, "type": types.get(takes, str), "default": _DEFAULTS.get(name)}
         more["choices"] = ("text", "json") if name == "log" else None
@@ -9017,7 +9026,7 @@ def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[
     if options.handler is not None:
         return _NamedHandler(options.handler, console)
     if options.reply is not None:
-        return lambda request: Text(options.reply)
+        return lambda request: options.reply
     return (lambda request: auto(request, tokens=options.tokens)) if options.auto else echo
 
 

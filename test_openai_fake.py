@@ -10095,6 +10095,19 @@ class CommandLineTest(unittest.TestCase):
         caller = Caller(self, Program(self, "--reply", "No.").url())
         self.assertEqual([caller.said("Yes?"), caller.said("Why?")], ["No.", "No."])
 
+    def test_recorded_reply(self) -> None:
+        """--reply @FILE answers what was recorded in the file, and says what cannot be said again."""
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "answer")
+            with FakeOpenAI(always("Recorded.")) as server:
+                path.write_bytes(call(server, responses(stream=True), PATHS["responses"]).body)
+            self.assertEqual(Caller(self, Program(self, "--reply", f"@{path}").url()).said("Yes?"), "Recorded.")
+            path.write_text("{}")
+            for data, words in ((f"@{path}", "it is no chat.completion"), (f"@{path}.not", "No such file")):
+                done = ran("--reply", data)
+                self.assertEqual(done.returncode, 2)
+                self.assertIn(words, done.stderr)
+
     def test_lines(self) -> None:
         """Each request is a line; --verbose adds the conversation and the answer, --quiet shows neither."""
         options = {option: Program(self, "--reply", "Fine.", option) for option in ("--cors", "--verbose", "--quiet")}
