@@ -1379,10 +1379,9 @@ def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]
 
 def _check_recorded(api: str, body: dict[str, Any]) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    turns = body.get("messages") or body.get("input")
-    parts = turns.__class__ is list and [
-        1 for each in turns if each.__class__ is dict and each.get("content").__class__ is list
-    ]
+    turns: Any = body.get("messages") or body.get("input")
+    turns = turns if turns.__class__ is list else ()
+    parts = [1 for each in turns if each.__class__ is dict and each.get("content").__class__ is list]
     for of, models, path, begin, words, param, code, status in _REFUSALS:
         if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
             name, *rest = path.split(".")
@@ -2848,6 +2847,7 @@ def echo(request: Request) -> str:
 
 _WORDS = "a quiet river carries bright leaves past old stones while warm light falls on every green field"
 _DEEP = 4  # levels of a made-up value; below, only what the schema requires
+_PRINTABLE = [*"a1A", *map(chr, range(32, 127)), "é"]
 _LARGE = 10_000  # what is made up is no larger, in items or characters
 
 # Keywords of JSON Schema that are not followed. SDKs emit none of them.
@@ -2962,11 +2962,48 @@ class _Sample:
         given = (
             _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
         )
-        runs = [each * count for count in range(1, 21) for each in "1aA"] if "pattern" in schema else []
-        for text in (given.ljust(least, "s"), *_FORMATS.values(), *_SHAPES.split(), *runs):
+        made: Iterable[str] = _matching(schema["pattern"], least, most) if "pattern" in schema else ()
+        for text in (given.ljust(least, "s"), *_FORMATS.values(), *made):
             if least <= len(text) <= most and re.search(schema.get("pattern", ""), text):
                 return text
-        return self.fail(schema, "a text of that length, format and pattern")
+        return self.fail(schema, "a text like that")
+
+
+def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
+    """Texts that a pattern may match, each with longer repeats than the one before."""
+    parsed = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse").parse(pattern)
+
+    def text(tree: Any, more: int) -> str:
+        made = ""
+        for code, value in tree:
+            kind = str(code)
+            if kind == "IN":
+                ends: list[Any] = [each[0] if isinstance(each, tuple) else each for _, each in value]
+                own = [chr(each) for each in ends if type(each) is int]
+                made += next((each for each in (*own, *_PRINTABLE) if is_in(value, each)), "")
+            elif kind in ("LITERAL", "NOT_LITERAL", "ANY"):
+                made += chr(value) if kind == "LITERAL" else next(each for each in "ab" if value != ord(each))
+            elif kind.endswith("_REPEAT"):
+                made += text(value[2], more) * (value[0] + min(more, value[1] - value[0]))
+            elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
+                made += text(value[-1] if kind == "SUBPATTERN" else value, more)
+            elif kind == "BRANCH":
+                made += text(value[1][0], more)
+        return made[:_LARGE]  # of repeats in repeats, which may be too long to hold
+
+    def is_in(items: Any, character: str) -> bool:
+        found, negated = False, str(items[0][0]) == "NEGATE"
+        for code, value in items[negated:]:
+            if str(code) == "CATEGORY":
+                sign = str(value).rpartition("_")[2][0].lower()  # CATEGORY_NOT_DIGIT
+                found |= bool(re.match("\\" + (sign.upper() if "NOT" in str(value) else sign), character))
+            else:
+                low, high = value if str(code) == "RANGE" else (value, value)
+                found |= low <= ord(character) <= high
+        return found != negated
+
+    for more in (1, 0, *range(2, 21), least, most):
+        yield text(parsed, min(more, 1_000))
 
 
 _CHOICES: dict[str, Callable[[_Sample, Any, int], list[Any]]] = {
@@ -2978,7 +3015,6 @@ _MAKERS: dict[Any, Callable[[_Sample, _JSON, int], Any]] = {
     "null": lambda sample, schema, depth: None,
 }  # fmt: skip
 _IMPLIED = {"properties": "object", "items": "array", "minimum": "number", "maximum": "number"}  # by what has no type
-_SHAPES = "A1 a1 AB-123 a-b a_b 1.0.0 1.5 +1415555 #a1b2c3 12:30"  # tried where there is a pattern
 
 
 def _wanted_tool(request: Request) -> Tool | None:
@@ -6489,14 +6525,14 @@ def _reset(fake: FakeOpenAI, request: Request) -> _JSON:
 def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
     """Those that came, the oldest first. With ?wait=N, once N have, or a 504 after ?timeout=SECONDS."""
     control, _ = _checked(fake, request)
-    query = _query(request)
-    asked = {"wait": "0", "timeout": "5", **query}
-    wanted, seconds = (
-        int(asked[name]) if re.fullmatch("[0-9]{1,9}", asked[name]) else 0 for name in ("wait", "timeout")
-    )
+    asked = {"wait": "0", "timeout": "5", **_query(request)}
+    for name, form in (("wait", "[0-9]{1,9}"), ("timeout", r"[0-9]{1,9}(\.[0-9]{0,9})?")):
+        if not re.fullmatch(form, asked[name]):
+            raise APIError(400, f"Expected a number for '{name}', not {asked[name]!r}.", param=name)
+    wanted, seconds = int(asked["wait"]), float(asked["timeout"])
     found = control.settled(request, wanted, seconds)
     if len(found) < wanted:
-        raise APIError(504, f"{len(found)} of {wanted} requests came in {seconds} s.")
+        raise APIError(504, f"{len(found)} of {wanted} requests came in {seconds:g} s.")
     return {"object": "list", "data": [*map(_journal_entry, found)]}
 
 
@@ -8072,7 +8108,7 @@ class FakeOpenAI:
         text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:6])
         if tell is not None:
             first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in errors[:1])
-            tell("\nThe fake had failed before:\n".join([text, *first]))
+            tell("\nWhat went wrong in the fake:\n".join([text, *first]))
             return None
         return _raisable(errors[0], text) if errors else None
 
@@ -8198,7 +8234,7 @@ class FakeOpenAI:
         shows = path == "/" or path.startswith("/_fake")
         own = "origin" not in fields or re.fullmatch("https?://" + _LOOPBACK, fields["origin"].lower())
         if not own and (shows or not self.cors):
-            words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True."
+            words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True (or --cors)."
             raise APIError(403, "This is for pages of this machine only." if shows else words)
         if not shows:
             return
@@ -8490,7 +8526,8 @@ def pytest_configure(config: Any) -> None:
     plugin: Any = ModuleType("openai_fake_fixture")
     plugin.fake_openai = pytest.fixture(fake_openai)
     plugin.pytest_runtest_makereport = pytest.hookimpl(tryfirst=True)(pytest_runtest_makereport)
-    config.pluginmanager.register(plugin)
+    if not config.pluginmanager.has_plugin(plugin.__name__):  # another copy of this file may be installed
+        config.pluginmanager.register(plugin)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

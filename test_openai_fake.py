@@ -7564,6 +7564,7 @@ SCHEMAS: dict[str, Any] = {
     "short": {"type": "string", "maxLength": 1},
     "digits": {"type": "string", "pattern": r"^\d{8}$"},
     "code": {"type": "string", "pattern": "^[A-Z]{3}$", "minLength": 3},
+    "several classes": {"type": "string", "pattern": r"^(?:EU|US)-[A-Z]{2}[^A-Z\s]\d{2,}[\w.]?é*$", "minLength": 12},
     "slashes": {"$ref": "#/$defs/a~1b%25/0", "$defs": {"a/b%": [{"type": "boolean"}]}},
     **{name: {"type": "string", "format": name} for name in (*FORMS, "no-such-format")},
 }
@@ -7584,7 +7585,7 @@ class AutoTest(unittest.TestCase):
         """What it cannot make up it names, with the schema."""
         for name, schema, said in (
             ("keyword", {"type": "string", "not": {"const": ""}}, "not"),
-            ("pattern", {"type": "string", "pattern": "^(never){9}$"}, "pattern"),
+            ("pattern", {"type": "string", "pattern": "^a(?!a)a$"}, "like that"),
             ("type", {"type": "date"}, "'date'"),
             ("reference", {"$ref": "other.json#/a"}, "other.json"),
             ("needs itself", {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "large"),
@@ -9747,8 +9748,16 @@ class ControlTest(LeakTest):
                 [entry] = wire.answer().json["data"]
                 self.assertEqual((entry["outcome"], entry["seconds"], entry["asked"]), ("in flight", None, True))
                 stream.close()
-            late = control(server, "GET /_fake/requests?wait=2&timeout=0")
-            self.assertEqual((late.status, late.error["message"]), (504, "1 of 2 requests came in 0 s."))
+            late = control(server, "GET /_fake/requests?wait=2&timeout=0.01")
+            self.assertEqual((late.status, late.error["message"]), (504, "1 of 2 requests came in 0.01 s."))
+
+    def test_waits_that_are_no_numbers(self) -> None:
+        """A wait or a timeout that is no number is a 400 that names it."""
+        with controlled() as server:
+            for name, text in (("wait", "x"), ("wait", "-1"), ("wait", "1.5"), ("timeout", "x"), ("timeout", "-1")):
+                with self.subTest(name=name, text=text):
+                    answer = control(server, f"GET /_fake/requests?{name}={text}")
+                    self.assertEqual((answer.status, answer.error["param"]), (400, name))
 
     def test_settled(self) -> None:
         """Who has read a whole answer finds its request answered: one that is just ending is waited for."""
