@@ -71,7 +71,7 @@ import traceback
 import warnings
 import zlib
 from binascii import b2a_base64
-from collections import deque
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -1095,8 +1095,11 @@ _typed_item = _tagged("type", _item_types, closed=False)
 def _input_item(value: Any, path: str, holder: dict[str, Any]) -> None:
     if _is_simple(value):
         return
-    if value.__class__ is dict and value.get("type") is None:
-        value = {**value, "type": _item_type(value)}
+    if value.__class__ is dict:
+        if value.get("id") is not None:
+            _any_string(value["id"], f"{path}.id", value)
+        if value.get("type") is None:
+            value = {**value, "type": _item_type(value)}
     _typed_item(value, path, holder)
 
 
@@ -2866,8 +2869,19 @@ class _Sample:
         self.root = root
         self.rng = rng
 
+    def instance(self, schema: Any) -> Any:
+        """A value that fits. Raises ValueError where it cannot make one."""
+        try:
+            return self.make(schema)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+        ) as error:  # it is no schema, or of huge numbers
+            self.fail(schema, f"an instance ({error})")
+
     def make(self, schema: Any, depth: int = 0) -> Any:
-        """A value that fits."""
         schema = _dict(schema)
         unfollowed = _UNFOLLOWED.intersection(schema)
         if unfollowed or depth > 32 or max(schema.get("minLength", 0), schema.get("minItems", 0)) > _LARGE:
@@ -2962,15 +2976,25 @@ class _Sample:
         given = (
             _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
         )
-        made: Iterable[str] = _matching(schema["pattern"], least, most) if "pattern" in schema else ()
-        for text in (given.ljust(least, "s"), *_FORMATS.values(), *made):
-            if least <= len(text) <= most and re.search(schema.get("pattern", ""), text):
+        texts = [given.ljust(least, "s"), *_FORMATS.values()]
+        if "pattern" in schema:
+            if schema.get("format") in _FORMATS:
+                self.fail(schema, "a text of a format and a pattern")
+            try:
+                texts = [*_matching(schema["pattern"], least, min(most, _LARGE))]
+            except (ValueError, re.error, RecursionError) as error:
+                self.fail(schema, f"a text for its pattern ({error})")
+        for text in texts:
+            if least <= len(text) <= most:
                 return text
         return self.fail(schema, "a text like that")
 
 
 def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
-    """Texts that a pattern may match, each with longer repeats than the one before."""
+    """Texts that match a pattern, each with longer repeats than the one before. Raises ValueError where it cannot.
+
+    By construction: to search them, with a pattern that a client sent, could take for ever.
+    """
     parsed = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse").parse(pattern)
 
     def text(tree: Any, more: int) -> str:
@@ -2980,16 +3004,21 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
             if kind == "IN":
                 ends: list[Any] = [each[0] if isinstance(each, tuple) else each for _, each in value]
                 own = [chr(each) for each in ends if type(each) is int]
-                made += next((each for each in (*own, *_PRINTABLE) if is_in(value, each)), "")
+                fitting = [each for each in (*own, *_PRINTABLE) if is_in(value, each)]
+                if not fitting:
+                    raise ValueError("no printable character is in a class of it")
+                made += fitting[0]
             elif kind in ("LITERAL", "NOT_LITERAL", "ANY"):
                 made += chr(value) if kind == "LITERAL" else next(each for each in "ab" if value != ord(each))
-            elif kind.endswith("_REPEAT"):
+            elif kind in ("MAX_REPEAT", "MIN_REPEAT"):
                 made += text(value[2], more) * (value[0] + min(more, value[1] - value[0]))
-            elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
-                made += text(value[-1] if kind == "SUBPATTERN" else value, more)
+            elif kind == "SUBPATTERN":
+                made += text(value[-1], more)
             elif kind == "BRANCH":
                 made += text(value[1][0], more)
-        return made[:_LARGE]  # of repeats in repeats, which may be too long to hold
+            elif kind != "AT" or str(value) not in ("AT_BEGINNING", "AT_END") or (made and value != tree[-1][1]):
+                raise ValueError(f"{kind.lower()} is in it")
+        return made[: _LARGE + 1]  # of repeats in repeats, which may be too long to hold
 
     def is_in(items: Any, character: str) -> bool:
         found, negated = False, str(items[0][0]) == "NEGATE"
@@ -3044,12 +3073,14 @@ def auto(request: Request, *, tokens: int = 32) -> list[Text | ToolCall | Custom
     if tool is not None and tool.type == "custom":
         return [CustomToolCall(tool.name, _Sample(None, rng).words(4))]
     if tool is not None:
-        return [ToolCall(tool.name, _Sample(tool.parameters, rng).make({"type": "object", **_dict(tool.parameters)}))]
+        return [
+            ToolCall(tool.name, _Sample(tool.parameters, rng).instance({"type": "object", **_dict(tool.parameters)}))
+        ]
     options = request.options
     wanted = _dict(options.get("response_format") or _dict(options.get("text")).get("format"))
     if wanted.get("type") in ("json_schema", "json_object"):
         schema = _dict(wanted.get("json_schema", wanted)).get("schema", {"type": "object"})
-        text = _dumps(_Sample(schema, rng).make(schema))
+        text = _dumps(_Sample(schema, rng).instance(schema))
     else:
         text = f"{_Sample(None, rng).words(max(1, tokens - 1))}.".capitalize()
     limits = [options.get(key) for key in ("max_completion_tokens", "max_tokens", "max_output_tokens")]
@@ -5954,7 +5985,7 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
         kind = "output_text" if stored.get("role") == "assistant" else "input_text"
         stored["content"] = [{"type": kind, "text": stored["content"]}]
     id = stored.pop("id", None)
-    if id is None:
+    if not isinstance(id, str):
         id = new_id(_ITEM_PREFIXES.get(str(stored["type"]), "msg_"))
     told = {"id": id, "type": stored.pop("type")}
     if str(told["type"]).endswith(("message", "_call", "_output")):  # others have none (R)
@@ -6242,10 +6273,10 @@ def _embedding(text: str, dimensions: int) -> list[float]:
     Each word adds its length, for short ones say little, with a sign to each of 15 places.
     """
     sums = [0] * dimensions
-    for word in _WORD_PATTERN.findall(text.lower()) or [text]:
+    for word, times in Counter(_WORD_PATTERN.findall(text.lower()) or [text]).items():
         digest = hashlib.shake_256(word.encode("utf-8", "surrogatepass")).digest(60)
         for number in struct.unpack("<15I", digest):
-            sums[(number >> 1) % dimensions] += len(word) if number & 1 else -len(word)
+            sums[(number >> 1) % dimensions] += times * (len(word) if number & 1 else -len(word))
     if not any(sums):
         sums[0] = 1
     length = math.sqrt(sum(number * number for number in sums))
@@ -6881,7 +6912,7 @@ def _read_head(inbox: _Inbox) -> _Reading[_Head]:
             del data[:2]
             inbox.head = parsed = _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
             return parsed
-        if data and bytes(data) != b"\r":
+        if len(data) > 1 or (data and data[0] != 13):  # a lone CR may begin an empty line
             seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
         yield from _more(inbox, _State.HEAD if data else _State.IDLE)
 
@@ -6893,14 +6924,16 @@ def _check_beginning(data: bytearray, seen: int) -> int:
     """
     end = len(data) - data.endswith(b"\r")  # the LF may be on its way
     if data.find(b"\r\n", 0, seen) < 0:
-        line, crlf, _ = bytes(data[:end]).partition(b"\r\n")
-        if crlf or len(line) > _MAX_LINE:
-            _request_line(line)
-        if not re.fullmatch(_BEGINNING, line[:_READ]):  # not all of it: a line may come byte by byte
+        crlf = data.find(b"\r\n", seen - 1 if seen else 0, end)
+        if crlf >= 0 or end > _MAX_LINE:
+            _request_line(bytes(data[: crlf if crlf >= 0 else end]))
+        if seen < _READ and not re.fullmatch(
+            _BEGINNING, data[: min(_READ, end if crlf < 0 else crlf)]
+        ):  # may come by byte
             raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
     if _BARE.search(data, seen, end):
         raise _Refused(400, "A line of the head does not end with CR LF.")
-    if data.count(b"\r\n") > _MAX_FIELDS + 1:
+    if data.find(b"\n", seen) >= 0 and data.count(b"\r\n") > _MAX_FIELDS + 1:
         raise _Refused(431, f"The request has more than {_MAX_FIELDS} header fields.")
     if len(data) > _MAX_HEAD + (2 if data.endswith(b"\r\n\r") else 0):  # what ends the head does not count
         raise _Refused(431, f"The head of the request is larger than {_MAX_HEAD} bytes.")
@@ -8170,7 +8203,7 @@ class FakeOpenAI:
             return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in requests:
-            said = ", ".join(_short(repr(part)) for part in request.answer[:4])
+            said = ", ".join(map(_shown, request.answer[:4]))
             unsaid = "no answer yet" if id(request) in self._flying else "cut"
             lines.append(f"  {request!r} -> {request._status or unsaid} {_short(request._outcome) or said}")
         return "\n".join(lines)
@@ -8334,6 +8367,14 @@ _NO_KEY = (
     "from your browser and are prompted for a username and password. You can obtain an API key from "
     "https://platform.openai.com/account/api-keys."
 )
+
+
+def _shown(value: object) -> str:
+    """A value in short, also one whose repr() raises."""
+    try:
+        return _short(repr(value))
+    except BaseException as error:
+        return f"<{type(value).__name__} whose repr() raises {type(error).__name__}>"
 
 
 def _short(text: str) -> str:
@@ -8698,11 +8739,16 @@ def _observer(console: _Console, fake: FakeOpenAI, verbose: bool, log: str) -> C
 
 def _dumper(path: str) -> Callable[[Request], object]:
     """What appends each request to a file as it ends, as a line of JSON. Raises ValueError where it cannot."""
+
+    def dump(line: bytes) -> None:
+        with open(path, "ab", buffering=0) as file:  # each line is one write, which no other can split
+            file.write(line)
+
     try:
-        file = open(path, "ab", buffering=0)  # noqa: SIM115  # each line is one write, which no other can split
+        dump(b"")
     except OSError as error:
         raise ValueError(str(error)) from None
-    return lambda request: file.write(_utf8(_dumps(_journal_entry(request))) + b"\n")
+    return lambda request: dump(_utf8(_dumps(_journal_entry(request))) + b"\n")
 
 
 def _error_words(error: BaseException) -> str:

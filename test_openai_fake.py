@@ -5567,6 +5567,37 @@ class HandlerFaultTest(LeakTest):
             self.assertEqual(wire.send(got()).answer().status, 200)
             return list(server.errors)
 
+    def test_a_part_that_cannot_be_shown(self) -> None:
+        """Whatever the repr() of a part does, the transcript is told, and the server stops."""
+
+        class Odd:
+            def __repr__(self) -> str:
+                raise SystemExit(3)
+
+        for value in (10**6000, Odd()):
+            with self.subTest(type=type(value)):
+                with FakeOpenAI(always([Item("x_call", a=value), "Hi"])) as server:
+                    call(server, chat())
+                self.assertIn("Item", server.transcript())
+
+    def test_ids_that_are_no_strings(self) -> None:
+        """An item whose id is no string is refused, wherever it may stand; unchecked, it gets an id of its own."""
+        item = {"type": "function_call", "id": [], "call_id": "c", "name": "f", "arguments": "{}"}
+        for validate in (True, False):
+            with self.subTest(validate=validate), FakeOpenAI(validate=validate) as server:
+                made = call(server, {}, "/v1/conversations").json["id"]
+                for body, path, param in (
+                    (responses(input=[item, {"role": "user", "content": "Hi"}]), PATHS["responses"], "input[0].id"),
+                    ({"items": [item]}, "/v1/conversations", "items[0].id"),
+                    ({"items": [item]}, f"/v1/conversations/{made}/items", "items[0].id"),
+                ):
+                    answer = call(server, body, path)
+                    if validate:
+                        self.assertEqual((answer.status, answer.error["param"]), (400, param))
+                    else:
+                        self.assertEqual(answer.status, 200)
+                self.assertEqual(get(server, f"/conversations/{made}/items").status, 200)
+
     def test_whatever_is_raised_is_a_500_that_names_it(self) -> None:
         """BaseException included; the test sees the same exception; the connection goes on."""
         kinds: tuple[type[BaseException], ...] = (
@@ -7585,7 +7616,17 @@ class AutoTest(unittest.TestCase):
         """What it cannot make up it names, with the schema."""
         for name, schema, said in (
             ("keyword", {"type": "string", "not": {"const": ""}}, "not"),
-            ("pattern", {"type": "string", "pattern": "^a(?!a)a$"}, "like that"),
+            ("pattern", {"type": "string", "pattern": "^a(?!a)a$"}, "assert_not"),
+            ("no pattern", {"type": "string", "pattern": r"\p{L}"}, "bad escape"),
+            (
+                "slow pattern",
+                {"type": "string", "pattern": r"^(\w+\s?)+!$", "minLength": 40, "maxLength": 41},
+                "like that",
+            ),
+            ("no choice", {"enum": []}, "instance"),
+            ("no step", {"type": "integer", "multipleOf": 0}, "instance"),
+            ("huge", {"type": "number", "minimum": 1e308, "exclusiveMaximum": 1.7e308}, "instance"),
+            ("format of a kind", {"type": "string", "format": []}, "instance"),
             ("type", {"type": "date"}, "'date'"),
             ("reference", {"$ref": "other.json#/a"}, "other.json"),
             ("needs itself", {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "large"),
@@ -7594,7 +7635,7 @@ class AutoTest(unittest.TestCase):
             ("not so many", {"type": "array", "items": {"type": "null"}, "minItems": 2, "uniqueItems": True}, "2"),
         ):
             with self.subTest(name=name), self.assertRaisesRegex(ValueError, re.escape(said)):
-                openai_fake._Sample(schema, random.Random(1)).make(schema)
+                openai_fake._Sample(schema, random.Random(1)).instance(schema)
 
     def test_tools(self) -> None:
         """It calls the first tool, or the forced one, with arguments that fit; not one that has answered already."""
