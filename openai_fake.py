@@ -30,8 +30,8 @@ The way of an answer, which the file follows from top to bottom:
 - A part (`Text`, `ToolCall`, `Pause`, ...): a piece of what the model says, or a thing that happens on the wire.
 - An encoder, one per API: folds parts into items, and tells the events that say them. It does no I/O.
 - A sink: where the events go (a stream, a JSON body, a WebSocket, the log of a response in the background).
-- `_Answer`: calls the handler and carries its parts through an encoder into a sink, waiting where parts want time.
-- An endpoint: one function per route; it returns JSON, or what sends itself, as an `_Answer` does.
+- `_Delivery`: calls the handler and carries its parts through an encoder into a sink, waiting where parts want time.
+- An endpoint: one function per route; it returns JSON, or what sends itself, as a `_Delivery` does.
 - `_Connection`: the bytes of one socket. `_Server`: the listener, and the threads. `FakeOpenAI`: the test's view.
 
 To add a part, write one class in the section "What a handler answers": its text, what it is in Chat Completions, what
@@ -130,45 +130,12 @@ else:
 
 
 __all__ = [
-    "APIError",
-    "Answer",
-    "Chunk",
-    "ChunkChoice",
-    "Completion",
-    "CompletionChoice",
-    "CustomToolCall",
-    "Disconnect",
-    "FakeOpenAI",
-    "Finish",
-    "Handler",
-    "Item",
-    "Message",
-    "Options",
-    "Pause",
-    "Raw",
-    "Reasoning",
-    "Refusal",
-    "Reply",
-    "Request",
-    "Script",
-    "Stream",
-    "StreamError",
-    "Text",
-    "Tool",
-    "ToolCall",
-    "Usage",
-    "WebSearch",
-    "auto",
-    "echo",
-    "main",
-    "non_streaming_response",
-    "rate_limit",
-    "recorded",
-    "start",
-    "streaming_response",
-    "text_chunks",
-    "tool_call_chunk",
-]
+    "APIError", "Answer", "Chunk", "ChunkChoice", "Completion", "CompletionChoice", "CustomToolCall", "Disconnect",
+    "FakeOpenAI", "Finish", "Handler", "Item", "Message", "Options", "Pause", "Raw", "Reasoning", "Refusal",
+    "Reply", "Request", "Script", "Stream", "StreamError", "Text", "Tool", "ToolCall", "Usage", "WebSearch", "auto",
+    "echo", "main", "non_streaming_response", "rate_limit", "recorded", "start", "streaming_response",
+    "text_chunks", "tool_call_chunk",
+]  # fmt: skip
 __version__ = "1.0.0"
 
 _LOG = logging.getLogger("openai_fake")
@@ -806,16 +773,9 @@ class Request:
 
 def _estimate(items: Iterable[object]) -> int:
     """About how many tokens messages or items are: four characters each, and four for what is around a message."""
-    tokens = 3
-    for item in items:
-        sent = cast(_JSON, item) if isinstance(item, dict) else {}
-        content = sent.get("content")
-        text = content if isinstance(content, str) else _text_of(content)
-        for key in ("output", "arguments"):
-            if key in sent:
-                text += _text_of(sent[key])
-        tokens += 4 + (len(text) + 3) // 4
-    return tokens
+    keys = ("content", "output", "arguments")
+    lengths = (sum(len(_text_of(sent.get(key))) for key in keys) for sent in map(_dict, items))
+    return 3 + sum(4 + (length + 3) // 4 for length in lengths)
 
 
 # ---- What the API refuses --------------------------------------------------------------------------------------------
@@ -1167,7 +1127,7 @@ def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[s
             fault += f"Missing '{lacking[0]}'."
     if fault:
         raise _bad_request(f"Invalid schema for {of}: In context={context!r}, {fault}", param, code)
-    for key in {"properties", "$defs", "anyOf", "items"} & node.keys():
+    for key in filter(node.__contains__, ("properties", "$defs", "anyOf", "items")):
         inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
         for name, each in [((), node[key])] if key == "items" else [((str(name),), each) for name, each in inner]:
             _closed(each, of, param, code, (*context, key, *name))
@@ -2077,7 +2037,7 @@ class _Call(_Spoken):
     def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
         return [(f"response.{self._type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
 
-    def _check(self, **fields: object) -> None:
+    def _check(self) -> None:
         _check_fields(self, name=(self.name, str), id=(self.id, _WORD), choice=(self.choice, int))
         _check_fields(self, namespace=(self.namespace, _WORD), caller=(self.caller, (Mapping, type(None))))
 
@@ -2263,6 +2223,9 @@ def _steps(kind: str, steps: str, fields: Mapping[str, Any], end: str) -> Iterat
                 yield f"response.{name}", {"delta": text}
 
 
+_IMAGE_KEYS = ("background", "output_format", "quality", "size")  # that each partial image tells
+
+
 def _partial_images(images: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
     for index, image in enumerate(images):
         told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
@@ -2384,11 +2347,7 @@ class Item(_Spoken):
         steps = _steps(self.type, self._row.steps, self.fields, "failed" if failed else "completed")
         told = [(kind, {"item_id": item.id, **fields}) for kind, fields in steps]
         if self.type == "image_generation_call":
-            shown = {
-                key: self.fields[key]
-                for key in ("background", "output_format", "quality", "size")
-                if key in self.fields
-            }
+            shown = {key: self.fields[key] for key in _IMAGE_KEYS if key in self.fields}
             told = [(kind, {**shown, **each} if "partial_image_index" in each else each) for kind, each in told]
         return [(kind, {key: value for key, value in each.items() if value is not None}) for kind, each in told]
 
@@ -3268,22 +3227,13 @@ def _recorded_usage(usage: Any, names: Sequence[str]) -> list[_Part]:
     """The Usage of a usage object, whose keys have these names: the prompt's tokens, and the completion's."""
     if usage is None:
         return []
-    told = _only(
-        usage,
-        f"{names[0]}_tokens {names[1]}_tokens total_tokens {names[0]}_tokens_details {names[1]}_tokens_details",
-        "usage",
-    )
+    known = " ".join(f"{name}_tokens {name}_tokens_details" for name in names)
+    told = _only(usage, f"total_tokens {known}", "usage")
     prompt, completion = (dict(_dict(told.get(f"{name}_tokens_details"))) for name in names)
     cached, reasoning = prompt.pop("cached_tokens", 0), completion.pop("reasoning_tokens", 0)
-    return [
-        Usage(
-            told[f"{names[0]}_tokens"],
-            told.get(f"{names[1]}_tokens", 0),
-            cached_tokens=cached or 0,
-            reasoning_tokens=reasoning or 0,
-            details={side: each for side, each in (("prompt", prompt), ("completion", completion)) if each},
-        )
-    ]
+    tokens = told[f"{names[0]}_tokens"], told.get(f"{names[1]}_tokens", 0)
+    details = {side: each for side, each in (("prompt", prompt), ("completion", completion)) if each}
+    return [Usage(*tokens, cached_tokens=cached or 0, reasoning_tokens=reasoning or 0, details=details)]
 
 
 _CHAT_KEYS = "id object created model choices usage service_tier system_fingerprint moderation obfuscation"
@@ -3455,8 +3405,8 @@ _CALL_TYPES: dict[Any, tuple[type[ToolCall | CustomToolCall], str]] = {
 }
 # Events that repeat what others say, or only tell how far an item has come.
 _REPEATS = re.compile(
-    r"response\.(created|queued|in_progress|content_part\.(added|done)|reasoning_summary_part\.(added|done)"
-    r"|\w+\.done|\w+\.(in_progress|searching|generating|interpreting|completed|failed)|shell_call_command\.added)"
+    r"response\.(created|queued|in_progress|completed|incomplete|failed|content_part\.(added|done)"
+    r"|reasoning_summary_part\.(added|done)|\w+\.done|\w+\.(in_progress|searching|generating|interpreting|completed|failed)|shell_call_command\.added)"
 )
 
 
@@ -3539,19 +3489,11 @@ def _recorded_events(events: list[_JSON]) -> Reply:
         elif item is not None and kind == "response.output_text.annotation.added":
             item.annotate(event["annotation"])
         elif item is not None and kind == "response.image_generation_call.partial_image":
-            told = {
-                key: event[key]
-                for key in ("background", "output_format", "partial_image_b64", "quality", "size")
-                if key in event
-            }
+            told = {key: event[key] for key in (*_IMAGE_KEYS, "partial_image_b64") if key in event}
             item.pieces.setdefault("partial_image", []).append((None, told))
         elif item is not None and kind.endswith(".delta"):
             item.grow(event, name)
-        elif not _REPEATS.fullmatch(kind) and kind not in (
-            "response.completed",
-            "response.incomplete",
-            "response.failed",
-        ):
+        elif not _REPEATS.fullmatch(kind):
             raise ValueError(f"{path} is of a type that is not known here: {kind!r}")
     if not items:
         return _recorded_response(response)
@@ -3861,10 +3803,12 @@ class _Encoder:
     def close_items(self) -> None:
         """All is said: gives the items that are still being said the status they end with."""
         self.ended = True
-        cut = any(reason in _INCOMPLETE for reason in self.finish.values())
         for item in self.items:
             if item.status == "in_progress":
-                self._finish(item, "incomplete" if cut else "completed")
+                self._finish(item, self._final_status())
+
+    def _final_status(self) -> str:
+        return "incomplete" if any(reason in _INCOMPLETE for reason in self.finish.values()) else "completed"
 
     def _finish(self, item: _Utterance, status: str) -> None:
         item.status = status
@@ -4236,12 +4180,9 @@ def _uuid4(ids: _Ids) -> str:
 # ---- Responses -------------------------------------------------------------------------------------------------------
 
 _NO_IMAGES = {
-    "input_tokens": 0,
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    "output_tokens": 0,
-    "output_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    "total_tokens": 0,
-}
+    "input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0, "output_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "total_tokens": 0,
+}  # fmt: skip
 _NOWHERE = {"type": "approximate", "city": None, "country": None, "region": None, "timezone": None}
 _SEARCHED = {"search_context_size": "medium", "user_location": {**_NOWHERE, "country": "US"}}
 # What the echo of a tool tells where the request is silent (R).
@@ -4252,16 +4193,8 @@ _TOOL_DEFAULTS: dict[str, _JSON] = {
         "max_num_results": 20,
         "ranking_options": {"ranker": "auto", "score_threshold": 0.0},
     },
-    "image_generation": {
-        "background": "auto",
-        "model": "gpt-image-1",
-        "moderation": "auto",
-        "n": 1,
-        "output_compression": 100,
-        "output_format": "png",
-        "quality": "auto",
-        "size": "auto",
-    },
+    "image_generation": dict.fromkeys(("background", "moderation", "quality", "size"), "auto")
+    | {"model": "gpt-image-1", "n": 1, "output_compression": 100, "output_format": "png"},
     "mcp": {"allowed_tools": None, "headers": None, "require_approval": "always", "server_description": None},
     "tool_search": {"description": None, "parameters": None},
     "web_search": {"return_token_budget": "default", "search_content_types": ["text"], **_SEARCHED},
@@ -4271,13 +4204,7 @@ _NOT_ECHOED = {  # though asked (R)
     "image_generation": ("action", "input_fidelity", "input_image_mask", "partial_images"),
     "web_search": ("external_web_access",),
 }
-_TOOL_ORDER = {
-    "programmatic_tool_calling": 0,
-    "function": 1,
-    "custom": 3,
-    "tool_search": 4,
-    "namespace": 5,
-}  # hosted: 2
+_TOOL_ORDER = {"programmatic_tool_calling": 0, "function": 1, "custom": 3, "tool_search": 4, "namespace": 5}  # else 2
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _RESPONSE_ID = r"resp_[0-9a-f]{50}"
 
@@ -4348,24 +4275,18 @@ def _tools_echo(body: _JSON, late: bool) -> list[_JSON]:
     A deferred function that a tool search in the input has found is a namespace of its own, and so is what the input's
     additional_tools bring; `late` models have these as they are.
     """
-    items = [_dict(item) for item in _list(body.get("input"))]
-    found = {
-        _dict(tool).get("name")
-        for item in items
-        if item.get("type") == "tool_search_output"
-        for tool in _list(item.get("tools"))
-    }
+
+    def brought(kind: str) -> list[Any]:
+        items = map(_dict, _list(body.get("input")))
+        return [tool for item in items if item.get("type") == kind for tool in _list(item.get("tools"))]
+
+    found = {_dict(tool).get("name") for tool in brought("tool_search_output")}
     told = [_tool_echo(tool) for tool in _list(body.get("tools"))]
     for tool in told:
         if tool["type"] == "namespace":  # what was found in it stands beside it
             inner = [each for each in tool["tools"] if each.get("defer_loading") and each.get("name") in found]
             tool["tools"] += [tool for each in inner for tool in _own_namespace(each)["tools"]]
-    added = [
-        _tool_echo(tool)
-        for item in items
-        if item.get("type") == "additional_tools"
-        for tool in _list(item.get("tools"))
-    ]
+    added = [_tool_echo(tool) for tool in brought("additional_tools")]
     deferred = [tool for tool in told if tool.get("defer_loading") and tool.get("name") in found]
     told = [tool for tool in told if tool not in deferred] + [_own_namespace(tool) for tool in deferred]
     told += added if late else [_own_namespace(tool) for tool in added if tool["type"] == "function"]
@@ -4574,7 +4495,7 @@ class _ResponsesEncoder(_Encoder):
         """An item: whole, or as it is added."""
         told = item.part._item(item, self, whole)
         metadata = self.asked.get("client_metadata")
-        if isinstance(metadata, dict) and told["type"] in _WITH_METADATA:  # Codex sends it, and gets it so (R 19)
+        if isinstance(metadata, dict) and told["type"] in _WITH_METADATA:  # Codex sends it, and gets it so
             turn = {"turn_id": _dict(metadata).get("turn_id") or _uuid4(_Ids(random.Random(self.id).getrandbits))}
             told["internal_chat_message_metadata_passthrough"] = turn
             first = [key for key in ("id", "type", "status") if key in told]
@@ -4584,18 +4505,12 @@ class _ResponsesEncoder(_Encoder):
 
     def _usage(self) -> _JSON:
         usage = self.tally()
+        prompt, completion = (usage.details.get(side, {}) for side in ("prompt", "completion"))
         return {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": {
-                "cache_write_tokens": 0,
-                "cached_tokens": usage.cached_tokens,
-                **usage.details.get("prompt", {}),
-            },
+            "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": usage.cached_tokens, **prompt},
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {
-                "reasoning_tokens": usage.reasoning_tokens,
-                **usage.details.get("completion", {}),
-            },
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens, **completion},
             "total_tokens": usage.total_tokens,
         }
 
@@ -4674,6 +4589,7 @@ class _ResponsesEncoder(_Encoder):
                 event["obfuscation"] = padding
             return {"type": kind, **{key: event[key] for key in sorted(event)}}
 
+        item.sent += sum(map(len, texts))
         first, self.number = self.number, self.number + len(texts)
         return [_Deltas(item, texts, first, make)] if texts else []
 
@@ -4722,9 +4638,6 @@ class _ResponsesEncoder(_Encoder):
         for item in going:
             events += self._close(item)
         return [*events, self._lifecycle(self._final_status())]
-
-    def _final_status(self) -> str:
-        return "incomplete" if any(reason in _INCOMPLETE for reason in self.finish.values()) else "completed"
 
     def fail(self, error: APIError) -> list[_Event]:
         events = self.begin()
@@ -4887,7 +4800,7 @@ class _Waiter:
     Every wait ends when the server stops, and when the client leaves (`connection` is None where there is none).
     """
 
-    wake: Callable[[], object] | None = None  # ends the wait that goes on; other threads call it
+    wake: Callable[[], object] = bool  # ends the wait that goes on; other threads call it
     readable = False  # the loop saw something arrive from the client
     watched = False
     cancelled = False
@@ -4914,9 +4827,7 @@ class _Waiter:
     def notice(self) -> None:
         """Called by the server's loop: the client's socket has something to read, and is not watched any more."""
         self.readable = True
-        wake = self.wake
-        if wake is not None:
-            wake()
+        self.wake()
 
     def patience(self) -> float:
         """For how many seconds the client may still be waiting. Raises _Gone where it is not, or the server stops."""
@@ -5049,7 +4960,7 @@ class _Waiter:
     def end(self) -> None:
         """The answer is over."""
         if self.watched:
-            self.wake = None
+            self.wake = bool
             self.server.waiters.discard(self)
             if self.connection is not None:
                 self.server.unwatch(self.connection.sock)
@@ -5608,9 +5519,7 @@ class _Log:
             self.over = self.cancelled = True
             self._wake_followers()
         self.waiter.cancelled = True
-        wake = self.waiter.wake
-        if wake is not None:
-            wake()
+        self.waiter.wake()
 
 
 class _LogSink(_Sink):
@@ -5749,7 +5658,7 @@ class _Router:
             if values is None:
                 continue
             if served == method:
-                return _Route(endpoint, values, _APIS.get(name, ""), control=name in _CONTROLS)
+                return _Route(endpoint, values, _APIS.get(name, ""), control=endpoint is _CONTROLS.get(name))
             if not values or not values[-1].isalpha():  # a word where an id belongs is a route that is not there
                 allowed |= {served, "HEAD"} if served == "GET" else {served}
         if allowed:
@@ -5784,7 +5693,7 @@ def _api_key(request: Request) -> str:
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
     name = request.model
-    if name in fake._model_names() or (not name and request.prompt is not None):
+    if not fake.strict or name in fake._model_names() or (not name and request.prompt is not None):
         return
     if request.api == "responses":
         raise APIError(400, f"The requested model '{name}' does not exist.", param="model", code="model_not_found")
@@ -5803,8 +5712,7 @@ def _checked_body(fake: FakeOpenAI, request: Request) -> _JSON:
 @_endpoint("POST /chat/completions")
 def _create_chat_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
     body = _checked_body(fake, request)
-    if fake.strict:
-        _check_model(fake, request)
+    _check_model(fake, request)
     if body.get("store") is not True:
         return _Delivery(fake, request, _ChatEncoder)
 
@@ -5888,6 +5796,13 @@ def _listing(
     listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": first_id}
     ends = {"has_more": len(ids) > begin + query["limit"], "last_id": last_id}
     return listing | (ends if last == "last_id" else dict(reversed(ends.items())))
+
+
+def _kept(store: Mapping[str, _T], kind: str, id: str) -> _T:
+    """What is stored by that id. Raises APIError where nothing is."""
+    if (found := store.get(id)) is None:
+        raise APIError(404, f"{kind} with id '{id}' not found.")
+    return found
 
 
 def _new_metadata(fake: FakeOpenAI, body: _JSON) -> Any:
@@ -6007,12 +5922,8 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> _History:
         if (stored := request._remembered.get(previous) or fake._responses.get(previous)) is not None:
             return stored.history
         if fake.validate:
-            raise APIError(
-                400,
-                f"Previous response with id '{previous}' not found.",
-                param="previous_response_id",
-                code="previous_response_not_found",
-            )
+            words = f"Previous response with id '{previous}' not found."
+            raise _bad_request(words, "previous_response_id", "previous_response_not_found")
     return _NO_HISTORY
 
 
@@ -6051,8 +5962,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if fake.validate:
         effort = _dict(body.get("reasoning")).get("effort") or _model(request.model).effort
         _check_turn(before, resolved, effort not in (None, "none"), body.get("store") is not False)
-    if fake.strict:
-        _check_model(fake, request)
+    _check_model(fake, request)
     background = body.get("background") is True
 
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
@@ -6070,10 +5980,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
 
 
 def _stored_response(fake: FakeOpenAI, id: str) -> _StoredResponse:
-    stored = fake._responses.get(id)
-    if stored is None:
-        raise APIError(404, f"Response with id '{id}' not found.")
-    return stored
+    return _kept(fake._responses, "Response", id)
 
 
 @_endpoint("GET /responses/{id}")
@@ -6153,10 +6060,7 @@ class _Conversation:
 
 
 def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
-    conversation = fake._conversations.get(id)
-    if conversation is None:
-        raise APIError(404, f"Conversation with id '{id}' not found.")
-    return conversation
+    return _kept(fake._conversations, "Conversation", id)
 
 
 def _new_items(fake: FakeOpenAI, body: _JSON) -> list[Any]:
@@ -6192,22 +6096,16 @@ def _add_items(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     return _listing(request, {item["id"]: item for item in items}, "asc")
 
 
-def _item_of(conversation: _Conversation, id: str) -> _JSON:
-    item = conversation.items().get(id)
-    if item is None:
-        raise APIError(404, f"Item with id '{id}' not found.")
-    return _dict(item)
-
-
 @_endpoint("GET /conversations/{id}/items/{item_id}")
 def _get_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _JSON:
-    return _item_of(_conversation_of(fake, id), item_id)
+    return _dict(_kept(_conversation_of(fake, id).items(), "Item", item_id))
 
 
 @_endpoint("DELETE /conversations/{id}/items/{item_id}")
 def _delete_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _JSON:
     conversation = _conversation_of(fake, id)
-    conversation.deleted.add(_item_of(conversation, item_id)["id"])
+    _kept(conversation.items(), "Item", item_id)
+    conversation.deleted.add(item_id)
     return conversation.body(id)
 
 
@@ -6286,8 +6184,7 @@ def _embedding(text: str, dimensions: int) -> list[float]:
 @_endpoint("POST /completions")
 def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
     _checked_body(fake, request)
-    if fake.strict:
-        _check_model(fake, request)
+    _check_model(fake, request)
     return _Delivery(fake, request, _CompletionsEncoder)
 
 
@@ -6297,12 +6194,11 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
     model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
     if not isinstance(model, str) or not model:
         raise APIError(400, "you must provide a model parameter")
-    if fake.strict:
-        _check_model(fake, request)
+    _check_model(fake, request)
     if fake.validate:
         _check_recorded("embeddings", body)
     if not isinstance(given, (str, list)) or given in ("", []):
-        raise APIError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+        raise _missing("input")
     inputs: list[Any] = [given] if isinstance(given, str) else _list(given)
     if all(isinstance(each, int) for each in inputs):  # one text, as tokens
         inputs = [inputs]
@@ -6462,12 +6358,11 @@ class _Control:
 
     def begin(self, request: Request) -> None:
         request._note = {"number": next(self.numbers), "time": _Clock.time(), "asked": False}
-        self._wake()
 
     def end(self, request: Request) -> None:
         usage = [request._encoder.tally()] if request._encoder is not None and request._status == 200 else []
         request._note["answer"] = [_part_json(part) for part in (*request.answer, *usage)]  # few keep their encoder
-        self._wake()
+        self.wake()
         for watcher in self.watchers:
             watcher(request)
 
@@ -6510,7 +6405,7 @@ class _Control:
             self.followers.discard(news)
             waiter.end()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         for follower in tuple(self.followers):
             follower.put(None)
 
@@ -7215,8 +7110,8 @@ class _WebSocket:
                 connection.send(last)
                 connection.state = _State.GONE
         for waiter in tuple(connection.server.waiters):
-            if waiter.connection is connection and (wake := waiter.wake) is not None:
-                wake()
+            if waiter.connection is connection:
+                waiter.wake()
         if last:
             connection._linger()
 
@@ -7460,8 +7355,6 @@ class _Connection(BaseRequestHandler):
                 self._serve_one()
         except (_Gone, OSError):
             pass
-        except Exception:
-            _LOG.exception("a connection failed in the server itself")
 
     def finish(self) -> None:
         self.server.connections.discard(self)
@@ -7550,17 +7443,10 @@ class _Connection(BaseRequestHandler):
             self.state = _State.SENDING
         if last:
             self.server.fake._depart(self.asked)
+        rest = memoryview(data)
         try:
-            sent = self.sock.send(data, _DONT_WAIT)
-            if sent == len(data):
-                return
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.state = _State.GONE
-            raise _Gone from None
-        rest = memoryview(data)[sent:]
-        try:
+            with suppress(BlockingIOError):
+                rest = rest[self.sock.send(rest, _DONT_WAIT) :]
             while rest:  # in pieces: who reads steadily may take its time
                 self.deadline = _Clock.monotonic() + self.server.limits[_State.SENDING]
                 rest = rest[self.sock.send(rest[:_BATCH]) :]
@@ -7697,7 +7583,7 @@ class _Connection(BaseRequestHandler):
         try:
             if head.coding:
                 request.raw_body = _decoded(raw_body, head.coding)
-            fake._check_page(request, head.route)
+            fake._check_page(request, "/" if route.control else head.route)
             if fake.api_key is not None and not route.control:
                 fake._check_key(request)
             if opens != (route.endpoint is _open_websocket):
@@ -7930,9 +7816,7 @@ class _Server(ThreadingHTTPServer):
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         for waiter in tuple(self.waiters):
-            wake = waiter.wake
-            if wake is not None:
-                wake()
+            waiter.wake()
         with self.lock:
             threads = tuple(self.threads)
         for _ in threads:
@@ -8244,6 +8128,8 @@ class FakeOpenAI:
         self._journal.append(request)
         self._flying[id(request)] = request
         self._keep_last(request)
+        if self._control is not None:
+            self._control.wake()
         with self._arrived:
             self.__dict__["_count"] += 1  # not through __setattr__, which is for the options
             if self._waiting:
@@ -8429,7 +8315,9 @@ class _OwnRoute(NamedTuple):
             waiter.enter(bool)
             pieces = waiter.steps(body) if hasattr(body, "__anext__") else body
             connection.send(connection.head(status, _EVENTS, _USUAL, headers))
-            for piece in pieces:
+            for at, piece in enumerate(pieces):
+                if at and self.fake.itl:
+                    waiter.sleep(self.fake.itl)
                 if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
                     connection.send(_http_chunk(data) if connection.http11 else data)
                 waiter.patience()
