@@ -4049,6 +4049,16 @@ class EndpointTest(unittest.TestCase):
             answer = get(server, "/audio/speech", "POST", {})
             self.assertEqual((answer.headers["content-type"], answer.body), ("application/octet-stream", b"\x00\xff"))
 
+    def test_annotations_come_with_their_text(self) -> None:
+        """An annotation is told before the texts that come after its own."""
+        note = {"type": "url_citation", "start_index": 10, "end_index": 14, "url": "https://a.example/", "title": "A"}
+        parts = [Text("0123456789"), Text("cite", annotations=[note]), Text("AAAAA"), Text("BBBBB")]
+        with FakeOpenAI(always(parts)) as server:
+            events = call(server, responses(stream=True), PATHS["responses"]).events
+        told = [each["type"] for each in events if each["type"].endswith(("text.delta", "annotation.added"))]
+        kinds = ["response.output_text.delta", "response.output_text.annotation.added"]
+        self.assertEqual([kinds.index(each) for each in told], [0, 0, 1, 0, 0])
+
     def test_what_a_route_may_return(self) -> None:
         """A route returns JSON, bytes, or what comes in pieces; with a status and headers before it, in any type."""
 
@@ -6640,6 +6650,24 @@ class PatienceTest(LeakTest):
 
 class PagesTest(unittest.TestCase):
     """What a web page in a browser can do with a fake, which is nothing, unless `cors`."""
+
+    def test_the_journal_under_every_prefix(self) -> None:
+        """The control routes are for pages of this machine, however their path is prefixed, and whatever `cors` says."""
+        with controlled(cors=True) as server:
+            for prefix in ("", "/v1", "/openai/v1"):
+                for field in ("Host: evil.example", "Host: 127.0.0.1\r\nOrigin: https://evil.example"):
+                    with self.subTest(prefix=prefix, field=field), Wire(server) as wire:
+                        sent = http_bytes(None, f"{prefix}/_fake/requests", "GET").replace(
+                            b"Host: test", field.encode()
+                        )
+                        self.assertIn(wire.send(sent).answer().status, (403, 404))
+
+    def test_an_own_route_is_no_control_route(self) -> None:
+        """A user's route at a path of the control routes asks for the key, and is in the journal."""
+        with FakeOpenAI(api_key="k", routes={"GET /": lambda request: "mine"}) as server, Wire(server) as wire:
+            sent = http_bytes(None, "/", "GET", "Authorization: Bearer x").replace(b"Host: test", b"Host: localhost")
+            self.assertEqual(wire.send(sent).answer().status, 401)
+            self.assertEqual(len(server.requests), 1)
 
     def test_origins(self) -> None:
         """A page of a loopback origin may call, and what is no page; any other gets 403, and no handler is called."""
