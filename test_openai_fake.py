@@ -6652,7 +6652,7 @@ class PagesTest(unittest.TestCase):
     """What a web page in a browser can do with a fake, which is nothing, unless `cors`."""
 
     def test_the_journal_under_every_prefix(self) -> None:
-        """The control routes are for pages of this machine, however their path is prefixed, and whatever `cors` says."""
+        """The control routes are for pages of this machine under any prefix, whatever `cors` says."""
         with controlled(cors=True) as server:
             for prefix in ("", "/v1", "/openai/v1"):
                 for field in ("Host: evil.example", "Host: 127.0.0.1\r\nOrigin: https://evil.example"):
