@@ -773,9 +773,16 @@ class Request:
 
 def _estimate(items: Iterable[object]) -> int:
     """About how many tokens messages or items are: four characters each, and four for what is around a message."""
-    keys = ("content", "output", "arguments")
-    lengths = (sum(len(_text_of(sent.get(key))) for key in keys) for sent in map(_dict, items))
-    return 3 + sum(4 + (length + 3) // 4 for length in lengths)
+    tokens = 3
+    for item in items:
+        sent = cast(_JSON, item) if isinstance(item, dict) else {}
+        content = sent.get("content")
+        text = content if isinstance(content, str) else _text_of(content)
+        for key in ("output", "arguments"):
+            if key in sent:
+                text += _text_of(sent[key])
+        tokens += 4 + (len(text) + 3) // 4
+    return tokens
 
 
 # ---- What the API refuses --------------------------------------------------------------------------------------------
@@ -1798,7 +1805,11 @@ class Text(_MessagePart):
         if self.logprobs is not None:
             tokens = [entry["token"] for entry in self.logprobs]
             return tokens if "".join(tokens) == self.text else (self.text,)
-        spans = sorted((each["start_index"], each["end_index"]) for each in self.annotations if "start_index" in each)
+        spans = sorted(
+            (each["start_index"], each["end_index"])
+            for each in self.annotations
+            if {"start_index", "end_index"} <= each.keys()
+        )
         texts: list[str] = []
         at = 0
         for begin, end in spans:  # the API does not split a citation (R)
@@ -5947,6 +5958,8 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
         for response in tuple(fake._responses.values())
         for item in (*response.input, *response.encoder.output())
     }
+    for conversation in tuple(fake._conversations.values()):
+        stored |= conversation.items()
     pairs = zip(items, references, strict=True)
     return [stored.get(str(item.get("id")), item) if refers else item for item, refers in pairs]
 

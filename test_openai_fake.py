@@ -5590,6 +5590,14 @@ class HandlerFaultTest(LeakTest):
                     call(server, chat())
                 self.assertIn("Item", server.transcript())
 
+    def test_references_to_items_of_a_conversation(self) -> None:
+        """An item_reference stands for what is in a conversation, as for what a stored response has."""
+        with FakeOpenAI() as server:
+            body = {"items": [{"role": "user", "content": "Blue?", "id": "msg_a"}]}
+            self.assertEqual(call(server, body, "/v1/conversations").status, 200)
+            call(server, responses(input=[{"type": "item_reference", "id": "msg_a"}]), PATHS["responses"])
+            self.assertEqual(server.requests[-1].messages[-1].text, "Blue?")
+
     def test_ids_that_are_no_strings(self) -> None:
         """An item whose id is no string is refused, wherever it may stand; unchecked, it gets an id of its own."""
         item = {"type": "function_call", "id": [], "call_id": "c", "name": "f", "arguments": "{}"}
