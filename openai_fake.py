@@ -2967,13 +2967,13 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
     """
     parsed = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse").parse(pattern)
 
-    def text(tree: Any, more: int) -> str:
+    def text(tree: Any, more: int, first: bool, last: bool) -> str:
         made = ""
-        for code, value in tree:
-            kind = str(code)
+        for at, (code, value) in enumerate(tree):
+            kind, begins, ends = str(code), first and not made, last and at == len(tree) - 1
             if kind == "IN":
-                ends: list[Any] = [each[0] if isinstance(each, tuple) else each for _, each in value]
-                own = [chr(each) for each in ends if type(each) is int]
+                lows: list[Any] = [each[0] if isinstance(each, tuple) else each for _, each in value]
+                own = [chr(each) for each in lows if type(each) is int]
                 fitting = [each for each in (*own, *_PRINTABLE) if is_in(value, each)]
                 if not fitting:
                     raise ValueError("no printable character is in a class of it")
@@ -2981,12 +2981,12 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
             elif kind in ("LITERAL", "NOT_LITERAL", "ANY"):
                 made += chr(value) if kind == "LITERAL" else next(each for each in "ab" if value != ord(each))
             elif kind in ("MAX_REPEAT", "MIN_REPEAT"):
-                made += text(value[2], more) * (value[0] + min(more, value[1] - value[0]))
+                made += text(value[2], more, False, False) * (value[0] + min(more, value[1] - value[0]))
             elif kind == "SUBPATTERN":
-                made += text(value[-1], more)
+                made += text(value[-1], more, begins, ends)
             elif kind == "BRANCH":
-                made += text(value[1][0], more)
-            elif kind != "AT" or str(value) not in ("AT_BEGINNING", "AT_END") or (made and value != tree[-1][1]):
+                made += text(value[1][0], more, begins, ends)
+            elif kind != "AT" or not {"AT_BEGINNING": begins, "AT_END": ends}.get(str(value)):
                 raise ValueError(f"{kind.lower()} is in it")
         return made[: _LARGE + 1]  # of repeats in repeats, which may be too long to hold
 
@@ -3002,7 +3002,7 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
         return found != negated
 
     for more in (1, 0, *range(2, 21), least, most):
-        yield text(parsed, min(more, 1_000))
+        yield text(parsed, min(more, 1_000), True, True)
 
 
 _CHOICES: dict[str, Callable[[_Sample, Any, int], list[Any]]] = {

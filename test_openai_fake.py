@@ -7631,6 +7631,7 @@ SCHEMAS: dict[str, Any] = {
     "short": {"type": "string", "maxLength": 1},
     "digits": {"type": "string", "pattern": r"^\d{8}$"},
     "code": {"type": "string", "pattern": "^[A-Z]{3}$", "minLength": 3},
+    "anchored branches": {"type": "string", "pattern": "^(?:(foo)$|(bar)$)"},
     "several classes": {"type": "string", "pattern": r"^(?:EU|US)-[A-Z]{2}[^A-Z\s]\d{2,}[\w.]?é*$", "minLength": 12},
     "slashes": {"$ref": "#/$defs/a~1b%25/0", "$defs": {"a/b%": [{"type": "boolean"}]}},
     **{name: {"type": "string", "format": name} for name in (*FORMS, "no-such-format")},
@@ -7654,6 +7655,8 @@ class AutoTest(unittest.TestCase):
             ("keyword", {"type": "string", "not": {"const": ""}}, "not"),
             ("pattern", {"type": "string", "pattern": "^a(?!a)a$"}, "assert_not"),
             ("no pattern", {"type": "string", "pattern": r"\p{L}"}, "bad escape"),
+            ("begins late", {"type": "string", "pattern": "a^"}, "at is in it"),
+            ("ends early", {"type": "string", "pattern": "(a$)b"}, "at is in it"),
             (
                 "slow pattern",
                 {"type": "string", "pattern": r"^(\w+\s?)+!$", "minLength": 40, "maxLength": 41},
