@@ -4756,6 +4756,14 @@ def _with_fields(top: bytes, fields: Mapping[str, str]) -> bytes:
     return b"\r\n".join(lines) + b"\r\n"
 
 
+@lru_cache(64)
+def _fixed_fields(status: int, content_type: str, usual: bytes, cors: bool, closes: bool) -> bytes:
+    """The beginning of an answer's head: what is the same in all answers of a kind."""
+    line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
+    told = _CORS * cors + b"connection: close\r\n" * closes
+    return b"%bcontent-type: %b\r\n%b" % (line, content_type.encode(), usual + told)
+
+
 @lru_cache(2)
 def _date_field(second: int) -> bytes:
     """The Date field, made once a second."""
@@ -5145,6 +5153,7 @@ class _Delivery:
     encoder: _Encoder
     sink: _Sink
     waiter: _Waiter
+    make_sink: Callable[[Any, _Connection, Reply], _Sink] | None = None  # other than a connection's own
     ttft = itl = 0.0  # seconds before the first token, and between tokens
     over = False  # a Disconnect or a StreamError has ended the answer, with parts perhaps left
 
@@ -5165,16 +5174,12 @@ class _Delivery:
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection. What goes wrong before anything is sent is raised."""
-        sink = _StreamSink if self.streamed else _BodySink
-        self.send_into(connection, lambda reply: sink(self.encoder, connection, reply))
-
-    def send_into(self, connection: _Connection, make_sink: Callable[[Reply], _Sink]) -> None:
-        """Answers into a sink on a connection. What goes wrong before anything is sent is raised."""
         self.waiter = _Waiter(connection.server, connection, self.streamed)
         try:
             reply = self._ask()
             self._begin(reply, None)
-            self.sink = make_sink(reply)
+            make_sink = self.make_sink or (_StreamSink if self.streamed else _BodySink)
+            self.sink = make_sink(self.encoder, connection, reply)
             self._carry(reply)
         finally:
             self.waiter.end()
@@ -5268,7 +5273,7 @@ class _Delivery:
             if isinstance(content, Stream):
                 content._serve(self.request)
                 self.streams.append(content)
-                with self.fake._arrived:
+                with self.fake._lock:
                     self.fake._streams.add(content)
         known = reply._known()
         if known is not None and (len(known) > 1 or self.encoder.n > 1):
@@ -5416,7 +5421,7 @@ class _Delivery:
         gone = waiter.connection is not None and waiter.connection.state is _State.GONE
         if not gone and stream._taken == stream._sent - stream._ended and not waiter.server.stopping:
             stream._on_wire(stream._sent)
-            with self.fake._arrived:
+            with self.fake._lock:
                 self.fake._streams.discard(stream)
         elif not gone and not self.over:
             self.fake._interrupted.append(stream)
@@ -5642,32 +5647,43 @@ def _values(template: list[str], segments: list[str]) -> tuple[str, ...] | None:
 
 
 class _Router:
-    """Finds the route of a request among "METHOD /path" names: the first that fits."""
+    """Finds the route of a request among "METHOD /path" names: the first that fits.
+
+    `{name}` in a path is one segment of it; `{name*}` is the rest: a model's name may have slashes.
+    """
 
     def __init__(self, endpoints: Mapping[str, _Endpoint]) -> None:
-        self.names = tuple(endpoints)
-        self.table = [
-            (name, method, path.split("/"), endpoint)
-            for name, endpoint in endpoints.items()
-            for method, _, path in (name.partition(" "),)
-        ]
-        self.fixed = {name: self._search(*name.split(" ", 1)) for name in endpoints if "{" not in name}
+        self.endpoints = endpoints
+        self.known: dict[tuple[str, str], _Route] = {}  # of names without {}, so that it stays small
+        self.table: list[tuple[str, str, str, _Endpoint]] = []
+        for name, endpoint in endpoints.items():
+            method, _, path = name.partition(" ")
+            pattern = re.sub(
+                r"(?<=/)\\{[^/]*?(\\\*)?\\}(?![^/])", lambda match: "(.+)" if match[1] else "([^/]+)", re.escape(path)
+            )
+            self.table.append((name, method, f"(?s:{pattern})", endpoint))
 
     def find(self, method: str, path: str) -> _Route:
         """HEAD is served as GET; every path also under /v1 and in Azure's form."""
+        route = self.known.get((method, path))
+        if route is not None:
+            return route
         match = re.fullmatch(_PREFIX, path)
         deployment, rest = match.groups() if match else (None, path)
-        method = "GET" if method == "HEAD" else method
-        route = self.fixed.get(f"{method} {rest}") or self._search(method, rest)
-        return route if deployment is None else route._replace(deployment=deployment)
+        route = self._search("GET" if method == "HEAD" else method, rest)
+        if deployment is not None:
+            return route._replace(deployment=deployment)
+        if f"{method} {rest}" in self.endpoints:
+            self.known[method, path] = route
+        return route
 
     def _search(self, method: str, path: str) -> _Route:
         allowed: set[str] = set()
-        segments = path.split("/")
-        for name, served, template, endpoint in self.table:
-            values = _values(template, segments)
-            if values is None:
+        for name, served, pattern, endpoint in self.table:
+            match = re.fullmatch(pattern, path)
+            if match is None:
                 continue
+            values = match.groups()
             if served == method:
                 return _Route(endpoint, values, _APIS.get(name, ""), control=endpoint is _CONTROLS.get(name))
             if not values or not values[-1].isalpha():  # a word where an id belongs is a route that is not there
@@ -5691,7 +5707,7 @@ def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
 
 
 def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
-    nearest = min(fake._router.names, key=lambda name: _distance(name, asked[:99]))
+    nearest = min(fake._router.endpoints, key=lambda name: _distance(name, asked[:99]))
     words = f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; all are in the "
     words += 'README\'s table of endpoints, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
     raise APIError(404, words)
@@ -5703,8 +5719,9 @@ def _api_key(request: Request) -> str:
 
 
 def _check_model(fake: FakeOpenAI, request: Request) -> None:
+    """Where the server is strict: raises APIError for a model that it does not know."""
     name = request.model
-    if not fake.strict or name in fake._model_names() or (not name and request.prompt is not None):
+    if name in fake._model_names() or (not name and request.prompt is not None):
         return
     if request.api == "responses":
         raise APIError(400, f"The requested model '{name}' does not exist.", param="model", code="model_not_found")
@@ -5723,7 +5740,8 @@ def _checked_body(fake: FakeOpenAI, request: Request) -> _JSON:
 @_endpoint("POST /chat/completions")
 def _create_chat_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
     body = _checked_body(fake, request)
-    _check_model(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
     if body.get("store") is not True:
         return _Delivery(fake, request, _ChatEncoder)
 
@@ -5975,7 +5993,8 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if fake.validate:
         effort = _dict(body.get("reasoning")).get("effort") or _model(request.model).effort
         _check_turn(before, resolved, effort not in (None, "none"), body.get("store") is not False)
-    _check_model(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
     background = body.get("background") is True
 
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
@@ -6197,7 +6216,8 @@ def _embedding(text: str, dimensions: int) -> list[float]:
 @_endpoint("POST /completions")
 def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
     _checked_body(fake, request)
-    _check_model(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
     return _Delivery(fake, request, _CompletionsEncoder)
 
 
@@ -6207,7 +6227,8 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
     model, given, dimensions = body.get("model"), body.get("input"), body.get("dimensions")
     if not isinstance(model, str) or not model:
         raise APIError(400, "you must provide a model parameter")
-    _check_model(fake, request)
+    if fake.strict:
+        _check_model(fake, request)
     if fake.validate:
         _check_recorded("embeddings", body)
     if not isinstance(given, (str, list)) or given in ("", []):
@@ -6363,7 +6384,7 @@ class _Control:
         self.followers: set[queue.SimpleQueue[Any]] = set()
         self.watchers: list[Callable[[Request], object]] = []  # called with each that has ended
         fake._control, fake._observe = self, self.end
-        fake._router = _Router({**_CONTROLS, **{name: endpoint for name, _, _, endpoint in fake._router.table}})
+        fake._router = _Router({**_CONTROLS, **fake._router.endpoints})
 
     def session(self, request: Request) -> str:
         key = _api_key(request) if self.fake.api_key is None else ""  # else all have the same
@@ -7086,7 +7107,7 @@ class _MessageSink(_StreamSink):
         self.fail(error)  # other lanes go on
 
     def _finish(self) -> None:
-        self.websocket.fake._depart(self.request)
+        self.websocket.fake._flying.pop(id(self.request), None)
         self.flush()
 
 
@@ -7277,11 +7298,11 @@ class _WebSocket:
         fake, request, began = self.fake, turn.request, _Clock.perf_counter()
         parent = _string(request.body.get("previous_response_id"))
 
-        def make_sink(reply: Reply) -> _Sink:
-            turn.encoder = cast(_ResponsesEncoder, delivery.encoder)
+        def make_sink(encoder: _ResponsesEncoder, connection: _Connection, reply: Reply) -> _Sink:
+            turn.encoder = encoder
             items = request._told()[1]
-            turn.history = _History(request._before, lambda: [*items, *turn.encoder.output()])
-            fake._remember(self.turns, turn.encoder.id, turn)
+            turn.history = _History(request._before, lambda: [*items, *encoder.output()])
+            fake._remember(self.turns, encoder.id, turn)
             return _MessageSink(self, turn, reply)
 
         try:
@@ -7294,7 +7315,8 @@ class _WebSocket:
             delivery: _Delivery = _create_response(fake, request)
             if turn.warms:
                 delivery.handler = lambda request: Usage(_estimate(request._items), 0)
-            delivery.send_into(self.connection, make_sink)
+            delivery.make_sink = make_sink
+            delivery.send(self.connection)
         except APIError as error:
             self._refuse(error, turn)
         except _Gone:
@@ -7316,7 +7338,7 @@ class _WebSocket:
             told["headers"] = error.headers
         if turn is not None:
             turn.request._status, turn.request._outcome = error.status, error.message
-            self.fake._depart(turn.request)
+            self.fake._flying.pop(id(turn.request), None)
         self._tell({"type": "error", "status": error.status, "error": told}, turn)
 
     def _tell(self, event: _JSON, turn: _LaneTurn | None) -> None:
@@ -7455,7 +7477,7 @@ class _Connection(BaseRequestHandler):
         if self.state < _State.SENDING:
             self.state = _State.SENDING
         if last:
-            self.server.fake._depart(self.asked)
+            self.server.fake._flying.pop(id(self.asked), None)
         rest = memoryview(data)
         try:
             with suppress(BlockingIOError):
@@ -7483,13 +7505,9 @@ class _Connection(BaseRequestHandler):
         self.asked._status = status
         if length is None and not self.http11:
             self.hang_up(False)  # the end of the connection ends the stream
-        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d Unknown\r\n" % status
-        head = b"%bcontent-type: %b\r\n%b" % (line, content_type.encode(), usual)
-        if fake.cors:
-            head += _CORS
-        if asked is None or not asked.keep_alive or self.state >= _State.CLOSING:
-            head += b"connection: close\r\n"
-        head += _date_field(int(_Clock.time())) + b"x-request-id: req_%b\r\n" % fake._ids().hex(32).encode()
+        closes = asked is None or not asked.keep_alive or self.state >= _State.CLOSING
+        head = _fixed_fields(status, content_type, usual, fake.cors, closes) + _date_field(int(_Clock.time()))
+        head += b"x-request-id: req_%032x\r\n" % fake._ids().bits(128)
         if usual != _GATEWAY:
             head += b"openai-processing-ms: %d\r\n" % ((_Clock.perf_counter() - self.started) * 1000)
         if fields:
@@ -7955,7 +7973,8 @@ class FakeOpenAI:
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
         self._count = 0
-        self._arrived = threading.Condition()  # guards _waiting, _count, _streams; tells that a request came
+        self._lock = threading.Lock()  # guards _waiting, _count and _streams
+        self._arrived = threading.Condition(self._lock)  # tells that a request came
         self._waiting = 0
         self._flying: dict[int, Request] = {}
         last = 19 if keep is None else min(19, keep)
@@ -8143,7 +8162,7 @@ class FakeOpenAI:
         self._keep_last(request)
         if self._control is not None:
             self._control.wake()
-        with self._arrived:
+        with self._lock:
             self.__dict__["_count"] += 1  # not through __setattr__, which is for the options
             if self._waiting:
                 self._arrived.notify_all()
@@ -8155,9 +8174,6 @@ class FakeOpenAI:
                 oldest = self._recent[0]
                 oldest._settle(oldest._encoder)
         self._recent.append(request)
-
-    def _depart(self, request: Request) -> None:
-        self._flying.pop(id(request), None)
 
     def _check_page(self, request: Request, path: str) -> None:
         """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
