@@ -4790,12 +4790,11 @@ def _texts(events: Iterable[_Event], render: Callable[[_Event], str] = _sse) -> 
 
 def _sse_bytes(texts: list[str], chunked: bool) -> bytes:
     """The bytes of server-sent events, each in an HTTP chunk of its own."""
-    if not "".join(texts).isascii():
-        data = map(_utf8, texts)
-        return b"".join(map(_http_chunk, data) if chunked else data)
-    if chunked:  # characters are bytes
-        return "".join([f"{len(text):x}\r\n{text}\r\n" for text in texts]).encode()
-    return "".join(texts).encode()
+    whole = "".join([f"{len(text):x}\r\n{text}\r\n" for text in texts] if chunked else texts)
+    if whole.isascii():  # characters are bytes
+        return whole.encode()
+    data = map(_utf8, texts)
+    return b"".join(map(_http_chunk, data) if chunked else data)
 
 
 def _http_chunk(data: bytes) -> bytes:
@@ -5462,31 +5461,33 @@ def _repeated(parts: list[_Part], n: int) -> Iterator[_Part]:
 def _runs(parts: Sequence[_Part], given: bool, cut: bool) -> Generator[tuple[_Part, Sequence[str]]]:
     """Each part with its texts. One that is alone in its item is cut into words; fragments of one are sent as given.
 
-    Plain Texts in a row go together: they encode faster so. `given`: all are fragments; not `cut`: nobody sees deltas.
+    Texts in a row go together: they encode faster so. `given`: all are fragments; not `cut`: nobody sees deltas.
     """
     opened: dict[int, _Spoken] = {}  # by choice: the part that opened the item that is being said
-    run: Text | None = None
-    texts: list[str] = []
-    for at, part in enumerate(parts):
-        goes_on, said = False, cast("Sequence[str]", ())
-        if isinstance(part, _Spoken):
-            before = opened.get(part.choice)
-            goes_on = before is not None and part._continues(before)
-            if not goes_on:
-                opened[part.choice] = part
-            fragment = given or not cut or goes_on or _is_continued(part, parts, at + 1)
-            said = part._as_given() if fragment else part._fragments()
-        plain = part if type(part) is Text and not (part.annotations or part.logprobs) else None
-        if run is not None and plain is not None and goes_on and plain.choice == run.choice and len(texts) < _RUN:
-            texts += said
+    at = 0
+    while at < len(parts):
+        part, begin = parts[at], at
+        at += 1
+        if not isinstance(part, _Spoken):
+            yield part, ()
             continue
-        if run is not None:
-            yield run, texts
-        run, texts = plain, [*said]
-        if plain is None:
-            yield part, said
-    if run is not None:
-        yield run, texts
+        before = opened.get(part.choice)
+        goes_on = before is not None and part._continues(before)
+        if not goes_on:
+            opened[part.choice] = part
+        if type(part) is Text and not (part.annotations or part.logprobs):
+            for each in parts[at : begin + _RUN]:  # no call for each: there may be thousands
+                if type(each) is not Text or each.choice != part.choice:
+                    break
+                if each.annotations or each.logprobs or each.phase or each.id:  # with one of these it stands alone
+                    break
+                at += 1
+        if at - begin > 1:
+            yield part, [cast(Text, each).text for each in parts[begin:at]]
+        elif given or not cut or goes_on or _is_continued(part, parts, at):
+            yield part, part._as_given()
+        else:
+            yield part, part._fragments()
 
 
 def _is_continued(part: _Spoken, parts: Sequence[_Part], at: int) -> bool:
