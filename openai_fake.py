@@ -7432,35 +7432,32 @@ class _Connection(BaseRequestHandler):
         self.inbox.data += data
         self.inbox.ended = not data
 
+    def _glance(self, size: int, flags: int = 0) -> bytes | None:
+        """What has come, without waiting for it: b"" where the client has closed or reset, None where nothing has."""
+        try:
+            if _DONT_WAIT or select.select([self.sock], [], [], 0)[0]:
+                return self.sock.recv(size, flags | _DONT_WAIT)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError):
+            return b""
+        return None
+
     def read_ahead(self) -> bool:
         """Reads what has arrived behind the request that is being answered. Returns whether the client is still there.
 
         One that sends without end what nobody will read is as good as gone.
         """
-        try:
-            if not _DONT_WAIT and not select.select([self.sock], [], [], 0)[0]:
-                return True
-            data = self.sock.recv(_BATCH, _DONT_WAIT)
-        except BlockingIOError:
-            return True
-        except (OSError, ValueError):
-            data = b""
-        self.inbox.data += data
-        if not data or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:
+        data = self._glance(_BATCH)
+        self.inbox.data += data or b""
+        if data == b"" or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:
             self.state = _State.GONE
         return not self.gone
 
     def peer_gone(self) -> bool:
         """Whether the client has closed, seen without reading."""
-        if not self.gone:
-            try:
-                readable = _DONT_WAIT or select.select([self.sock], [], [], 0)[0]
-                if readable and not self.sock.recv(1, socket.MSG_PEEK | _DONT_WAIT):
-                    self.state = _State.GONE
-            except BlockingIOError:
-                pass
-            except (OSError, ValueError):
-                self.state = _State.GONE
+        if not self.gone and self._glance(1, socket.MSG_PEEK) == b"":
+            self.state = _State.GONE
         return self.gone
 
     # Sending.
@@ -7494,8 +7491,7 @@ class _Connection(BaseRequestHandler):
 
     def hang_up(self, reset: bool) -> None:
         """Ends the connection after what is sent."""
-        if not self.gone:
-            self.state = _State.RESETTING if reset else _State.CLOSING
+        self.state = max(self.state, _State.RESETTING if reset else _State.CLOSING)
 
     def head(
         self, status: int, content_type: str, usual: bytes, fields: Mapping[str, str] = {}, length: int | None = None
@@ -7535,12 +7531,9 @@ class _Connection(BaseRequestHandler):
         responses = request.api == "responses"
         unknown_model = error.code == "model_not_found" and error.param is None
         gateway = not responses and (status == 401 or (status == 404 and unknown_model))
-        if gateway:
-            usual = _GATEWAY
-        elif status == 401:
-            usual = _VERSION
-        else:
-            usual = _USUAL + (_RATE_LIMITS if request.api == "chat.completions" else b"")
+        usual = _ON_REPLIES if request.api == "chat.completions" else _USUAL
+        if gateway or status == 401:
+            usual = _GATEWAY if gateway else _VERSION
         if status == 401 and responses:
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
         content_type = "application/json; charset=utf-8" if gateway else "application/json"
@@ -7572,12 +7565,11 @@ class _Connection(BaseRequestHandler):
 
     def _end_of_input(self) -> _Refused | None:
         """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
-        begun = self.inbox.head is not None
-        if _Clock.monotonic() >= self.deadline and (begun or self.inbox.data):
+        if _Clock.monotonic() >= self.deadline and (self.inbox.head is not None or self.inbox.data):
             return _Refused(408, "The request did not arrive in time.")
-        if not begun:
-            return None
-        return _Refused(400, "The connection was closed before the request body was whole.")
+        if self.inbox.head is not None:
+            return _Refused(400, "The connection was closed before the request body was whole.")
+        return None
 
     def _refuse(self, refused: _Refused) -> None:
         self.state, self.deadline = _State.CLOSING, math.inf
@@ -7639,8 +7631,8 @@ class _Connection(BaseRequestHandler):
             if not route.control:
                 fake._ended(request, self.started)
             request._forget()
-        if not head.keep_alive and self.state < _State.CLOSING:
-            self.state = _State.CLOSING
+        if not head.keep_alive:
+            self.hang_up(False)
 
 
 _LIMITS = {  # seconds that a connection may take: for reading in each state, and for a write that makes no progress
@@ -7777,23 +7769,23 @@ class _Server(ThreadingHTTPServer):
                 self.jobs.put((request, client_address))
                 return
         try:
-            self._start(self._work, "openai_fake connection")
+            self.run(self._work, "openai_fake connection")
         except RuntimeError:  # no more threads: this connection is lost, the server is not
             self.shutdown_request(request)
         else:
             self.jobs.put((request, client_address))
 
-    def _start(self, work: Callable[[], None], name: str) -> None:
-        """Starts a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
+    def run(self, function: Callable[[], None], name: str = "openai_fake background") -> None:
+        """Runs a function on a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
 
-        def run() -> None:
+        def work() -> None:
             try:
-                work()
+                function()
             finally:
                 with self.lock:
                     self.threads.discard(threading.current_thread())
 
-        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread = threading.Thread(target=work, name=name, daemon=True)
         with self.lock:  # whoever finds it in `threads` can join it
             thread.start()
             self.threads.add(thread)
@@ -7814,10 +7806,6 @@ class _Server(ThreadingHTTPServer):
             self.process_request_thread(*job)
             with self.lock:
                 self.idle += 1
-
-    def run(self, function: Callable[[], None]) -> None:
-        """Runs a function on a thread of its own, that stop() waits for."""
-        self._start(function, "openai_fake background")
 
     @override
     def shutdown_request(self, request: Any) -> None:
