@@ -6261,13 +6261,8 @@ _HIDDEN = ("authorization", "api-key", "proxy-authorization", "cookie")  # heade
 _GLANCE = 0.1  # seconds between looks at an answer under way; a person does not notice
 _RAN_OUT = "No queued answer is left for this request. POST /_fake/answers queues more; DELETE ends the queue."
 _NO_ANSWERS = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
-_PARTS: dict[str, Callable[..., _Part]] = {
-    kind.__name__: kind
-    for kind in (
-        *(Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch),
-        *(Finish, Usage, Pause, Disconnect, StreamError),
-    )
-}
+_QUEUED = (Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch, Finish, Usage, Pause, Disconnect, StreamError)
+_PARTS: dict[str, Callable[..., _Part]] = {kind.__name__: kind for kind in _QUEUED}
 
 
 def _part_json(part: Any) -> _JSON:
@@ -6421,7 +6416,7 @@ class _Control:
             before, events = told.copy(), list[_JSON]()
             told.clear()
             for each in self.fake.requests:
-                number, over = each._note["number"], bool(each._seconds)
+                number, over = each._note["number"], "answer" in each._note
                 last = before.get(number)
                 became = _became(each) if last != {} else {}
                 if became != last:
@@ -6481,7 +6476,7 @@ def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
         if not re.fullmatch(form, asked[name]):
             raise APIError(400, f"Expected a number for '{name}', not {asked[name]!r}.", param=name)
     wanted, seconds = int(asked["wait"]), float(asked["timeout"])
-    found = _checked(fake, request)[0].settled(request, wanted, seconds)
+    found = cast(_Control, fake._control).settled(request, wanted, seconds)
     if len(found) < wanted:
         raise APIError(504, f"{len(found)} of {wanted} requests came in {seconds:g} s.")
     return {"object": "list", "data": [*map(_journal_entry, found)]}
@@ -7007,15 +7002,16 @@ class _LaneTurn:
     lane: Any  # None has no name
     request: Request
     warms: bool = False  # makes nothing, but can be gone on with
+    fault: APIError | None = None  # with what the client said of the lane
     encoder: _ResponsesEncoder = field(init=False)
     history: _History = _NO_HISTORY  # up to the end of this response
     ended: bool = False
-    steers: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])  # input for the next, by steering's id
+    steers: list[tuple[_JSON, list[Any]]] = field(default_factory=list[Any])  # input that waits for the end
 
     def steered(self) -> list[Any]:
-        """The input that has waited for the end."""
-        steers, self.steers = self.steers, {}
-        return [item for items in steers.values() for item in items]
+        """The input that has waited."""
+        steers, self.steers = self.steers, []
+        return [item for _, items in steers for item in items]
 
     def routed(self, event: _Event) -> str:
         """An event as JSON, with the name of its lane."""
@@ -7144,9 +7140,10 @@ class _WebSocket:
                     raise APIError(400, "Expected JSON in a text message, but got a binary message.")
                 event = Request("responses", "", "", "", {}, data)._parse()
                 kinds = {"response.create": self._create, "response.steer": self._steer}
-                if event.get("type") not in [*kinds]:
-                    raise _unsupported("type", str(event.get("type")), kinds)
-                kinds[event["type"]](event)
+                kind = str(event.get("type"))
+                if kind not in kinds:
+                    raise _unsupported("type", kind, kinds)
+                kinds[kind](event)
             except APIError as error:
                 self._refuse(error)
 
@@ -7156,23 +7153,20 @@ class _WebSocket:
             parent = self.turns.get(_string(event.get("previous_response_id")))
             if parent is not None and parent.ended and parent.lane == lane and parent.steers:
                 event["input"] = [*parent.steered(), *_input_items(event.get("input"))]
-            turn, fault = _LaneTurn(lane, self._request(event), generate is False), self._lane_fault(lane)
-            if fault is None:
+            turn = _LaneTurn(lane, self._request(event), generate is False)
+            if lane is not None and not re.fullmatch("[A-Za-z0-9_.-]{1,256}", _string(lane)):
+                turn.fault = APIError(400, _LANE_FAULT, param="stream_id", code="invalid_stream_id")
+            elif len(self.lanes | {None, lane}) > 1 + _MAX_LANES:
+                turn.fault = APIError(400, _LANES_FAULT, param="stream_id", code="websocket_stream_limit_reached")
+            else:
                 self.lanes.add(lane)
                 self.waiting.append(turn)
-        if fault is not None:
-            return self._respond(turn, fault)
+        if turn.fault is not None:
+            return self._respond(turn)
         try:
             self.connection.server.run(self._work)
         except RuntimeError:
             raise _Closing(1011, "The server has no more threads.") from None
-
-    def _lane_fault(self, lane: Any) -> APIError | None:
-        if lane is not None and not re.fullmatch("[A-Za-z0-9_.-]{1,256}", _string(lane)):
-            return APIError(400, _LANE_FAULT, param="stream_id", code="invalid_stream_id")
-        if len(self.lanes | {None, lane}) > 1 + _MAX_LANES:
-            return APIError(400, _LANES_FAULT, param="stream_id", code="websocket_stream_limit_reached")
-        return None
 
     def _work(self) -> None:
         """A thread: answers as long as there is something that may begin, which is one response in each lane."""
@@ -7197,9 +7191,9 @@ class _WebSocket:
         self.fake._arrive(request)
         return request
 
-    def _respond(self, turn: _LaneTurn, fault: APIError | None = None) -> None:
+    def _respond(self, turn: _LaneTurn) -> None:
         fake, request, began = self.fake, turn.request, _Clock.perf_counter()
-        parent = _string(request._json.get("previous_response_id"))
+        parent = self.turns.get(_string(request._json.get("previous_response_id")))
 
         def make_sink(reply: Reply) -> _Sink:
             turn.encoder = cast(_ResponsesEncoder, delivery.encoder)
@@ -7211,8 +7205,8 @@ class _WebSocket:
         try:
             if self.connection.gone:
                 raise _Gone
-            if fault is not None:
-                raise fault
+            if turn.fault is not None:
+                raise turn.fault
             if request._json.get("background") is True:
                 words = "Not supported over WebSocket: 'background'."
                 raise APIError(400, words, param="background", code="unsupported_parameter")
@@ -7228,9 +7222,8 @@ class _WebSocket:
         except BaseException as error:  # the handler's fault: or else this server's own
             self._refuse(APIError(500, fake._keep_error(error, request)), turn)
         finally:
-            known = self.turns.get(parent)
-            if request._outcome and known is not None and known.lane == turn.lane:  # a fork's failure spares it (S)
-                self.turns.pop(parent, None)
+            if request._outcome and parent is not None and parent.lane == turn.lane:  # a fork's failure spares it (S)
+                self.turns.pop(parent.encoder.id, None)
             fake._ended(request, began)
             request._forget()
 
@@ -7249,29 +7242,27 @@ class _WebSocket:
                     return self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
             steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
             self._tell_steer("accepted", turn, steer)
-            cast(_LaneTurn, turn).steers[steer["id"]] = items
+            cast(_LaneTurn, turn).steers.append((steer, items))
 
     def _successors(self, turn: _LaneTurn) -> list[_LaneTurn]:
         """What steering makes of a response that has ended: one that goes on with it, or none. Needs the lock."""
         turn.ended = True
         if not turn.steers or self.connection.gone:
             return []
-        encoder, failed = turn.encoder, turn.encoder.status not in ("completed", "incomplete")
-        calls = [item for item in encoder.output() if item["type"] in _STUBS]
-        if not failed and not calls:
+        encoder = turn.encoder
+        if encoder.status not in ("completed", "incomplete"):
+            for steer, items in turn.steers:
+                self._fail_steer(turn, {**steer, "input": items}, "response_not_active", "The response failed.")
+            turn.steers = []
+        elif calls := [item for item in encoder.output() if item["type"] in _STUBS]:  # it waits for their outputs
+            stubs = [
+                {"type": f"{call['type']}_output", **{key: call[key] for key in _STUBS[call["type"]]}} for call in calls
+            ]
+            for steer, _ in turn.steers:
+                self._tell_steer("pending", turn, steer, reason="waiting_for_required_input", required_input=stubs)
+        else:
             body = {**encoder.asked, "input": turn.steered(), "previous_response_id": encoder.id}
             return [_LaneTurn(turn.lane, self._request(body))]
-        stubs = [
-            {"type": f"{call['type']}_output", **{key: call[key] for key in _STUBS[call["type"]]}} for call in calls
-        ]
-        for id, items in turn.steers.items():
-            steer = {"id": id, "previous_response_id": encoder.id}
-            if failed:
-                self._fail_steer(turn, {**steer, "input": items}, "response_not_active", "The response failed.")
-            else:
-                told = {"reason": "waiting_for_required_input", "required_input": stubs}
-                self._tell_steer("pending", turn, steer, **told)
-        turn.steers = {} if failed else turn.steers
         return []
 
     def _fail_steer(self, turn: _LaneTurn | None, steer: _JSON, code: str, message: str) -> None:
@@ -7284,9 +7275,7 @@ class _WebSocket:
 
     def _refuse(self, error: APIError, turn: _LaneTurn | None = None) -> None:
         """Sends an error in the place of an answer."""
-        told = error._error()
-        if error.headers:
-            told["headers"] = error.headers
+        told = error._error() | ({"headers": error.headers} if error.headers else {})
         if turn is not None:
             turn.request._status, turn.request._outcome = error.status, error.message
             self.fake._depart(turn.request)
