@@ -6413,18 +6413,17 @@ class _Control:
         told: dict[int, _JSON] = {}  # {}: it is over
 
         def look() -> float:
-            before, events = told.copy(), list[_JSON]()
+            before, texts = told.copy(), list[str]()
             told.clear()
             for each in self.fake.requests:
                 number, over = each._note["number"], "answer" in each._note
                 last = before.get(number)
                 became = _became(each) if last != {} else {}
                 if became != last:
-                    events.append(became if last else _journal_entry(each))
+                    texts.append(_sse(became if last else _journal_entry(each)))
                 told[number] = {} if over else became
-            frame = _http_chunk if connection.http11 else bytes
-            if events:
-                connection.send(b"".join(frame(b"data: %b\n\n" % _utf8(_dumps(each))) for each in events))
+            if texts:
+                connection.send(_sse_bytes(texts, connection.http11))
             return _GLANCE if self.fake._flying else _LONGEST
 
         connection.send(connection.head(200, _EVENTS, _USUAL))
@@ -7045,6 +7044,7 @@ class _MessageSink(_StreamSink):
 
     def cut(self, reset: bool) -> None:
         super().cut(reset)
+        self.websocket.fake._depart(self.request)
         with suppress(OSError):
             self.connection.sock.shutdown(socket.SHUT_RD)  # the connection's thread sees it, and ends
 
@@ -7162,11 +7162,12 @@ class _WebSocket:
                 self.lanes.add(lane)
                 self.waiting.append(turn)
         if turn.fault is not None:
-            return self._respond(turn)
-        try:
-            self.connection.server.run(self._work)
-        except RuntimeError:
-            raise _Closing(1011, "The server has no more threads.") from None
+            self._respond(turn)
+        elif lane not in self.busy:  # else the thread that serves it goes on with this
+            try:
+                self.connection.server.run(self._work)
+            except RuntimeError:
+                raise _Closing(1011, "The server has no more threads.") from None
 
     def _work(self) -> None:
         """A thread: answers as long as there is something that may begin, which is one response in each lane."""
