@@ -6551,9 +6551,10 @@ _PAGE = r"""<!doctype html>
   const seconds = each => each.seconds === null ? "…" : `${each.seconds.toFixed(3)} s`
   const part = (label, text) => make("div", "part", make("span", "dim", label), make("pre", "", text))
   const titled = (title, parts) => parts.length ? [make("h2", "", title), ...parts] : []
-  function said({type, ...fields}) {  // a part of an answer: its text, or else all of its fields
+  function said({type, ...fields}) {  // a part of an answer: its texts, or else all of its fields
     if ("name" in fields) return part("call", `${fields.name}(${fields.arguments ?? fields.input ?? ""})`)
-    return part(type.toLowerCase(), fields.text ?? fields.summary ?? fields.query ?? JSON.stringify(fields))
+    const texts = [...(fields.summaries ?? []), fields.text ?? fields.query ?? JSON.stringify(fields)]
+    return part(type.toLowerCase(), texts.filter(Boolean).join("\n"))
   }
   function curl({method, path, query, body}) {
     const quoted = text => "'" + text.replaceAll("'", "'\\''") + "'"

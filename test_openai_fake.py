@@ -9970,7 +9970,7 @@ class ControlTest(LeakTest):
         gate = threading.Event()
         with controlled() as server, Wire(server) as wire:
             end = cast(Any, server._control).end
-            server._observe = lambda request: gate.wait(WAIT) and end(request)
+            server._observe = lambda request: end(request) if gate.wait(WAIT) else None
             wire.send(http_bytes(None, "/_fake/events", "GET").replace(b"Host: test", b"Host: localhost"))
             call(server, chat())
             self.eventually(lambda: server.requests[0]._seconds > 0)
@@ -10085,7 +10085,7 @@ class PageTest(unittest.TestCase):
     def test_in_a_browser(self) -> None:
         """The page shows requests as they come, the newest first, and text as it is streamed, in light and dark."""
         stream, evil = Stream(), "<img src=x onerror=document.title='evil'>"
-        with controlled(Script("First answer", stream, ToolCall("f", {"a": 1}))) as server:
+        with controlled(Script("First answer", stream, [Reasoning("Why?"), ToolCall("f", {"a": 1})])) as server:
             browser = Browser(self, CHROMIUM)
             browser.tell("Page.navigate", url=server.url + "/")
             browser.until("document.querySelector('[role=status]')?.textContent === 'live'")
@@ -10102,6 +10102,7 @@ class PageTest(unittest.TestCase):
                 browser.until("!document.querySelector('main .live')")
             call(server, responses("Last question"))
             browser.until("document.querySelector('main').innerText.includes('f({\"a\":1})')")
+            self.assertIn("Why?", browser.evaluate("document.querySelector('main').innerText"))
             rows = browser.evaluate("[...document.querySelectorAll('nav button')].map(row => row.innerText)")
             for row, said in zip(rows, ("Last question", evil, "First question"), strict=True):
                 self.assertIn(said, row)
