@@ -7241,7 +7241,8 @@ class _WebSocket:
                 (turn and turn.encoder.base.get("conversation"), "steering_not_supported", "It is of a conversation."),
             ):
                 if wrong:
-                    return self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
+                    self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
+                    return
             steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
             self._tell_steer("accepted", turn, steer)
             cast(_LaneTurn, turn).steers.append((steer, items))
