@@ -6345,7 +6345,8 @@ class _Control:
     def __init__(self, fake: FakeOpenAI) -> None:
         self.fake = fake
         self.handler, fake.handler = fake.handler, self.answer
-        self.queues: dict[str, deque[Any]] = {}  # by session; each access is one operation, or goes over a copy
+        self.lock = threading.Lock()  # guards who queues and who deletes; taking an answer is one operation
+        self.queues: dict[str, deque[Any]] = {}  # by session
         self.numbers = iter(range(1, sys.maxsize))
         self.followers: set[queue.SimpleQueue[Any]] = set()
         self.watchers: list[Callable[[Request], object]] = []  # called with each that has ended
@@ -6446,9 +6447,10 @@ def _queue_answers(fake: FakeOpenAI, request: Request) -> _JSON:
         answers = [_queued_answer(each) for each in (_list(sent) if isinstance(sent, list) else [sent])]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise APIError(400, f"{_NO_ANSWERS} {type(error).__name__}: {error}") from None
-    queued = control.queues.setdefault(session, deque())
-    queued += answers
-    fake._remember(control.queues, session, queued)
+    with control.lock:
+        queued = control.queues.get(session, deque())
+        queued += answers
+        fake._remember(control.queues, session, queued)
     return {"queued": len(answers)}
 
 
@@ -6458,8 +6460,8 @@ def _reset(fake: FakeOpenAI, request: Request) -> _JSON:
     """Ends the queues, or forgets the requests, of a session; of all, where none is named."""
     control, session = _checked(fake, request)
     if request.path.endswith("answers"):
-        for name in [session] if session else tuple(control.queues):
-            control.queues.pop(name, None)
+        with control.lock:
+            control.queues = {name: rest for name, rest in control.queues.items() if session not in ("", name)}
     else:
         for each in control.of(session):
             with suppress(ValueError):  # the journal is full, and has dropped it meanwhile
