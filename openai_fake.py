@@ -6914,6 +6914,7 @@ def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Call
 # connection's own thread reads; what it is asked to create runs in lanes, on threads of theirs.
 
 _TEXT, _BINARY, _CLOSE, _PING, _PONG = 1, 2, 8, 9, 10  # opcodes; 0 goes on with a message
+_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}  # of a Close (RFC 6455 7.4)
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 _MAX_ACTIVE = 16  # responses that a connection makes at the same time; more wait (S)
 _MAX_LANES = 32  # names of lanes that a connection may use (S)
@@ -6973,19 +6974,14 @@ def _read_messages(inbox: _Inbox) -> Generator[_State | tuple[int, bytes] | None
             if not final:
                 continue
             opcode, data, begun, fragments = begun, bytes(fragments), 0, bytearray()
-        _check_message(opcode, data)
+        if opcode == _CLOSE and data and int.from_bytes(data[:2], "big") not in _CODES:
+            raise _Closing(1002, "A Close frame begins with a code that may not be sent.")
+        try:
+            if opcode in (_TEXT, _CLOSE):
+                data[0 if opcode == _TEXT else 2 :].decode()
+        except UnicodeDecodeError:
+            raise _Closing(1007, "The text is not UTF-8.") from None
         yield opcode, data
-
-
-def _check_message(opcode: int, data: bytes) -> None:
-    """Raises _Closing for text that is not UTF-8, and for a Close with a code that may not be sent."""
-    code = int.from_bytes(data[:2], "big") if opcode == _CLOSE and data else 1000
-    if code in (1004, 1005, 1006) or not (1000 <= code < 1015 or 3000 <= code < 5000):
-        raise _Closing(1002, "A Close frame begins with a code that may not be sent.")
-    try:
-        data[{_TEXT: 0, _CLOSE: 2}.get(opcode, len(data)) :].decode()
-    except UnicodeDecodeError:
-        raise _Closing(1007, "The text is not UTF-8.") from None
 
 
 def _names(headers: Mapping[str, str], field: str, token: str) -> bool:
