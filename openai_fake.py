@@ -7065,7 +7065,7 @@ class _MessageSink(_StreamSink):
 
     def cut(self, reset: bool) -> None:
         super().cut(reset)
-        self.websocket.fake._depart(self.request)
+        self.websocket.fake._flying.pop(id(self.request), None)
         with suppress(OSError):
             self.connection.sock.shutdown(socket.SHUT_RD)  # the connection's thread sees it, and ends
 
