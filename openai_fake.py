@@ -1553,6 +1553,7 @@ class _Utterance:
     sent = 0  # characters of a text, in the stream so far
     opened = False  # Responses: the events before the first delta are sent
     status = "in_progress"
+    form: _Form | None = None  # of the delta events of its section
 
     def __init__(self, part: _Spoken, position: int) -> None:
         self.part = part
@@ -1561,7 +1562,6 @@ class _Utterance:
         self.annotations: list[_JSON] = []
         self.cited = 0  # of them, in the stream so far
         self.sources: list[str] = []  # found by a web search, and not named in the text yet
-        self.forms: dict[int, tuple[str, bool, bool]] = {}  # of its delta events, by section: see _Deltas
         self.position = position  # output_index in Responses
 
     @property
@@ -3522,13 +3522,10 @@ _RECORDED: dict[str, Callable[[_JSON], Reply]] = {"chat.completion": _recorded_c
 _NO_SIGNS = bytes.maketrans(b"+/=\n", b"Qx7e")
 
 
-class _Ids:
+class _Ids(NamedTuple):
     """Random letters and digits, the same again from the same bits."""
 
-    __slots__ = ("bits",)
-
-    def __init__(self, bits: Callable[[int], int]) -> None:
-        self.bits = bits
+    bits: Callable[[int], int]
 
     def hex(self, count: int) -> str:
         return f"{self.bits(4 * count):0{count}x}"
@@ -3631,53 +3628,59 @@ def _logprobs(token: str, top: int) -> _JSON:
 _SLOTS = [f"slot {random.SystemRandom().getrandbits(64):x}" for _ in range(3)]
 
 
-@dataclass(slots=True)
-class _Deltas:
-    """Delta events in a row that differ in their text, padding and number alone, so that they encode fast.
+class _Form:
+    """A delta event with slots in the places where those of its item differ; its frame is the form of theirs."""
 
-    The first of an item is encoded with slots in their places; that frame is the form of all others.
-    """
+    frame = ""  # with %s in these places
 
-    item: _Utterance
-    section: int  # of the item
+    def __init__(self, event: _JSON) -> None:
+        self.event = event
+
+    def make_frame(self, render: Callable[[_Event], str]) -> None:
+        text, padding, number = _SLOTS
+        made = render(self.event)
+        self.padded, self.numbered = padding in made, number in made
+        frame = made.replace("%", "%%").replace(f'"{text}"', "%s").replace(padding, "%s")
+        self.frame = frame.replace(f'"{number}"', "%s")
+
+
+class _Deltas(NamedTuple):
+    """Delta events in a row that differ in their text, padding and number alone, so that they encode fast."""
+
+    form: _Form
     texts: Sequence[str]
     first: int  # number of the first event
-    make: Callable[[str, str, Any], _JSON]  # (text, padding, number) -> event
 
     def events(self) -> list[_JSON]:
         """The events one by one."""
         return [_loads(text) for texts in self.frames(_dumps) for text in texts]
 
-    def frames(self, frame: Callable[[_Event], str]) -> Iterator[list[str]]:
-        """What `frame` gives for each of the events, some at a time, at a fifth of the time that it would take."""
-        form, padded, numbered = self.item.forms.get(self.section) or self._form(frame)
+    def frames(self, render: Callable[[_Event], str]) -> Iterator[list[str]]:
+        """What `render` gives for each of the events, some at a time, at a fifth of the time that it would take."""
+        form = self.form
+        if not form.frame:
+            form.make_frame(render)
         for at in range(0, len(self.texts), _RUN):
             texts = self.texts[at : at + _RUN]
             numbers = range(self.first + at, self.first + at + len(texts))
             columns: list[Iterable[object]] = [map(_quote, texts)]
-            if padded:
+            if form.padded:
                 begins = [number * 37 & 1023 for number in numbers]
                 columns.append([_POOL[b : b + (-len(text) & 15)] for b, text in zip(begins, texts, strict=True)])
-            if numbered:
+            if form.numbered:
                 columns.append(numbers)
-            yield [form % row for row in zip(*columns, strict=True)]
-
-    def _form(self, frame: Callable[[_Event], str]) -> tuple[str, bool, bool]:
-        """The form of the frames, with %s in the place of what differs, and whether that is a padding, and a number."""
-        text, padding, number = _SLOTS
-        made = frame(self.make(text, padding, number))
-        form = made.replace("%", "%%").replace(f'"{text}"', "%s").replace(padding, "%s").replace(f'"{number}"', "%s")
-        self.item.forms[self.section] = found = form, padding in made, number in made
-        return found
+            yield [form.frame % row for row in zip(*columns, strict=True)]
 
 
 _Event: TypeAlias = "_JSON | _Deltas | Literal['[DONE]']"
+_Encoder: TypeAlias = "_ChatEncoder | _ResponsesEncoder"
 
 
-class _Encoder:
-    """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
+class _Fold:
+    """What an encoder has of all that was said: parts, folded into items. It does no I/O."""
 
     ended = False  # all is said
+    status = "in_progress"
     id: str
     usage: Usage | None = None
     number = 0  # Responses: of the next event; Chat Completions: of the last that was padded
@@ -3710,7 +3713,15 @@ class _Encoder:
         if before is not None and part._continues(before.part):
             item = before
         else:
-            item = self._new_item(part)
+            if isinstance(part, _Call) and not part.name:
+                raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
+            item = self.open[part.choice] = _Utterance(part, len(self.items))
+            self.name_item(item)
+            self.items.append(item)
+            if isinstance(part, WebSearch):
+                self.sources += part.sources
+            elif self.sources and isinstance(part, Text):
+                item.sources, self.sources = self.sources, []
             if before is not None:
                 self._finish(before, "completed")
         if texts:
@@ -3722,25 +3733,14 @@ class _Encoder:
                     self._annotate(item, part)
         return item, before
 
-    def _new_item(self, part: _Spoken) -> _Utterance:
-        if isinstance(part, _Call) and not part.name:
-            raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
-        item = self.open[part.choice] = _Utterance(part, len(self.items))
-        self.name_item(item)
+    def name_item(self, item: _Utterance) -> None:
+        """Gives an item its ids."""
+        part = item.part
         if isinstance(part, _Call):
             item.call_id = part.id or "call_" + self.ids.alnum(24)
             item.legacy = self.legacy
             item.index = self.calls.get(part.choice, 0)
             self.calls[part.choice] = item.index + 1
-        elif isinstance(part, WebSearch):
-            self.sources += part.sources
-        elif self.sources and isinstance(part, Text):
-            item.sources, self.sources = self.sources, []
-        self.items.append(item)
-        return item
-
-    def name_item(self, item: _Utterance) -> None:
-        """Gives an item its id, where items have one."""
 
     def entries(self, part: _MessagePart, texts: Sequence[str]) -> list[list[_JSON]]:
         """The logprobs entries of each text: the part's own, or made up."""
@@ -3779,31 +3779,18 @@ class _Encoder:
         self.usage = chunk.usage or self.usage
         return events
 
-    def end(self) -> list[_Event]:
-        """The events after the last part."""
-        raise NotImplementedError
-
-    def fail(self, error: APIError) -> list[_Event]:
-        """The events of an answer that fails."""
-        raise NotImplementedError
-
     def abandon(self) -> None:
         """Nothing more will be said: the client has left, or the handler has failed."""
-
-    def body(self) -> _JSON:
-        """The JSON body: the fold of all that was said."""
-        raise NotImplementedError
+        self.status = "cancelled"  # as the API calls it when a connection is closed
 
     def close_items(self) -> list[_Utterance]:
-        """All is said: gives the items that are still being said the status they end with, and returns them."""
+        """All is said: ends the items that are still being said, and returns them."""
         self.ended = True
+        self.status = "completed" if _INCOMPLETE.keys().isdisjoint(self.finish.values()) else "incomplete"
         going = [item for item in self.items if item.status == "in_progress"]
         for item in going:
-            self._finish(item, self._final_status())
+            self._finish(item, self.status)
         return going
-
-    def _final_status(self) -> str:
-        return "incomplete" if any(reason in _INCOMPLETE for reason in self.finish.values()) else "completed"
 
     def _finish(self, item: _Utterance, status: str) -> None:
         item.status = status
@@ -3826,13 +3813,15 @@ class _Encoder:
 
     def prompt_tokens(self) -> int:
         """About how many tokens the model was told."""
-        raise NotImplementedError
+        return _estimate(_list(self.asked.get("messages")))
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
 
 
-class _ChatEncoder(_Encoder):
+class _ChatEncoder(_Fold):
+    """Chat Completions: events are chunks, and the body has a message for each choice."""
+
     given = False  # all that was said are Chunks: nothing is added to them
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
@@ -3841,12 +3830,12 @@ class _ChatEncoder(_Encoder):
         self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else ids.uuid4()))
         kind, created = "chat.completion.chunk", self.created
         self.head: _JSON = {"id": self.id, "object": kind, "created": created, "model": self.model_name}
-        tier = str(asked.get("service_tier") or "default")
-        self.tail: _JSON = {"service_tier": _TIERS.get(tier, "default"), "system_fingerprint": model.fingerprint}
-        if model.fingerprint:
-            digest = hashlib.sha256(self.model_name.encode("utf-8", "replace")).hexdigest()
-            self.tail["system_fingerprint"] = model.fingerprint + digest[:10]
-        self.tail |= {key: extra[key] for key in self.tail if key in extra}
+        fingerprint, tier = model.fingerprint, str(asked.get("service_tier") or "default")
+        if fingerprint:
+            fingerprint += hashlib.sha256(self.model_name.encode("utf-8", "replace")).hexdigest()[:10]
+        self.tail: _JSON = {"service_tier": _TIERS.get(tier, "default"), "system_fingerprint": fingerprint}
+        if extra:
+            self.tail |= {key: extra[key] for key in self.tail if key in extra}
         if not (model.service_tier or "service_tier" in extra):
             del self.tail["service_tier"]
         self.legacy = bool(asked.get("functions")) and not asked.get("tools")
@@ -3859,38 +3848,30 @@ class _ChatEncoder(_Encoder):
         self.started: set[int] = set()  # the choices whose role chunk is sent
         self.finished: set[int] = set()  # the choices that a Chunk has finished
 
-    def prompt_tokens(self) -> int:
-        return _estimate(_list(self.asked.get("messages")))
-
     # Events
 
-    def _chunk(self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None) -> _JSON:
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> _JSON:
         event = {**self.head, **self.tail}
         if self.with_usage and self.parallel:
             event["usage"] = None
         event["choices"] = choices
         if self.with_usage:
             event["usage"] = usage
-        if self.obfuscated:
-            if padding is None:
-                self.number += 1
-                padding = _obfuscation(self.number, (self.number * 11 + 9) & 15)
-            event["obfuscation"] = padding
         return event
 
-    def _choice(
-        self,
-        choice: int,
-        delta: _JSON,
-        logprobs: _JSON | None = None,
-        finish: str | None = None,
-        padding: str | None = None,
-    ) -> _JSON:
+    def _choice(self, choice: int, delta: _JSON, logprobs: _JSON | None = None, finish: str | None = None) -> _JSON:
         entry: _JSON = {"index": choice, "delta": delta}
         if self.model.logprobs or self.logprobs:
             entry["logprobs"] = logprobs
         entry["finish_reason"] = finish
-        return self._chunk([entry], padding)
+        return self._chunk([entry])
+
+    def _padded(self, events: list[_JSON]) -> list[_JSON]:
+        if self.obfuscated:
+            for event in events:
+                self.number += 1
+                event["obfuscation"] = _obfuscation(self.number, (self.number * 11 + 9) & 15)
+        return events
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         item, before = self.fold(part, texts)
@@ -3902,17 +3883,19 @@ class _ChatEncoder(_Encoder):
         events = self._opening(item) if opens else []
         if self.logprobs and isinstance(part, _MessagePart):
             for text, entries in zip(texts, self.entries(part, texts), strict=True):
-                events.append(self._choice(choice, opened._chat_delta(item, text), _chat_logprobs(part, entries)))
-        elif texts:
-
-            def make(text: str, padding: str, number: Any) -> _JSON:
-                return self._choice(choice, opened._chat_delta(item, text), padding=padding)
-
-            events.append(_Deltas(item, item.section, texts, self.number + 1, make))
+                events.append(self._choice(choice, opened._chat_delta(item, text), _chat_logprobs((part, entries))))
+            texts = ()
+        told: list[_Event] = [*self._padded(events)]
+        if texts:
+            if item.form is None:
+                item.form = _Form(self._choice(choice, opened._chat_delta(item, _SLOTS[0])))
+                if self.obfuscated:
+                    item.form.event["obfuscation"] = _SLOTS[1]
+            told.append(_Deltas(item.form, texts, self.number + 1))
             self.number += len(texts)
-        return events
+        return told
 
-    def _opening(self, item: _Utterance) -> list[_Event]:
+    def _opening(self, item: _Utterance) -> list[_JSON]:
         part, choice = item.part, item.part.choice
         begun, head = choice in self.started, part._chat_head(item)
         self.started.add(choice)
@@ -3925,7 +3908,7 @@ class _ChatEncoder(_Encoder):
             deltas = [{"role": "assistant", "content": None}, head]
         else:
             deltas = [part._chat_role(item)]
-        logprobs = _chat_logprobs(part, []) if self.logprobs and isinstance(part, _MessagePart) else None
+        logprobs = _chat_logprobs((part, [])) if self.logprobs else None
         return [self._choice(choice, delta, logprobs) for delta in deltas]
 
     def chunk(self, chunk: Chunk) -> list[_Event]:
@@ -3956,14 +3939,14 @@ class _ChatEncoder(_Encoder):
         if head != self.head:
             self.head = head
             for item in self.open.values():
-                item.forms.clear()  # they have the envelope as it was
+                item.form = None  # it has the envelope as it was
         return [{**self.head, "choices": choices, **({"usage": self._usage()} if chunk.usage else {})}]
 
     def end(self) -> list[_Event]:
         self.close_items()
         if self.given and not self.started:
             return ["[DONE]"]
-        events: list[_Event] = []
+        events: list[_JSON] = []
         spoken = self._spoken()
         for choice in spoken:
             if choice not in self.started:
@@ -3972,18 +3955,19 @@ class _ChatEncoder(_Encoder):
             bodies = [self._whole_choice(choice, items) for choice, items in spoken.items()]
             cited = ((body["index"], body["message"]["annotations"]) for body in bodies)
             events += [self._choice(choice, {"annotations": each}) for choice, each in cited if each]
-        self.parallel = False  # usage is last again (R)
+        self.parallel = False  # from the finish chunk on, usage is last again (R)
         going = [choice for choice in spoken if choice not in self.finished]
         events += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
         if self.with_usage:
             events.append(self._chunk([], usage=self._usage()))
+        told: list[_Event] = [*self._padded(events)]
         if moderation := self._moderation():
-            events.append({**self._chunk([], padding=""), **moderation})
+            told.append({**self._chunk([]), **({"obfuscation": ""} if self.obfuscated else {}), **moderation})
         for item in self.items:
             if isinstance(item.part, Item) and item.part._in_chat:
                 expires: _JSON = {"audio": {"expires_at": _audio(item.part, self)["expires_at"]}}
-                events.append(self._chunk([{"index": item.part.choice, "delta": expires}]))
-        return [*events, "[DONE]"]
+                told += self._padded([self._chunk([{"index": item.part.choice, "delta": expires}])])
+        return [*told, "[DONE]"]
 
     def fail(self, error: APIError) -> list[_Event]:
         return [{"error": error._error()}]
@@ -4013,22 +3997,18 @@ class _ChatEncoder(_Encoder):
         if choice in self.calls:
             message["function_call" if self.legacy else "tool_calls"] = []
         message.update(refusal=None, annotations=[])
-        logprobs: _JSON | None = None if items or not self.logprobs else {"content": [], "refusal": None}
         for item in items:
             if isinstance(item.part, Item):
                 message["audio"] = _audio(item.part, self)
                 message["annotations"] = message.pop("annotations")  # after it
-                continue
-            item.part._chat_message(item, message)
-            if self.logprobs and isinstance(item.part, _MessagePart):
-                told = _chat_logprobs(item.part, item.entries)
-                for kind, before in (logprobs or {}).items():
-                    if before is not None:
-                        told[kind] = before + (told[kind] or [])
-                logprobs = told
+            else:
+                item.part._chat_message(item, message)
         entry: _JSON = {"index": choice, "message": message}
-        if self.logprobs or self.model.logprobs:
-            entry["logprobs"] = logprobs
+        if self.logprobs:
+            said = [(item.part, item.entries) for item in items]
+            entry["logprobs"] = _chat_logprobs(*said or [(Text(""), [])])
+        elif self.model.logprobs:
+            entry["logprobs"] = None
         entry["finish_reason"] = self._finish_reason(choice)
         return entry
 
@@ -4089,16 +4069,18 @@ def _audio_deltas(audio: _JSON) -> Iterator[_JSON]:
     yield from ({"audio": {"data": data[at : at + 25_600]}} for at in range(25_600, len(data), 25_600))
 
 
-def _chat_logprobs(part: _MessagePart, entries: list[_JSON]) -> _JSON:
-    """Logprobs as Chat Completions has them: under the name of what was said, and their keys in its order."""
+def _chat_logprobs(*said: tuple[_Spoken, list[_JSON]]) -> _JSON | None:
+    """The logprobs of what was said, by its kind, their keys in the order of Chat Completions; None for no message."""
 
     def told(entry: _JSON) -> _JSON:
         return {key: entry[key] for key in ("token", "logprob", "bytes")}
 
-    kind = "refusal" if isinstance(part, Refusal) else "content"
-    tops = ([told(other) for other in entry["top_logprobs"]] for entry in entries)
-    ordered = [{**told(entry), "top_logprobs": top} for entry, top in zip(entries, tops, strict=True)]
-    return {"content": None, "refusal": None, kind: ordered}
+    kinds: dict[str, list[_JSON]] = {}
+    for part, entries in said:
+        if isinstance(part, _MessagePart):
+            ordered = kinds.setdefault("refusal" if isinstance(part, Refusal) else "content", [])
+            ordered += [{**told(each), "top_logprobs": [*map(told, each["top_logprobs"])]} for each in entries]
+    return {"content": None, "refusal": None, **kinds} if kinds else None
 
 
 _MODERATED = (
@@ -4125,15 +4107,12 @@ _NO_IMAGES = {
     "output_tokens": 0, "output_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "total_tokens": 0,
 }  # fmt: skip
 _NOWHERE = {"type": "approximate", "city": None, "country": None, "region": None, "timezone": None}
+_RANKED = {"ranker": "auto", "score_threshold": 0.0}
 _SEARCHED = {"search_context_size": "medium", "user_location": {**_NOWHERE, "country": "US"}}
 # What the echo of a tool tells where the request is silent (R); `...` stands for what it never tells.
 _TOOL_DEFAULTS: dict[str, _JSON] = {
     "custom": {"description": None, "format": {"type": "text"}},
-    "file_search": {
-        "filters": None,
-        "max_num_results": 20,
-        "ranking_options": {"ranker": "auto", "score_threshold": 0.0},
-    },
+    "file_search": {"filters": None, "max_num_results": 20, "ranking_options": _RANKED},
     "function": {"description": None, "output_schema": None, "parameters": None},
     "image_generation": dict.fromkeys(("background", "moderation", "quality", "size"), "auto")
     | dict.fromkeys(("action", "input_fidelity", "input_image_mask", "partial_images"), ...)
@@ -4294,7 +4273,7 @@ def _ordered(told: _JSON, first: Sequence[str]) -> _JSON:
     return {key: told[key] for key in keys if key in told}
 
 
-class _ResponsesEncoder(_Encoder):
+class _ResponsesEncoder(_Fold):
     begun = False  # its first events are told
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
@@ -4324,9 +4303,10 @@ class _ResponsesEncoder(_Encoder):
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
 
     def name_item(self, item: _Utterance) -> None:
-        part = item.part
-        item.id = self._id(part._prefix)
-        if not isinstance(part, _Call) and (given := getattr(part, "id", None)):
+        item.id = self._id(item.part._prefix)
+        if isinstance(item.part, _Call):
+            super().name_item(item)
+        elif given := getattr(item.part, "id", None):
             item.id = given
 
     def made(self, item: _Utterance, key: str, value: _Made) -> str:
@@ -4391,6 +4371,10 @@ class _ResponsesEncoder(_Encoder):
             del response["billing"]
         if status == "completed":
             response["completed_at"] = self.created
+        if status == "incomplete":
+            response["incomplete_details"] = {
+                "reason": _INCOMPLETE[next(filter(_INCOMPLETE.get, self.finish.values()))]
+            }
         if over:
             response["service_tier"] = _TIERS.get(_string(response["service_tier"]), "default")
             if moderation := _dict(self.asked.get("moderation")):
@@ -4401,9 +4385,6 @@ class _ResponsesEncoder(_Encoder):
             response["usage"] = self._usage()
             searches = sum(isinstance(item.part, Item) and item.part.searches for item in self.items)
             response["tool_usage"] = {"image_gen": _NO_IMAGES, "web_search": {"num_requests": searches}}
-        if status == "incomplete":
-            reason = next(reason for reason in self.finish.values() if reason in _INCOMPLETE)
-            response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
         if self.extra:
             skipped = {"system_fingerprint"} if over else {"system_fingerprint", *_FINAL}  # the first is Chat's
             given = {key: value for key, value in self.extra.items() if key not in skipped}
@@ -4460,8 +4441,7 @@ class _ResponsesEncoder(_Encoder):
         if item is not before:
             if before is not None:
                 events += self._close(before)
-            added = {"item": self.item(item, False), "output_index": item.position}
-            events.append(self._event("response.output_item.added", added))
+            events += self._placed(item, [("response.output_item.added", {"item": self.item(item, False)})])
         nexts = [at for at, text in enumerate(texts) if at and isinstance(text, _Next)]
         for begin, end in pairwise((0, *nexts, len(texts))):
             events += self._grow(item, part, texts[begin:end])
@@ -4475,7 +4455,7 @@ class _ResponsesEncoder(_Encoder):
         if item.opened and isinstance(texts[0], _Next):
             events += self._placed(item, item.part._closing(item))
             item.section += 1
-            item.opened = False
+            item.opened, item.form = False, None
         if not item.opened:
             item.opened = True
             events += self._placed(item, item.part._opening(item))
@@ -4496,31 +4476,21 @@ class _ResponsesEncoder(_Encoder):
         kind, fields = item.part._delta(item)
         fields.update(item_id=item.id, output_index=item.position)
         if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
-            return self._text_deltas(item, part, texts, kind, fields)
+            events: list[_Event] = []
+            for text, entries in zip(texts, self.entries(part, texts), strict=True):
+                event = {**fields, "delta": text, **({"logprobs": entries} if self.logprobs else {})}
+                events += self._placed(item, [(kind, event)])
+                item.sent += len(text)
+                events += self._annotations(item, item.sent)
+            return events
 
-        def make(text: str, padding: str, number: Any) -> _JSON:
-            event = {**fields, "delta": text, "sequence_number": number}
-            if self.obfuscated and item.part._padded:
-                event["obfuscation"] = padding
-            return {"type": kind, **{key: event[key] for key in sorted(event)}}
-
+        if item.form is None:
+            text, padding, number = _SLOTS
+            padded = {"obfuscation": padding} if self.obfuscated and item.part._padded else {}
+            item.form = _Form(_by_key({**fields, "type": kind, "delta": text, "sequence_number": number, **padded}))
         item.sent += sum(map(len, texts))
         first, self.number = self.number, self.number + len(texts)
-        return [_Deltas(item, item.section, texts, first, make)] if texts else []
-
-    def _text_deltas(
-        self, item: _Utterance, part: Text, texts: Sequence[str], kind: str, fields: _JSON
-    ) -> list[_Event]:
-        """Deltas of a text with logprobs, or with annotations between them."""
-        events: list[_Event] = []
-        for text, entries in zip(texts, self.entries(part, texts), strict=True):
-            event = {**fields, "delta": text}
-            if self.logprobs:
-                event["logprobs"] = entries
-            events += self._placed(item, [(kind, event)])
-            item.sent += len(text)
-            events += self._annotations(item, item.sent)
-        return events
+        return [_Deltas(item.form, texts, first)] if texts else []
 
     def _annotations(self, item: _Utterance, sent: float) -> list[_Event]:
         """The annotations whose place has come, in a text of which so much is sent."""
@@ -4537,17 +4507,14 @@ class _ResponsesEncoder(_Encoder):
         return self._placed(item, due)
 
     def _close(self, item: _Utterance) -> list[_Event]:
-        events = self._annotations(item, math.inf)
-        events += self._placed(item, item.part._closing(item))
-        done = {"item": self.item(item, True), "output_index": item.position}
-        events.append(self._event("response.output_item.done", done))
-        return events
+        events = self._annotations(item, math.inf) + self._placed(item, item.part._closing(item))
+        return events + self._placed(item, [("response.output_item.done", {"item": self.item(item, True)})])
 
     def end(self) -> list[_Event]:
         events = self.begin()
         for item in self.close_items():
             events += self._close(item)
-        return [*events, self._lifecycle(self._final_status())]
+        return [*events, self._lifecycle(self.status)]
 
     def fail(self, error: APIError) -> list[_Event]:
         events = self.begin()
@@ -4557,12 +4524,8 @@ class _ResponsesEncoder(_Encoder):
             events.append(self._event("error", {"error": told}))
         return [*events, self._lifecycle("failed")]
 
-    def abandon(self) -> None:
-        self.status = "cancelled"  # as the API calls it when a connection is closed
-
     def body(self) -> _JSON:
         self.close_items()
-        self.status = self._final_status()
         return self.response(self.status)
 
 
@@ -4585,6 +4548,7 @@ class _CompletionsEncoder(_ChatEncoder):
         n = self.asked.get("n")
         self.n = len(_prompts(self.asked.get("prompt"))) * (min(n, 128) if type(n) is int else 1)
         self.logprobs = type(self.asked.get("logprobs")) is int
+        self.obfuscated = False
         self.ends: dict[int, int] = {}  # how long each choice's text with logprobs is so far
 
     def prompt_tokens(self) -> int:
@@ -4598,7 +4562,7 @@ class _CompletionsEncoder(_ChatEncoder):
         plain = replace(part, annotations=()) if isinstance(part, Text) else part
         return super().say(plain, [text for text in texts if text])
 
-    chunk = _Encoder.chunk  # a Chunk is what it says
+    chunk = _Fold.chunk  # a Chunk is what it says
 
     def _told(self, choice: _JSON, said: _JSON) -> _JSON:
         """A choice of Chat's that said this, as a choice of Completions."""
@@ -4612,7 +4576,7 @@ class _CompletionsEncoder(_ChatEncoder):
         text = said.get("content") or said.get("refusal") or ""
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
-    def _chunk(self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None) -> _JSON:
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> _JSON:
         told = [self._told(choice, choice["delta"]) for choice in choices]
         if not choices:
             return {**self.head, "model": self.model_name, "usage": usage, "choices": told}
