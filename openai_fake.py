@@ -3628,20 +3628,12 @@ def _logprobs(token: str, top: int) -> _JSON:
 _SLOTS = [f"slot {random.SystemRandom().getrandbits(64):x}" for _ in range(3)]
 
 
+@dataclass(slots=True)
 class _Form:
-    """A delta event with slots in the places where those of its item differ; its frame is the form of theirs."""
+    """A delta event with slots in the places where those of its item differ."""
 
-    frame = ""  # with %s in these places
-
-    def __init__(self, event: _JSON) -> None:
-        self.event = event
-
-    def make_frame(self, render: Callable[[_Event], str]) -> None:
-        text, padding, number = _SLOTS
-        made = render(self.event)
-        self.padded, self.numbered = padding in made, number in made
-        frame = made.replace("%", "%%").replace(f'"{text}"', "%s").replace(padding, "%s")
-        self.frame = frame.replace(f'"{number}"', "%s")
+    event: _JSON
+    frame: str = ""  # the first of them that is rendered, with %s in these places
 
 
 class _Deltas(NamedTuple):
@@ -3657,19 +3649,21 @@ class _Deltas(NamedTuple):
 
     def frames(self, render: Callable[[_Event], str]) -> Iterator[list[str]]:
         """What `render` gives for each of the events, some at a time, at a fifth of the time that it would take."""
-        form = self.form
-        if not form.frame:
-            form.make_frame(render)
+        event, frame = self.form.event, self.form.frame
+        if not frame:
+            text, padding, number = _SLOTS
+            frame = render(event).replace("%", "%%").replace(f'"{text}"', "%s")
+            self.form.frame = frame = frame.replace(padding, "%s").replace(f'"{number}"', "%s")
         for at in range(0, len(self.texts), _RUN):
             texts = self.texts[at : at + _RUN]
             numbers = range(self.first + at, self.first + at + len(texts))
             columns: list[Iterable[object]] = [map(_quote, texts)]
-            if form.padded:
+            if "obfuscation" in event:
                 begins = [number * 37 & 1023 for number in numbers]
                 columns.append([_POOL[b : b + (-len(text) & 15)] for b, text in zip(begins, texts, strict=True)])
-            if form.numbered:
+            if "sequence_number" in event:
                 columns.append(numbers)
-            yield [form.frame % row for row in zip(*columns, strict=True)]
+            yield [frame % row for row in zip(*columns, strict=True)]
 
 
 _Event: TypeAlias = "_JSON | _Deltas | Literal['[DONE]']"
@@ -3922,9 +3916,8 @@ class _ChatEncoder(_Fold):
             for each in choice.tool_calls:
                 call = replace(each, choice=choice.index)
                 item, _ = self.fold(call, call._as_given())
-                told = (
-                    call._chat_call(item, each.arguments) if each.name else {"function": {"arguments": each.arguments}}
-                )
+                text = each.arguments
+                told = call._chat_call(item, text) if each.name else {"function": {"arguments": text}}
                 delta.setdefault("tool_calls", []).append({"index": item.index, **told})
             if choice.finish_reason:
                 self.finish[choice.index] = choice.finish_reason
@@ -3993,10 +3986,9 @@ class _ChatEncoder(_Fold):
         return {choice: spoken[choice] for choice in sorted(spoken)} or {0: []}
 
     def _whole_choice(self, choice: int, items: list[_Utterance]) -> _JSON:
-        message: _JSON = {"role": "assistant", "content": None if items else ""}
-        if choice in self.calls:
-            message["function_call" if self.legacy else "tool_calls"] = []
-        message.update(refusal=None, annotations=[])
+        calls = {"function_call" if self.legacy else "tool_calls": []} if choice in self.calls else {}
+        content = None if items else ""
+        message: _JSON = {"role": "assistant", "content": content, **calls, "refusal": None, "annotations": []}
         for item in items:
             if isinstance(item.part, Item):
                 message["audio"] = _audio(item.part, self)
@@ -4130,15 +4122,13 @@ _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"
 def _strict_schema(schema: Any) -> Any:
     """A function's parameters as the API echoes them when it turns `strict` on itself."""
     if isinstance(schema, list):
-        return [_strict_schema(each) for each in _list(schema)]
-    if not isinstance(schema, dict):
-        return schema
+        return [*map(_strict_schema, _list(schema))]
     strict = {key: _strict_schema(value) for key, value in _dict(schema).items()}
     if strict.get("type") == "object":
         strict.setdefault("additionalProperties", False)
         if isinstance(strict.get("properties"), dict):
             strict["required"] = list(strict["properties"])
-    return strict
+    return strict if isinstance(schema, dict) else schema
 
 
 def _tool_echo(value: object) -> _JSON:
@@ -4238,30 +4228,30 @@ def _decimal_echo(value: Any) -> Any:
     return float(value) if type(value) is int and value.bit_length() < 1024 else value
 
 
-# What a response says where the request is silent, in the API's order.
+# What a response says where the request is silent, in the API's order; `...` stands for nothing.
 _UNASKED: _JSON = {
-    "background": False, "billing": {"payer": "developer"}, "completed_at": None, "error": None,
-    "frequency_penalty": 0.0, "incomplete_details": None, "instructions": None, "max_output_tokens": None,
-    "max_tool_calls": None, "model": "", "moderation": None, "output": [], "parallel_tool_calls": True,
-    "presence_penalty": 0.0, "previous_response_id": None, "prompt_cache_key": None, "prompt_cache_retention": None,
-    "reasoning": None, "safety_identifier": None, "service_tier": "auto", "store": True, "temperature": 1.0,
-    "text": _text_echo(None), "tool_choice": "auto",
-    "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}}, "tools": [], "top_logprobs": 0,
-    "top_p": 1.0, "truncation": "disabled", "usage": None, "user": None, "metadata": {},
+    "access_programs": {"cyber": "standard"}, "background": False, "billing": {"payer": "developer"},
+    "completed_at": None, "conversation": ..., "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "model": "", "moderation": None,
+    "output": [], "parallel_tool_calls": True, "presence_penalty": 0.0, "previous_response_id": None, "prompt": ...,
+    "prompt_cache_key": None, "prompt_cache_options": ..., "prompt_cache_retention": None, "reasoning": None,
+    "safety_identifier": None, "service_tier": "auto", "store": True, "temperature": 1.0, "text": _text_echo(None),
+    "tool_choice": "auto", "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}}, "tools": [],
+    "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "usage": None, "user": None, "metadata": {},
 }  # fmt: skip
 # What it says of the request where that is not silent, and in which form.
 _ECHOES: dict[str, Callable[[Any], Any] | None] = {
-    **dict.fromkeys(("instructions", "max_output_tokens", "max_tool_calls", "parallel_tool_calls", "store", "user")),
+    **dict.fromkeys(("access_programs", "instructions", "max_output_tokens", "max_tool_calls", "parallel_tool_calls")),
     **dict.fromkeys(("previous_response_id", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")),
-    **dict.fromkeys(("metadata", "top_logprobs", "truncation")),
+    **dict.fromkeys(("store", "top_logprobs", "truncation", "user", "metadata")),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "temperature", "top_p"), _decimal_echo),
     "conversation": lambda asked: {"id": asked} if isinstance(asked, str) else asked,
     "prompt": _prompt_echo,
+    "prompt_cache_options": lambda asked: asked or ...,
     "service_tier": lambda asked: "priority" if asked == "fast" else asked,
     "text": _text_echo,
     "tool_choice": lambda asked: _by_key(_dict(asked)) if _dict(asked) else asked,
 }
-_HEAD = ("id", "object", "created_at", "status")
 # What a response tells only when it is over; `extra` changes the others from the beginning.
 _FINAL = {"billing", "completed_at", "error", "incomplete_details", "moderation", "service_tier", "tool_usage", "usage"}
 _WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
@@ -4337,16 +4327,12 @@ class _ResponsesEncoder(_Fold):
             "prompt_cache_retention": model.retention,
             "top_p": model.top_p,
         }
-        plain = len(told)
         for key in _ECHOES.keys() & body.keys():
             if body[key] is not None:
                 form = _ECHOES[key]
                 told[key] = body[key] if form is None else form(body[key])
-        if body.get("prompt_cache_options"):
-            told["prompt_cache_options"] = body["prompt_cache_options"]
-        if model.programs:
-            programs = body.get("access_programs")
-            told["access_programs"] = {"cyber": "standard"} if programs is None else programs
+        if not model.programs:
+            del told["access_programs"]
         context, summary = reasoning.get("context"), reasoning.get("summary")
         told["reasoning"] = {
             "context": model.context if context in (None, "auto") else context,
@@ -4356,7 +4342,7 @@ class _ResponsesEncoder(_Fold):
         }
         if body.get("tools") or isinstance(body.get("input"), list):
             told["tools"] = _tools_echo(body, late=model.context == "all_turns")
-        return told if len(told) == plain else _ordered(told, _HEAD)
+        return {key: value for key, value in told.items() if value is not ...}
 
     def _event(self, kind: str, fields: _JSON) -> _JSON:
         fields["sequence_number"] = self.number
@@ -4388,7 +4374,7 @@ class _ResponsesEncoder(_Fold):
         if self.extra:
             skipped = {"system_fingerprint"} if over else {"system_fingerprint", *_FINAL}  # the first is Chat's
             given = {key: value for key, value in self.extra.items() if key not in skipped}
-            response = _ordered({**response, **given}, _HEAD)
+            response = _ordered({**response, **given}, ("id", "object", "created_at", "status"))
         return response
 
     def output(self) -> list[_JSON]:
