@@ -3986,7 +3986,7 @@ class _ChatEncoder(_Fold):
         return {choice: spoken[choice] for choice in sorted(spoken)} or {0: []}
 
     def _whole_choice(self, choice: int, items: list[_Utterance]) -> _JSON:
-        calls = {"function_call" if self.legacy else "tool_calls": []} if choice in self.calls else {}
+        calls: _JSON = {"function_call" if self.legacy else "tool_calls": []} if choice in self.calls else {}
         content = None if items else ""
         message: _JSON = {"role": "assistant", "content": content, **calls, "refusal": None, "annotations": []}
         for item in items:
@@ -4358,9 +4358,8 @@ class _ResponsesEncoder(_Fold):
         if status == "completed":
             response["completed_at"] = self.created
         if status == "incomplete":
-            response["incomplete_details"] = {
-                "reason": _INCOMPLETE[next(filter(_INCOMPLETE.get, self.finish.values()))]
-            }
+            reason = next(filter(_INCOMPLETE.get, self.finish.values()))
+            response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
         if over:
             response["service_tier"] = _TIERS.get(_string(response["service_tier"]), "default")
             if moderation := _dict(self.asked.get("moderation")):
@@ -4387,8 +4386,8 @@ class _ResponsesEncoder(_Fold):
         metadata = self.asked.get("client_metadata")
         if isinstance(metadata, dict) and told["type"] in _WITH_METADATA:  # Codex sends it, and gets it so
             turn = {"turn_id": _dict(metadata).get("turn_id") or _Ids(random.Random(self.id).getrandbits).uuid4()}
-            told = {**told, "internal_chat_message_metadata_passthrough": turn, "metadata": turn}
-            told = _ordered(told, ("id", "type", "status"))
+            told |= {"internal_chat_message_metadata_passthrough": turn, "metadata": turn}
+            return _ordered(told, ("id", "type", "status"))
         return told
 
     def _usage(self) -> _JSON:
@@ -4445,7 +4444,25 @@ class _ResponsesEncoder(_Fold):
         if not item.opened:
             item.opened = True
             events += self._placed(item, item.part._opening(item))
-        return events + self._deltas(item, part, [str(text) for text in texts if text])  # an empty one has no delta (R)
+        said = [text for text in texts if text]  # an empty one has no delta (R)
+        if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
+            kind, fields = part._delta(item)
+            for text, entries in zip(said, self.entries(part, said), strict=True):
+                told = {"delta": text, **({"logprobs": entries} if self.logprobs else {})}
+                events += self._placed(item, [(kind, {**fields, "item_id": item.id, **told})])
+                item.sent += len(text)
+                events += self._annotations(item, item.sent)
+        elif said:
+            if item.form is None:
+                kind, fields = item.part._delta(item)
+                text, padding, number = _SLOTS
+                fields.update(type=kind, item_id=item.id, output_index=item.position, delta=text)
+                padded = {"obfuscation": padding} if self.obfuscated and item.part._padded else {}
+                item.form = _Form(_by_key({**fields, **padded, "sequence_number": number}))
+            events.append(_Deltas(item.form, said, self.number))
+            self.number += len(said)
+            item.sent += sum(map(len, said))
+        return events
 
     def _placed(self, item: _Utterance, events: list[tuple[str, _JSON]]) -> list[_Event]:
         placed: list[_Event] = []
@@ -4457,26 +4474,6 @@ class _ResponsesEncoder(_Fold):
                 event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
             placed.append(self._event(kind, event))
         return placed
-
-    def _deltas(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        kind, fields = item.part._delta(item)
-        fields.update(item_id=item.id, output_index=item.position)
-        if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
-            events: list[_Event] = []
-            for text, entries in zip(texts, self.entries(part, texts), strict=True):
-                event = {**fields, "delta": text, **({"logprobs": entries} if self.logprobs else {})}
-                events += self._placed(item, [(kind, event)])
-                item.sent += len(text)
-                events += self._annotations(item, item.sent)
-            return events
-
-        if item.form is None:
-            text, padding, number = _SLOTS
-            padded = {"obfuscation": padding} if self.obfuscated and item.part._padded else {}
-            item.form = _Form(_by_key({**fields, "type": kind, "delta": text, "sequence_number": number, **padded}))
-        item.sent += sum(map(len, texts))
-        first, self.number = self.number, self.number + len(texts)
-        return [_Deltas(item.form, texts, first)] if texts else []
 
     def _annotations(self, item: _Utterance, sent: float) -> list[_Event]:
         """The annotations whose place has come, in a text of which so much is sent."""
@@ -4490,7 +4487,7 @@ class _ResponsesEncoder(_Fold):
             where = {"content_index": 0, "item_id": item.id, "annotation_index": item.cited}
             due.append(("response.output_text.annotation.added", {**where, "annotation": annotation}))
             item.cited += 1
-        return self._placed(item, due)
+        return self._placed(item, due) if due else []
 
     def _close(self, item: _Utterance) -> list[_Event]:
         events = self._annotations(item, math.inf) + self._placed(item, item.part._closing(item))
