@@ -3677,7 +3677,7 @@ class _Fold:
     status = "in_progress"
     id: str
     usage: Usage | None = None
-    number = 0  # Responses: of the next event; Chat Completions: of the last that was padded
+    number: int = 0  # Responses: of the next event; Chat Completions: of the last that was padded
     n = 1  # choices
     parallel = False  # several calls are known to come
     legacy = False  # calls answer `functions`
@@ -4344,11 +4344,6 @@ class _ResponsesEncoder(_Fold):
             told["tools"] = _tools_echo(body, late=model.context == "all_turns")
         return {key: value for key, value in told.items() if value is not ...}
 
-    def _event(self, kind: str, fields: _JSON) -> _JSON:
-        fields["sequence_number"] = self.number
-        self.number += 1
-        return {"type": kind, **{key: fields[key] for key in sorted(fields)}}
-
     def response(self, status: str) -> _JSON:
         """The response object as it stands, with that status."""
         response = {**self.base, "status": status}
@@ -4403,6 +4398,16 @@ class _ResponsesEncoder(_Fold):
 
     # Events
 
+    def _event(self, kind: str, fields: _JSON, item: _Utterance | None = None) -> _JSON:
+        event = {**fields, "sequence_number": self.number}
+        if item is not None:
+            event["output_index"] = item.position
+            padded = self.obfuscated and item.part._padded and kind != "response.reasoning_text.delta"  # none is known
+            if padded and isinstance(delta := fields.get("delta"), str):
+                event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
+        self.number += 1
+        return {"type": kind, **{key: event[key] for key in sorted(event)}}
+
     def _lifecycle(self, status: str, kind: str | None = None) -> _JSON:
         self.status = status
         response = self.response(status)
@@ -4426,7 +4431,7 @@ class _ResponsesEncoder(_Fold):
         if item is not before:
             if before is not None:
                 events += self._close(before)
-            events += self._placed(item, [("response.output_item.added", {"item": self.item(item, False)})])
+            events.append(self._event("response.output_item.added", {"item": self.item(item, False)}, item))
         nexts = [at for at, text in enumerate(texts) if at and isinstance(text, _Next)]
         for begin, end in pairwise((0, *nexts, len(texts))):
             events += self._grow(item, part, texts[begin:end])
@@ -4438,18 +4443,18 @@ class _ResponsesEncoder(_Fold):
         if not texts:
             return events
         if item.opened and isinstance(texts[0], _Next):
-            events += self._placed(item, item.part._closing(item))
+            events += [self._event(kind, fields, item) for kind, fields in item.part._closing(item)]
             item.section += 1
             item.opened, item.form = False, None
         if not item.opened:
             item.opened = True
-            events += self._placed(item, item.part._opening(item))
+            events += [self._event(kind, fields, item) for kind, fields in item.part._opening(item)]
         said = [text for text in texts if text]  # an empty one has no delta (R)
         if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
             kind, fields = part._delta(item)
             for text, entries in zip(said, self.entries(part, said), strict=True):
                 told = {"delta": text, **({"logprobs": entries} if self.logprobs else {})}
-                events += self._placed(item, [(kind, {**fields, "item_id": item.id, **told})])
+                events.append(self._event(kind, {**fields, "item_id": item.id, **told}, item))
                 item.sent += len(text)
                 events += self._annotations(item, item.sent)
         elif said:
@@ -4464,34 +4469,24 @@ class _ResponsesEncoder(_Fold):
             item.sent += sum(map(len, said))
         return events
 
-    def _placed(self, item: _Utterance, events: list[tuple[str, _JSON]]) -> list[_Event]:
-        placed: list[_Event] = []
-        padded = self.obfuscated and item.part._padded
-        for kind, own in events:
-            event = {**own, "output_index": item.position}
-            delta = event.get("delta")
-            if padded and isinstance(delta, str) and kind != "response.reasoning_text.delta":  # of that none is known
-                event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
-            placed.append(self._event(kind, event))
-        return placed
-
     def _annotations(self, item: _Utterance, sent: float) -> list[_Event]:
         """The annotations whose place has come, in a text of which so much is sent."""
-        due: list[tuple[str, _JSON]] = []
+        events: list[_Event] = []
         for annotation in item.annotations[item.cited :]:
             place: float = annotation.get("index") or annotation.get("end_index") or 0
             if annotation["type"] == "container_file_citation":  # these come after the text (R)
                 place = math.inf
             if place > sent:
                 break
-            where = {"content_index": 0, "item_id": item.id, "annotation_index": item.cited}
-            due.append(("response.output_text.annotation.added", {**where, "annotation": annotation}))
+            told = {"annotation": annotation, "annotation_index": item.cited, "content_index": 0, "item_id": item.id}
+            events.append(self._event("response.output_text.annotation.added", told, item))
             item.cited += 1
-        return self._placed(item, due) if due else []
+        return events
 
     def _close(self, item: _Utterance) -> list[_Event]:
-        events = self._annotations(item, math.inf) + self._placed(item, item.part._closing(item))
-        return events + self._placed(item, [("response.output_item.done", {"item": self.item(item, True)})])
+        events = self._annotations(item, math.inf)
+        events += [self._event(kind, fields, item) for kind, fields in item.part._closing(item)]
+        return [*events, self._event("response.output_item.done", {"item": self.item(item, True)}, item)]
 
     def end(self) -> list[_Event]:
         events = self.begin()
