@@ -3522,7 +3522,8 @@ _RECORDED: dict[str, Callable[[_JSON], Reply]] = {"chat.completion": _recorded_c
 _NO_SIGNS = bytes.maketrans(b"+/=\n", b"Qx7e")
 
 
-class _Ids(NamedTuple):
+@dataclass(slots=True)
+class _Ids:
     """Random letters and digits, the same again from the same bits."""
 
     bits: Callable[[int], int]
