@@ -4052,14 +4052,14 @@ def _audio(part: Item, encoder: _ChatEncoder) -> _JSON:
 
 def _audio_deltas(audio: _JSON) -> Iterator[_JSON]:
     """The deltas of audio: its transcript, and its sound in pieces of 25,600 characters (R)."""
-    yield {"role": "assistant", "refusal": None}
     first, *texts = _tokens(audio["transcript"]) or ("",)
+    begins = range(0, len(audio["data"]) or 1, 25_600)
+    sound, *sounds = (audio["data"][begin : begin + 25_600] for begin in begins)
+    yield {"role": "assistant", "refusal": None}
     yield {"content": None, "audio": {"id": audio["id"], "transcript": first}}
     yield from ({"audio": {"transcript": text}} for text in texts)
-    data = audio["data"]
-    told: _JSON = {"role": "assistant", "content": None, "refusal": None}
-    yield {**told, "audio": {"id": audio["id"], "data": data[:25_600]}}
-    yield from ({"audio": {"data": data[at : at + 25_600]}} for at in range(25_600, len(data), 25_600))
+    yield {"role": "assistant", "content": None, "refusal": None, "audio": {"id": audio["id"], "data": sound}}
+    yield from ({"audio": {"data": sound}} for sound in sounds)
 
 
 def _chat_logprobs(*said: tuple[_Spoken, list[_JSON]]) -> _JSON | None:
@@ -4202,26 +4202,20 @@ def _text_echo(value: object) -> _JSON:
     asked = _dict(value)
     form = _dict(asked.get("format")) or {"type": "text"}
     if form.get("type") == "json_schema":
-        strict, schema = form.get("strict"), _dict(form.get("schema"))
-        form = {
-            "type": "json_schema",
-            "description": form.get("description"),
-            "name": form.get("name"),
-            "schema": {key: value for key, value in schema.items() if key != "$schema"},
-            "strict": True if strict is None else strict,
-        }
+        named = {key: form.get(key) for key in ("type", "description", "name")}
+        schema = {key: each for key, each in _dict(form.get("schema")).items() if key != "$schema"}
+        form = {**named, "schema": schema, "strict": True if form.get("strict") is None else form["strict"]}
     return {"format": form, "verbosity": asked.get("verbosity") or "medium"}
 
 
 def _prompt_echo(value: object) -> _JSON:
-    prompt = _dict(value)
-    variables = prompt.get("variables")
-    if isinstance(variables, dict):
-        variables = {
+    prompt = {key: _dict(value).get(key) for key in ("id", "variables", "version")}
+    if isinstance(prompt["variables"], dict):
+        prompt["variables"] = {
             name: {"type": "input_text", "text": each} if isinstance(each, str) else each
-            for name, each in _dict(variables).items()
+            for name, each in _dict(prompt["variables"]).items()
         }
-    return {"id": prompt.get("id"), "variables": variables, "version": prompt.get("version")}
+    return prompt
 
 
 def _decimal_echo(value: Any) -> Any:
@@ -4231,6 +4225,7 @@ def _decimal_echo(value: Any) -> Any:
 
 # What a response says where the request is silent, in the API's order; `...` stands for nothing.
 _UNASKED: _JSON = {
+    "id": "", "object": "response", "created_at": 0, "status": "in_progress",
     "access_programs": {"cyber": "standard"}, "background": False, "billing": {"payer": "developer"},
     "completed_at": None, "conversation": ..., "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
     "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "model": "", "moderation": None,
@@ -4240,11 +4235,8 @@ _UNASKED: _JSON = {
     "tool_choice": "auto", "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}}, "tools": [],
     "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "usage": None, "user": None, "metadata": {},
 }  # fmt: skip
-# What it says of the request where that is not silent, and in which form.
-_ECHOES: dict[str, Callable[[Any], Any] | None] = {
-    **dict.fromkeys(("access_programs", "instructions", "max_output_tokens", "max_tool_calls", "parallel_tool_calls")),
-    **dict.fromkeys(("previous_response_id", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")),
-    **dict.fromkeys(("store", "top_logprobs", "truncation", "user", "metadata")),
+# The form in which it echoes what the request says, where that is another.
+_ECHOES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "temperature", "top_p"), _decimal_echo),
     "conversation": lambda asked: {"id": asked} if isinstance(asked, str) else asked,
     "prompt": _prompt_echo,
@@ -4255,6 +4247,8 @@ _ECHOES: dict[str, Callable[[Any], Any] | None] = {
 }
 # What a response tells only when it is over; `extra` changes the others from the beginning.
 _FINAL = {"billing", "completed_at", "error", "incomplete_details", "moderation", "service_tier", "tool_usage", "usage"}
+_OWN = {"id", "object", "created_at", "status", "background", "model", "output", "reasoning", "tools", *_FINAL}
+_ECHOED = _UNASKED.keys() - _OWN | {"service_tier"}
 _WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
 
 
@@ -4317,21 +4311,11 @@ class _ResponsesEncoder(_Fold):
     def _echo(self, body: _JSON, reasoning: _JSON) -> _JSON:
         """The response object with what the request said, and the API's defaults where it said nothing."""
         model = self.model
-        told: _JSON = {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
-            "status": "in_progress",
-            **_UNASKED,
-            "background": self.background,
-            "model": self.model_name,
-            "prompt_cache_retention": model.retention,
-            "top_p": model.top_p,
-        }
-        for key in _ECHOES.keys() & body.keys():
-            if body[key] is not None:
-                form = _ECHOES[key]
-                told[key] = body[key] if form is None else form(body[key])
+        told = _UNASKED | {"id": self.id, "created_at": self.created, "background": self.background}
+        told |= {"model": self.model_name, "prompt_cache_retention": model.retention, "top_p": model.top_p}
+        for key in _ECHOED & body.keys():
+            if (asked := body[key]) is not None:
+                told[key] = _ECHOES[key](asked) if key in _ECHOES else asked
         if not model.programs:
             del told["access_programs"]
         context, summary = reasoning.get("context"), reasoning.get("summary")
@@ -4498,9 +4482,8 @@ class _ResponsesEncoder(_Fold):
     def fail(self, error: APIError) -> list[_Event]:
         events = self.begin()
         self.base["error"] = {"code": error.code or error.type, "message": error.message}
-        told = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
         if self.error_event:
-            events.append(self._event("error", {"error": told}))
+            events.append(self._event("error", {"error": _by_key(error._error())}))
         return [*events, self._lifecycle("failed")]
 
     def body(self) -> _JSON:
