@@ -4248,7 +4248,7 @@ _ECHOES: dict[str, Callable[[Any], Any]] = {
 # What a response tells only when it is over; `extra` changes the others from the beginning.
 _FINAL = {"billing", "completed_at", "error", "incomplete_details", "moderation", "service_tier", "tool_usage", "usage"}
 _OWN = {"id", "object", "created_at", "status", "background", "model", "output", "reasoning", "tools", *_FINAL}
-_ECHOED = _UNASKED.keys() - _OWN | {"service_tier"}
+_ASKED = _UNASKED.keys() - _OWN | {"service_tier"}
 _WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
 
 
@@ -4313,7 +4313,7 @@ class _ResponsesEncoder(_Fold):
         model = self.model
         told = _UNASKED | {"id": self.id, "created_at": self.created, "background": self.background}
         told |= {"model": self.model_name, "prompt_cache_retention": model.retention, "top_p": model.top_p}
-        for key in _ECHOED & body.keys():
+        for key in _ASKED & body.keys():
             if (asked := body[key]) is not None:
                 told[key] = _ECHOES[key](asked) if key in _ECHOES else asked
         if not model.programs:
