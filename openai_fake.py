@@ -3946,9 +3946,9 @@ class _ChatEncoder(_Fold):
             if choice not in self.started:
                 events += self._opening(_Utterance(Text("", choice=choice), 0))
         if any(item.annotations for item in self.items):
-            bodies = [self._whole_choice(choice, items) for choice, items in spoken.items()]
-            cited = ((body["index"], body["message"]["annotations"]) for body in bodies)
-            events += [self._choice(choice, {"annotations": each}) for choice, each in cited if each]
+            for body in starmap(self._whole_choice, spoken.items()):
+                if cited := body["message"]["annotations"]:
+                    events.append(self._choice(body["index"], {"annotations": cited}))
         self.parallel = False  # from the finish chunk on, usage is last again (R)
         going = [choice for choice in spoken if choice not in self.finished]
         events += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
@@ -4036,7 +4036,7 @@ class _ChatEncoder(_Fold):
         return {
             **self.head,
             "object": "chat.completion",
-            "choices": [self._whole_choice(choice, items) for choice, items in self._spoken().items()],
+            "choices": [*starmap(self._whole_choice, self._spoken().items())],
             **self._moderation(),
             "usage": self._usage(),
             **self.tail,
