@@ -3861,12 +3861,12 @@ class _ChatEncoder(_Fold):
         entry["finish_reason"] = finish
         return self._chunk([entry])
 
-    def _padded(self, events: list[_JSON]) -> list[_JSON]:
+    def _padded(self, chunks: list[_JSON]) -> list[_Event]:
         if self.obfuscated:
-            for event in events:
+            for chunk in chunks:
                 self.number += 1
-                event["obfuscation"] = _obfuscation(self.number, (self.number * 11 + 9) & 15)
-        return events
+                chunk["obfuscation"] = _obfuscation(self.number, (self.number * 11 + 9) & 15)
+        return [*chunks]
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         item, before = self.fold(part, texts)
@@ -3875,20 +3875,20 @@ class _ChatEncoder(_Fold):
         opened, choice = item.part, part.choice
         # A text that goes on with what a Chunk said still needs its role; a call has been named.
         opens = item is not before or (choice not in self.started and isinstance(part, _MessagePart))
-        events = self._opening(item) if opens else []
+        chunks = self._opening(item) if opens else []
         if self.logprobs and isinstance(part, _MessagePart):
             for text, entries in zip(texts, self.entries(part, texts), strict=True):
-                events.append(self._choice(choice, opened._chat_delta(item, text), _chat_logprobs((part, entries))))
+                chunks.append(self._choice(choice, opened._chat_delta(item, text), _chat_logprobs((part, entries))))
             texts = ()
-        told: list[_Event] = [*self._padded(events)]
+        events = self._padded(chunks)
         if texts:
             if item.form is None:
                 item.form = _Form(self._choice(choice, opened._chat_delta(item, _SLOTS[0])))
                 if self.obfuscated:
                     item.form.event["obfuscation"] = _SLOTS[1]
-            told.append(_Deltas(item.form, texts, self.number + 1))
+            events.append(_Deltas(item.form, texts, self.number + 1))
             self.number += len(texts)
-        return told
+        return events
 
     def _opening(self, item: _Utterance) -> list[_JSON]:
         part, choice = item.part, item.part.choice
@@ -3940,28 +3940,28 @@ class _ChatEncoder(_Fold):
         self.close_items()
         if self.given and not self.started:
             return ["[DONE]"]
-        events: list[_JSON] = []
+        chunks: list[_JSON] = []
         spoken = self._spoken()
         for choice in spoken:
             if choice not in self.started:
-                events += self._opening(_Utterance(Text("", choice=choice), 0))
+                chunks += self._opening(_Utterance(Text("", choice=choice), 0))
         if any(item.annotations for item in self.items):
             for body in starmap(self._whole_choice, spoken.items()):
                 if cited := body["message"]["annotations"]:
-                    events.append(self._choice(body["index"], {"annotations": cited}))
+                    chunks.append(self._choice(body["index"], {"annotations": cited}))
         self.parallel = False  # from the finish chunk on, usage is last again (R)
         going = [choice for choice in spoken if choice not in self.finished]
-        events += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
+        chunks += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
         if self.with_usage:
-            events.append(self._chunk([], usage=self._usage()))
-        told: list[_Event] = [*self._padded(events)]
+            chunks.append(self._chunk([], usage=self._usage()))
+        events = self._padded(chunks)
         if moderation := self._moderation():
-            told.append({**self._chunk([]), **({"obfuscation": ""} if self.obfuscated else {}), **moderation})
+            events.append({**self._chunk([]), **({"obfuscation": ""} if self.obfuscated else {}), **moderation})
         for item in self.items:
             if isinstance(item.part, Item) and item.part._in_chat:
                 expires: _JSON = {"audio": {"expires_at": _audio(item.part, self)["expires_at"]}}
-                told += self._padded([self._chunk([{"index": item.part.choice, "delta": expires}])])
-        return [*told, "[DONE]"]
+                events += self._padded([self._chunk([{"index": item.part.choice, "delta": expires}])])
+        return [*events, "[DONE]"]
 
     def fail(self, error: APIError) -> list[_Event]:
         return [{"error": error._error()}]
