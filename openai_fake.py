@@ -92,7 +92,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, starmap
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
 from typing import (
@@ -1553,6 +1553,7 @@ class _Utterance:
     sent = 0  # characters of a text, in the stream so far
     opened = False  # Responses: the events before the first delta are sent
     status = "in_progress"
+    form: _Form | None = None  # of the delta events of its section
 
     def __init__(self, part: _Spoken, position: int) -> None:
         self.part = part
@@ -1561,7 +1562,6 @@ class _Utterance:
         self.annotations: list[_JSON] = []
         self.cited = 0  # of them, in the stream so far
         self.sources: list[str] = []  # found by a web search, and not named in the text yet
-        self.forms: dict[int, tuple[str, list[str]]] = {}  # of its delta events, by section: see _Deltas
         self.position = position  # output_index in Responses
 
     @property
@@ -2345,7 +2345,7 @@ class Item(_Spoken):
             if row.added is None:
                 fields = {"status": fields["status"]}
         path, name = row.asked
-        if path and not encoder.includes(name):
+        if path and name not in encoder.include:
             holder, _, key = path.rpartition(".")
             kept = {each: value for each, value in _dict(_at(fields, holder)).items() if each != key}
             fields = _put(fields, holder, kept) if holder else _put(fields, path, None)
@@ -3519,17 +3519,14 @@ _RECORDED: dict[str, Callable[[_JSON], Reply]] = {"chat.completion": _recorded_c
 
 # ---- What both encoders share ----------------------------------------------------------------------------------------
 
-_ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _NO_SIGNS = bytes.maketrans(b"+/=\n", b"Qx7e")
 
 
+@dataclass(slots=True)
 class _Ids:
     """Random letters and digits, the same again from the same bits."""
 
-    __slots__ = ("bits",)
-
-    def __init__(self, bits: Callable[[int], int]) -> None:
-        self.bits = bits
+    bits: Callable[[int], int]
 
     def hex(self, count: int) -> str:
         return f"{self.bits(4 * count):0{count}x}"
@@ -3538,7 +3535,12 @@ class _Ids:
         size = count * 3 // 4 + 1
         return b2a_base64(self.bits(8 * size).to_bytes(size, "big")).translate(_NO_SIGNS)[:count].decode()
 
+    def uuid4(self) -> str:
+        digits = self.hex(32)
+        return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
+
+_ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _POOL = "".join(random.Random(16).choices(_ALNUM, k=1024 + 16))
 
 
@@ -3579,133 +3581,110 @@ _ALIASES = """
 _PAIRS = (pair.split() for pair in _ALIASES.split(";"))
 _SNAPSHOTS = {alias: alias + name if name.startswith("-") else name for alias, name in _PAIRS}
 
-_CLASSIC: dict[str, Any] = {"logprobs": True, "forced_stop": True, "effort": None, "context": None}
-_OMNI: dict[str, Any] = {**_CLASSIC, "fingerprint": "fp_"}
-_AUDIO: dict[str, Any] = {"fingerprint": "fp_", "audio": True, "effort": None, "context": None}
-_SEARCH: dict[str, Any] = {"fingerprint": "", "service_tier": False, "effort": None, "context": None}
-_LATE: dict[str, Any] = {"top_p": 0.98, "retention": "24h"}
+_CLASSIC = _Model(logprobs=True, forced_stop=True, effort=None, context=None)
+_OMNI = _CLASSIC._replace(fingerprint="fp_")
+_LATE = _Model(top_p=0.98, retention="24h", phase=True)
+_LATEST = _LATE._replace(context="all_turns", cache_writes=True)
 # By the beginning of the name, first match; a model of an unknown name is like gpt-4o, but for forced calls.
-_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("gpt-3.5", _CLASSIC),
-    ("gpt-4o-audio", _AUDIO),
-    ("gpt-4o-mini-audio", _AUDIO),
-    ("gpt-audio", _AUDIO),
-    ("gpt-4o-search", _SEARCH),
-    ("gpt-4o-mini-search", _SEARCH),
-    ("gpt-4o", _OMNI),
-    ("gpt-4.1", _OMNI),
-    ("gpt-4", _CLASSIC),
-    ("gpt-6", {**_LATE, "context": "all_turns", "phase": True, "cache_writes": True, "programs": True}),
-    ("gpt-5.6", {**_LATE, "context": "all_turns", "phase": True, "cache_writes": True}),
-    ("gpt-5.5", {**_LATE, "phase": True}),
-    ("gpt-5.4", {**_LATE, "effort": "none", "phase": True}),
-    ("gpt-5.3-codex", {**_LATE, "phase": True}),
-    ("gpt-5.2", {**_LATE, "effort": "none"}),
-    ("gpt-5.1-codex-max", {"top_p": 0.985, "effort": "none"}),
-    ("gpt-5.1", {"effort": "none"}),
-    ("gpt-5", {}),
-    ("computer-use", {"retention": None}),
-    ("o3-mini", {"fingerprint": "fp_"}),
-    ("o1", {}),
-    ("o3", {}),
-    ("o4", {}),
-    ("", {**_OMNI, "forced_stop": False}),
-)
+_FAMILIES = {
+    r"gpt-(4o-|4o-mini-)?audio": _Model(fingerprint="fp_", audio=True, effort=None, context=None),
+    r"gpt-4o-(mini-)?search": _Model(fingerprint="", service_tier=False, effort=None, context=None),
+    r"gpt-4(o|\.1)": _OMNI,
+    r"gpt-(3\.5|4)": _CLASSIC,
+    r"gpt-6": _LATEST._replace(programs=True),
+    r"gpt-5\.6": _LATEST,
+    r"gpt-5\.5|gpt-5\.3-codex": _LATE,
+    r"gpt-5\.4": _LATE._replace(effort="none"),
+    r"gpt-5\.2": _LATE._replace(effort="none", phase=False),
+    r"gpt-5\.1-codex-max": _Model(top_p=0.985, effort="none"),
+    r"gpt-5\.1": _Model(effort="none"),
+    r"computer-use": _Model(retention=None),
+    r"o3-mini": _Model(fingerprint="fp_"),
+    r"gpt-5|o[134]": _Model(),
+    r"": _OMNI._replace(forced_stop=False),
+}
 
 
 @lru_cache(256)
 def _family(begin: str) -> _Model:
-    return _Model(**next(traits for name, traits in _FAMILIES if begin.startswith(name)))
-
-
-def _model(name: str) -> _Model:
-    return _family(name[:24])  # what is cached must not be of any size
+    """A model's family; of a name its first 24 characters, for what is cached must not be of any size."""
+    return next(model for pattern, model in _FAMILIES.items() if re.match(pattern, begin))
 
 
 _TIERS = {"flex": "flex", "fast": "priority", "priority": "priority"}
 
-_ALTERNATIVES = [
-    f" {word}"
-    for word in "the a and of to in that it is for on with as at by an be this from or".split()  # noqa: SIM905
-]
+_ALTERNATIVES = re.findall(r" \w+", " the a and of to in that it is for on with as at by an be this from or")
 
 
 def _logprobs(token: str, top: int) -> _JSON:
-    """A token's entry in logprobs, Responses form. The numbers are plausible, and the same for the same token."""
-
-    def entry(token: str, logprob: float) -> _JSON:
-        return {"bytes": list(token.encode("utf-8", "replace")), "logprob": logprob, "token": token}
-
+    """A token's entry in logprobs, made up: plausible numbers, the same for the same token."""
     logprob = -(zlib.crc32(token.encode("utf-8", "replace")) % 2500 + 1) / 1e4
-    others = [other for other in _ALTERNATIVES if other != token][: max(0, top - 1)]
-    ranked = [entry(token, logprob)] + [entry(other, -2.0 - place / 2) for place, other in enumerate(others)]
-    return {**entry(token, logprob), "top_logprobs": ranked[:top]}
+    others = enumerate(other for other in _ALTERNATIVES if other != token)
+    ranked = [(token, logprob), *((other, -2.0 - place / 2) for place, other in others)]
+    tops = [{"token": token, "logprob": logprob} for token, logprob in ranked[: max(0, top)]]
+    return _entry({"token": token, "logprob": logprob, "top_logprobs": tops})
 
 
-class _Deltas:
-    """Delta events in a row that differ in their text, padding and number alone, so that they encode fast.
+# What is encoded in the place of a text, its padding and a number; random, so that no text of a user can have it.
+_SLOTS = [f"slot {random.SystemRandom().getrandbits(64):x}" for _ in range(3)]
 
-    The first of an item is encoded with slots in their places; that frame is the form of all others.
-    """
 
-    __slots__ = ("first", "item", "make", "section", "texts")
+@dataclass(slots=True)
+class _Form:
+    """A delta event with slots in the places where those of its item differ."""
 
-    def __init__(
-        self, item: _Utterance, texts: Sequence[str], first: int, make: Callable[[str, str, Any], _JSON]
-    ) -> None:
-        self.item = item
-        self.section = item.section
-        self.texts = texts
-        self.first = first  # number of the first event
-        self.make = make  # (text, padding, number) -> event
+    event: _JSON
+    frame: str = ""  # the first of them that is rendered, with %s in these places
+
+
+class _Deltas(NamedTuple):
+    """Delta events in a row that differ in their text, padding and number alone, so that they encode fast."""
+
+    form: _Form
+    texts: Sequence[str]
+    first: int  # number of the first event
 
     def events(self) -> list[_JSON]:
         """The events one by one."""
-        return [
-            self.make(text, _obfuscation(number, -len(text) & 15), number)
-            for number, text in enumerate(self.texts, self.first)
-        ]
+        return [_loads(text) for texts in self.frames(_dumps) for text in texts]
 
-    def frames(self, frame: Callable[[_Event], str]) -> Iterator[list[str]]:
-        """What `frame` gives for each of the events, some at a time, at a fifth of the time that it would take."""
-        form, order = self.item.forms.get(self.section) or self._form(frame)
+    def frames(self, render: Callable[[_Event], str]) -> Iterator[list[str]]:
+        """What `render` gives for each of the events, some at a time, at a fifth of the time that it would take."""
+        event, frame = self.form.event, self.form.frame
+        if not frame:
+            text, padding, number = _SLOTS
+            frame = render(event).replace("%", "%%").replace(f'"{text}"', "%s")
+            self.form.frame = frame = frame.replace(padding, "%s").replace(f'"{number}"', "%s")
         for at in range(0, len(self.texts), _RUN):
             texts = self.texts[at : at + _RUN]
             numbers = range(self.first + at, self.first + at + len(texts))
-            columns: dict[str, Iterable[object]] = {"text": map(_quote, texts), "number": numbers}
-            if "padding" in order:
+            columns: list[Iterable[object]] = [map(_quote, texts)]
+            if "obfuscation" in event:
                 begins = [number * 37 & 1023 for number in numbers]
-                columns["padding"] = [_POOL[b : b + (-len(text) & 15)] for b, text in zip(begins, texts, strict=True)]
-            yield [form % row for row in zip(*(columns[name] for name in order), strict=True)]
-
-    def _form(self, frame: Callable[[_Event], str]) -> tuple[str, list[str]]:
-        """The form of the frames, with %s in the place of what differs, and what these are, in order."""
-        form = frame(self.make(*_SLOTS.values())).replace("%", "%%")
-        order = sorted((name for name in _SLOTS if _SLOTS[name] in form), key=lambda name: form.index(_SLOTS[name]))
-        for name, slot in _SLOTS.items():
-            form = form.replace(slot if name == "padding" else f'"{slot}"', "%s")
-        self.item.forms[self.section] = form, order
-        return form, order
+                columns.append([_POOL[b : b + (-len(text) & 15)] for b, text in zip(begins, texts, strict=True)])
+            if "sequence_number" in event:
+                columns.append(numbers)
+            yield [frame % row for row in zip(*columns, strict=True)]
 
 
 _Event: TypeAlias = "_JSON | _Deltas | Literal['[DONE]']"
-
-# What is encoded in the place of what differs; random, so that no text of a user can have it.
-_SLOTS = {name: f"{name} {random.SystemRandom().getrandbits(64):x}" for name in ("text", "padding", "number")}
+_Encoder: TypeAlias = "_ChatEncoder | _ResponsesEncoder"
 
 
-class _Encoder:
-    """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
+class _Fold:
+    """What an encoder has of all that was said: parts, folded into items. It does no I/O."""
 
     ended = False  # all is said
+    status = "in_progress"
     id: str
     usage: Usage | None = None
-    number = 0  # Responses: of the next event; Chat Completions: of the last that was padded
+    number: int = 0  # Responses: of the next event; Chat Completions: of the last that was padded
     n = 1  # choices
     parallel = False  # several calls are known to come
-    logprobs = False
-    top_logprobs = 0
+    legacy = False  # calls answer `functions`
+    logprobs = False  # they are asked for
     error_event = True  # Responses: an error is told before response.failed
+    _top: ClassVar = ("top_logprobs", 20)  # what asks for logprobs of other tokens, and how many there are at most
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
@@ -3714,27 +3693,32 @@ class _Encoder:
         self.ids = ids
         self.extra = reply.extra
         self.created = reply.created if reply.created is not None else created
-        self.model = _model(reply.model or model)
+        self.model = _family((reply.model or model)[:24])
         self.model_name = reply.model or _SNAPSHOTS.get(model, model)
         self.streams = self.asked.get("stream") is True  # whether events are told
         self.items: list[_Utterance] = []
         self.open: dict[int, _Utterance] = {}  # the item that each choice is saying
+        self.calls: dict[int, int] = {}  # how many calls each choice has made
         self.finish: dict[int, str] = {}
         self.sources: list[str] = []  # found by web searches, before the text that may cite them
 
-    def ask_logprobs(self, asked: bool) -> None:
-        """Takes note of whether logprobs are asked for, and how many of other tokens."""
-        top = self.asked.get("top_logprobs")
-        self.logprobs = asked
-        self.top_logprobs = min(top, 20) if type(top) is int and asked else 0
-
-    def fold(self, part: _Spoken, texts: Sequence[str]) -> tuple[_Utterance, _Utterance | None, bool]:
-        """Folds in a part that adds these texts. Returns its item, the item that it ended, and whether it is new."""
-        item, ended, new = self.open.get(part.choice), None, False
-        if item is None or not part._continues(item.part):
-            item, ended, new = self._new_item(part), item, True
-            if ended is not None:
-                self._finish(ended, "completed")
+    def fold(self, part: _Spoken, texts: Sequence[str]) -> tuple[_Utterance, _Utterance | None]:
+        """Folds in a part that adds these texts. Returns its item, and the one that its choice was saying before."""
+        before = self.open.get(part.choice)
+        if before is not None and part._continues(before.part):
+            item = before
+        else:
+            if isinstance(part, _Call) and not part.name:
+                raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
+            item = self.open[part.choice] = _Utterance(part, len(self.items))
+            self.name_item(item)
+            self.items.append(item)
+            if isinstance(part, WebSearch):
+                self.sources += part.sources
+            elif self.sources and isinstance(part, Text):
+                item.sources, self.sources = self.sources, []
+            if before is not None:
+                self._finish(before, "completed")
         if texts:
             item.pieces += texts
             if isinstance(part, _MessagePart):
@@ -3742,40 +3726,34 @@ class _Encoder:
                     item.entries += [entry for entries in self.entries(part, texts) for entry in entries]
                 if part.annotations or item.sources:
                     self._annotate(item, part)
-        return item, ended, new
+        return item, before
+
+    def name_item(self, item: _Utterance) -> None:
+        """Gives an item its ids."""
+        part = item.part
+        if isinstance(part, _Call):
+            item.call_id = part.id or "call_" + self.ids.alnum(24)
+            item.legacy = self.legacy
+            item.index = self.calls.get(part.choice, 0)
+            self.calls[part.choice] = item.index + 1
 
     def entries(self, part: _MessagePart, texts: Sequence[str]) -> list[list[_JSON]]:
         """The logprobs entries of each text: the part's own, or made up."""
         if part.logprobs is None:
-            return [[_logprobs(text, self.top_logprobs)] if text else [] for text in texts]
-        given = [_dict(entry) for entry in part.logprobs]
-        return [[entry] for entry in given] if len(given) == len(texts) else [given, *([] for _ in texts[1:])]
+            name, most = self._top
+            top = self.asked.get(name)
+            count = min(top, most) if type(top) is int else 0
+            return [[_logprobs(text, count)] if text else [] for text in texts]
+        given = [*map(_dict, part.logprobs)]
+        return [[entry] for entry in given] if len(given) == len(texts) else [given, *([] for _ in texts)][: len(texts)]
 
     def _annotate(self, item: _Utterance, part: _MessagePart) -> None:
         """Adds a part's annotations to its item, and the sources that its text has come to name."""
         item.annotations += map(_dict, part.annotations)
         item.join()
-        found = [(url, citation) for url in item.sources if (citation := _citation(item.text, url)) is not None]
-        item.annotations += [citation for _, citation in sorted(found, key=lambda each: each[1]["end_index"])]
-        named = {url for url, _ in found}
-        item.sources = [url for url in item.sources if url not in named]
-
-    def _new_item(self, part: _Spoken) -> _Utterance:
-        if isinstance(part, _Call) and not part.name:
-            raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
-        item = _Utterance(part, len(self.items))
-        self.name_item(item)
-        if isinstance(part, WebSearch):
-            self.sources += part.sources
-        elif isinstance(part, Text) and self.sources:
-            item.sources, self.sources = self.sources, []
-        self.items.append(item)
-        self.open[part.choice] = item
-        return item
-
-    def name_item(self, item: _Utterance) -> None:
-        """Gives an item its ids."""
-        raise NotImplementedError
+        cited = [_citation(item.text, url) for url in item.sources]
+        item.annotations += sorted(filter(None, cited), key=lambda citation: citation["end_index"])
+        item.sources = [url for url, citation in zip(item.sources, cited, strict=True) if citation is None]
 
     def begin(self) -> list[_Event]:
         """The events before the first part, once: they are told by whatever comes first."""
@@ -3796,30 +3774,18 @@ class _Encoder:
         self.usage = chunk.usage or self.usage
         return events
 
-    def end(self) -> list[_Event]:
-        """The events after the last part."""
-        raise NotImplementedError
-
-    def fail(self, error: APIError) -> list[_Event]:
-        """The events of an answer that fails."""
-        raise NotImplementedError
-
     def abandon(self) -> None:
         """Nothing more will be said: the client has left, or the handler has failed."""
+        self.status = "cancelled"  # as the API calls it when a connection is closed
 
-    def body(self) -> _JSON:
-        """The JSON body: the fold of all that was said."""
-        raise NotImplementedError
-
-    def close_items(self) -> None:
-        """All is said: gives the items that are still being said the status they end with."""
+    def close_items(self) -> list[_Utterance]:
+        """All is said: ends the items that are still being said, and returns them."""
         self.ended = True
-        for item in self.items:
-            if item.status == "in_progress":
-                self._finish(item, self._final_status())
-
-    def _final_status(self) -> str:
-        return "incomplete" if any(reason in _INCOMPLETE for reason in self.finish.values()) else "completed"
+        self.status = "completed" if _INCOMPLETE.keys().isdisjoint(self.finish.values()) else "incomplete"
+        going = [item for item in self.items if item.status == "in_progress"]
+        for item in going:
+            self._finish(item, self.status)
+        return going
 
     def _finish(self, item: _Utterance, status: str) -> None:
         item.status = status
@@ -3836,206 +3802,165 @@ class _Encoder:
             return self.usage
         thought = said = 0
         for item in self.items:
-            said += len(_tokens(item.text))
+            said += len(_tokens(item.text)) + 4 * isinstance(item.part, _Call)
             thought += 64 * (type(item.part) is Reasoning)
-            said += 4 * isinstance(item.part, _Call)
         return Usage(self.prompt_tokens(), max(1, said + thought), reasoning_tokens=thought)
 
     def prompt_tokens(self) -> int:
         """About how many tokens the model was told."""
-        raise NotImplementedError
+        return _estimate(_list(self.asked.get("messages")))
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
 
 
-class _ChatEncoder(_Encoder):
+class _ChatEncoder(_Fold):
+    """Chat Completions: events are chunks, and the body has a message for each choice."""
+
     given = False  # all that was said are Chunks: nothing is added to them
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
-        asked, model = self.asked, self.model
-        self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
-        self.fingerprint: Any = model.fingerprint and _fingerprint(self.model_name)
-        tier = asked.get("service_tier") or "default"
-        self.tier: _JSON = {"service_tier": _TIERS.get(str(tier), "default")} if model.service_tier else {}
-        if self.extra:
-            self.fingerprint = self.extra.get("system_fingerprint", self.fingerprint)
-            self.tier = {"service_tier": self.extra["service_tier"]} if "service_tier" in self.extra else self.tier
+        asked, model, extra = self.asked, self.model, self.extra
+        self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else ids.uuid4()))
+        kind, created = "chat.completion.chunk", self.created
+        self.head: _JSON = {"id": self.id, "object": kind, "created": created, "model": self.model_name}
+        fingerprint, tier = model.fingerprint, str(asked.get("service_tier") or "default")
+        if fingerprint:
+            fingerprint += hashlib.sha256(self.model_name.encode("utf-8", "replace")).hexdigest()[:10]
+        self.tail: _JSON = {"service_tier": _TIERS.get(tier, "default"), "system_fingerprint": fingerprint}
+        if extra:
+            self.tail |= {key: extra[key] for key in self.tail if key in extra}
+        if not (model.service_tier or "service_tier" in extra):
+            del self.tail["service_tier"]
         self.legacy = bool(asked.get("functions")) and not asked.get("tools")
         n = asked.get("n")
         self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
-        if asked.get("logprobs") is True:
-            self.ask_logprobs(True)
+        self.logprobs = asked.get("logprobs") is True
         options = _dict(asked.get("stream_options")) if self.streams else {}
         self.with_usage = bool(options.get("include_usage"))
         self.obfuscated = options.get("include_obfuscation") is not False
         self.started: set[int] = set()  # the choices whose role chunk is sent
         self.finished: set[int] = set()  # the choices that a Chunk has finished
-        self.calls: dict[int, int] = {}  # how many calls each choice has made
-
-    def prompt_tokens(self) -> int:
-        return _estimate(_list(self.asked.get("messages")))
-
-    def name_item(self, item: _Utterance) -> None:
-        part = item.part
-        if isinstance(part, _Call):
-            item.call_id = part.id or "call_" + self.ids.alnum(24)
-            item.legacy = self.legacy and isinstance(part, ToolCall)
-            item.index = self.calls.get(part.choice, 0)
-            self.calls[part.choice] = item.index + 1
 
     # Events
 
-    def _chunk(
-        self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
-    ) -> _JSON:
-        event: _JSON = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model_name,
-            **self.tier,
-            "system_fingerprint": self.fingerprint,
-        }
-        if self.with_usage and swapped:  # of parallel calls, in all chunks before the finish chunk (R)
-            event["usage"] = usage
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> _JSON:
+        event = {**self.head, **self.tail}
+        if self.with_usage and self.parallel:
+            event["usage"] = None
         event["choices"] = choices
-        if self.with_usage and not swapped:
+        if self.with_usage:
             event["usage"] = usage
-        if self.obfuscated:
-            if padding is None:
-                self.number += 1
-                padding = _obfuscation(self.number, (self.number * 11 + 9) & 15)
-            event["obfuscation"] = padding
         return event
 
-    def _choice(
-        self,
-        choice: int,
-        delta: _JSON,
-        logprobs: _JSON | None = None,
-        finish: str | None = None,
-        padding: str | None = None,
-    ) -> _JSON:
+    def _choice(self, choice: int, delta: _JSON, logprobs: _JSON | None = None, finish: str | None = None) -> _JSON:
         entry: _JSON = {"index": choice, "delta": delta}
         if self.model.logprobs or self.logprobs:
             entry["logprobs"] = logprobs
         entry["finish_reason"] = finish
-        return self._chunk([entry], padding, swapped=self.parallel and finish is None)
+        return self._chunk([entry])
+
+    def _padded(self, chunks: list[_JSON]) -> list[_Event]:
+        if self.obfuscated:
+            for chunk in chunks:
+                self.number += 1
+                chunk["obfuscation"] = _obfuscation(self.number, (self.number * 11 + 9) & 15)
+        return [*chunks]
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        item, _, new = self.fold(part, texts)
+        item, before = self.fold(part, texts)
         if not (self.streams and part._in_chat):
             return []
+        opened, choice = item.part, part.choice
         # A text that goes on with what a Chunk said still needs its role; a call has been named.
-        opens = new or (part.choice not in self.started and isinstance(part, _MessagePart))
-        events = self._opening(item) if opens else []
-        return events + self._deltas(item, part, texts) if texts else events
+        opens = item is not before or (choice not in self.started and isinstance(part, _MessagePart))
+        chunks = self._opening(item) if opens else []
+        if self.logprobs and isinstance(part, _MessagePart):
+            for text, entries in zip(texts, self.entries(part, texts), strict=True):
+                chunks.append(self._choice(choice, opened._chat_delta(item, text), _chat_logprobs((part, entries))))
+            texts = ()
+        events = self._padded(chunks)
+        if texts:
+            if item.form is None:
+                item.form = _Form(self._choice(choice, opened._chat_delta(item, _SLOTS[0])))
+                if self.obfuscated:
+                    item.form.event["obfuscation"] = _SLOTS[1]
+            events.append(_Deltas(item.form, texts, self.number + 1))
+            self.number += len(texts)
+        return events
 
-    def _opening(self, item: _Utterance) -> list[_Event]:
+    def _opening(self, item: _Utterance) -> list[_JSON]:
         part, choice = item.part, item.part.choice
-        if isinstance(part, Item):  # audio
-            self.started.add(choice)
-            return [self._choice(choice, delta) for delta in _audio_deltas(_audio(part, self))]
-        head = part._chat_head(item)
-        if choice in self.started:
-            return [] if head is None else [self._choice(choice, head)]
+        begun, head = choice in self.started, part._chat_head(item)
         self.started.add(choice)
-        if head is not None and self.parallel:
-            return [self._choice(choice, {"role": "assistant", "content": None}), self._choice(choice, head)]
-        return [self._choice(choice, part._chat_role(item), self._no_logprobs(part))]
-
-    def _no_logprobs(self, part: _Spoken) -> _JSON | None:
-        if not self.logprobs or not isinstance(part, _MessagePart):
-            return None
-        return {"content": None, "refusal": []} if isinstance(part, Refusal) else {"content": [], "refusal": None}
-
-    def _deltas(self, item: _Utterance, said: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        part, choice = item.part, item.part.choice
-        if self.logprobs and isinstance(said, _MessagePart):
-            kind = "refusal" if isinstance(said, Refusal) else "content"
-            empty = {"content": None, "refusal": None}
-            return [
-                self._choice(choice, part._chat_delta(item, text), {**empty, kind: [*map(_chat_logprobs, entries)]})
-                for text, entries in zip(texts, self.entries(said, texts), strict=True)
-            ]
-
-        def make(text: str, padding: str, number: Any) -> _JSON:
-            return self._choice(choice, part._chat_delta(item, text), padding=padding)
-
-        first, self.number = self.number + 1, self.number + len(texts)
-        return [_Deltas(item, texts, first, make)]
+        deltas: Iterable[_JSON]
+        if isinstance(part, Item):  # audio
+            deltas = _audio_deltas(_audio(part, self))
+        elif begun:
+            deltas = [] if head is None else [head]
+        elif head is not None and self.parallel:
+            deltas = [{"role": "assistant", "content": None}, head]
+        else:
+            deltas = [part._chat_role(item)]
+        logprobs = _chat_logprobs((part, [])) if self.logprobs else None
+        return [self._choice(choice, delta, logprobs) for delta in deltas]
 
     def chunk(self, chunk: Chunk) -> list[_Event]:
-        if not self.items:
-            self.given = True
-        choices = [self._given_choice(choice) for choice in chunk.choices]
+        self.given = self.given or not self.items
+        choices: list[_JSON] = []
+        for choice in chunk.choices:
+            delta: _JSON = {}
+            if choice.delta:
+                delta["content"] = choice.delta
+                self.fold(Text(choice.delta, choice=choice.index), [choice.delta])
+            for each in choice.tool_calls:
+                call = replace(each, choice=choice.index)
+                item, _ = self.fold(call, call._as_given())
+                text = each.arguments
+                told = call._chat_call(item, text) if each.name else {"function": {"arguments": text}}
+                delta.setdefault("tool_calls", []).append({"index": item.index, **told})
+            if choice.finish_reason:
+                self.finish[choice.index] = choice.finish_reason
+                self.finished.add(choice.index)
+            choices.append({"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason})
         self.usage = chunk.usage or self.usage
-        self._adopt(chunk)
-        event: _JSON = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model_name,
-            "choices": choices,
-        }
-        if chunk.usage:
-            event["usage"] = self._usage()
-        return [event]
-
-    def _given_choice(self, choice: ChunkChoice) -> _JSON:
-        delta: _JSON = {}
-        if choice.delta:
-            delta["content"] = choice.delta
-            self.fold(Text(choice.delta, choice=choice.index), [choice.delta])
-        calls: list[_JSON] = []
-        for each in choice.tool_calls:
-            call = replace(each, choice=choice.index)
-            item, _, _ = self.fold(call, call._as_given())
-            head = call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
-            calls.append({"index": item.index, **head})
-        if calls:
-            delta["tool_calls"] = calls
-        if choice.finish_reason:
-            self.finish[choice.index] = choice.finish_reason
-            self.finished.add(choice.index)
-        return {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
-
-    def _adopt(self, chunk: Chunk) -> None:
-        """Takes over what a Chunk says of the envelope."""
-        before = self.id, self.created, self.model_name
+        # What a Chunk says of the envelope holds from now on.
         self.id = chunk.id or self.id
         self.created = chunk.created or self.created
         self.model_name = chunk.model or self.model_name
-        if (self.id, self.created, self.model_name) != before:
+        head = {**self.head, "id": self.id, "created": self.created, "model": self.model_name}
+        if head != self.head:
+            self.head = head
             for item in self.open.values():
-                item.forms.clear()  # they have the envelope as it was
+                item.form = None  # it has the envelope as it was
+        return [{**self.head, "choices": choices, **({"usage": self._usage()} if chunk.usage else {})}]
 
     def end(self) -> list[_Event]:
         self.close_items()
         if self.given and not self.started:
             return ["[DONE]"]
-        events: list[_Event] = []
-        choices = self._spoken_choices()
-        for choice in choices:
+        chunks: list[_JSON] = []
+        spoken = self._spoken()
+        for choice in spoken:
             if choice not in self.started:
-                nothing = Text("", choice=choice)
-                role = nothing._chat_role(_Utterance(nothing, 0))
-                events.append(self._choice(choice, role, self._no_logprobs(nothing)))
+                chunks += self._opening(_Utterance(Text("", choice=choice), 0))
         if any(item.annotations for item in self.items):
-            cited = {body["index"]: body["message"]["annotations"] for body in self._choices()}
-            events += [self._choice(choice, {"annotations": each}) for choice, each in cited.items() if each]
-        going = [choice for choice in choices if choice not in self.finished]
-        events += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
+            for body in starmap(self._whole_choice, spoken.items()):
+                if cited := body["message"]["annotations"]:
+                    chunks.append(self._choice(body["index"], {"annotations": cited}))
+        self.parallel = False  # from the finish chunk on, usage is last again (R)
+        going = [choice for choice in spoken if choice not in self.finished]
+        chunks += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
         if self.with_usage:
-            events.append(self._chunk([], usage=self._usage()))
+            chunks.append(self._chunk([], usage=self._usage()))
+        events = self._padded(chunks)
         if moderation := self._moderation():
-            events.append({**self._chunk([], padding=""), **moderation})
+            events.append({**self._chunk([]), **({"obfuscation": ""} if self.obfuscated else {}), **moderation})
         for item in self.items:
             if isinstance(item.part, Item) and item.part._in_chat:
                 expires: _JSON = {"audio": {"expires_at": _audio(item.part, self)["expires_at"]}}
-                events.append(self._chunk([{"index": item.part.choice, "delta": expires}]))
+                events += self._padded([self._chunk([{"index": item.part.choice, "delta": expires}])])
         return [*events, "[DONE]"]
 
     def fail(self, error: APIError) -> list[_Event]:
@@ -4053,64 +3978,48 @@ class _ChatEncoder(_Encoder):
         forced = _dict(self.asked.get("tool_choice")).get("type") in ("function", "custom")
         return "stop" if forced and self.model.forced_stop else "tool_calls"
 
-    def _spoken_choices(self) -> list[int]:
-        return sorted({item.part.choice for item in self.items if item.part._in_chat} | set(self.finish)) or [0]
-
-    def _choices(self) -> list[_JSON]:
-        items: dict[int, list[_Utterance]] = {choice: [] for choice in self._spoken_choices()}
+    def _spoken(self) -> dict[int, list[_Utterance]]:
+        """The items of each choice, in order; one choice at least."""
+        spoken: dict[int, list[_Utterance]] = {choice: [] for choice in self.finish}
         for item in self.items:
             if item.part._in_chat:
-                items[item.part.choice].append(item)
-        return [self._whole_choice(choice, spoken) for choice, spoken in items.items()]
+                spoken.setdefault(item.part.choice, []).append(item)
+        return {choice: spoken[choice] for choice in sorted(spoken)} or {0: []}
 
     def _whole_choice(self, choice: int, items: list[_Utterance]) -> _JSON:
-        message: _JSON = {"role": "assistant", "content": None}
-        if choice in self.calls:
-            message["function_call" if self.legacy else "tool_calls"] = []
-        message.update(refusal=None, annotations=[])
-        logprobs: _JSON | None = None
+        calls: _JSON = {"function_call" if self.legacy else "tool_calls": []} if choice in self.calls else {}
+        content = None if items else ""
+        message: _JSON = {"role": "assistant", "content": content, **calls, "refusal": None, "annotations": []}
         for item in items:
             if isinstance(item.part, Item):
                 message["audio"] = _audio(item.part, self)
                 message["annotations"] = message.pop("annotations")  # after it
-                continue
-            item.part._chat_message(item, message)
-            if self.logprobs and isinstance(item.part, _MessagePart):
-                kind = "refusal" if isinstance(item.part, Refusal) else "content"
-                logprobs = logprobs or {"content": None, "refusal": None}
-                logprobs[kind] = (logprobs[kind] or []) + [_chat_logprobs(entry) for entry in item.entries]
-        if not items:
-            message["content"] = ""
-            logprobs = {"content": [], "refusal": None} if self.logprobs else None
+            else:
+                item.part._chat_message(item, message)
         entry: _JSON = {"index": choice, "message": message}
-        if self.logprobs or self.model.logprobs:
-            entry["logprobs"] = logprobs
+        if self.logprobs:
+            said = [(item.part, item.entries) for item in items]
+            entry["logprobs"] = _chat_logprobs(*said or [(Text(""), [])])
+        elif self.model.logprobs:
+            entry["logprobs"] = None
         entry["finish_reason"] = self._finish_reason(choice)
         return entry
 
     def _usage(self) -> _JSON:
         usage = self.tally()
-        prompt: _JSON = {"cached_tokens": usage.cached_tokens}
-        if self.model.cache_writes:
-            prompt["cache_write_tokens"] = 0
-        prompt["audio_tokens"] = 0
-        completion: _JSON = {
-            "reasoning_tokens": usage.reasoning_tokens,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        }
+        writes = {"cache_write_tokens": 0} if self.model.cache_writes else {}
+        prompt: _JSON = {"cached_tokens": usage.cached_tokens, **writes, "audio_tokens": 0}
+        predicted = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+        completion: _JSON = {"reasoning_tokens": usage.reasoning_tokens, "audio_tokens": 0, **predicted}
         if self.model.audio:
             prompt.update(text_tokens=usage.prompt_tokens, image_tokens=0)
             completion["text_tokens"] = usage.completion_tokens
-        prompt.update(usage.details.get("prompt", {}))
-        completion.update(usage.details.get("completion", {}))
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.total_tokens,
-            "prompt_tokens_details": prompt,
-            "completion_tokens_details": completion,
+            "prompt_tokens_details": {**prompt, **usage.details.get("prompt", {})},
+            "completion_tokens_details": {**completion, **usage.details.get("completion", {})},
         }
 
     def _moderation(self) -> _JSON:
@@ -4118,23 +4027,19 @@ class _ChatEncoder(_Encoder):
         given, asked = self.extra.get("moderation"), self.asked.get("moderation")
         if given is None and not (asked and isinstance(asked, dict)):
             return {}
-        model = _string(_dict(asked).get("model")) or "omni-moderation-latest"
-        result = {"type": "moderation_result", "model": model, **_moderation_result()}
-        results = {"type": "moderation_results", "model": model, "results": [result]}
+        result = _moderation_result(_dict(asked))
+        results = {"type": "moderation_results", "model": result["model"], "results": [result]}
         return {"moderation": given or {"input": results, "output": results}}
 
     def body(self) -> _JSON:
         self.close_items()
         return {
-            "id": self.id,
+            **self.head,
             "object": "chat.completion",
-            "created": self.created,
-            "model": self.model_name,
-            "choices": self._choices(),
+            "choices": [*starmap(self._whole_choice, self._spoken().items())],
             **self._moderation(),
             "usage": self._usage(),
-            **self.tier,
-            "system_fingerprint": self.fingerprint,
+            **self.tail,
         }
 
 
@@ -4147,45 +4052,45 @@ def _audio(part: Item, encoder: _ChatEncoder) -> _JSON:
 
 def _audio_deltas(audio: _JSON) -> Iterator[_JSON]:
     """The deltas of audio: its transcript, and its sound in pieces of 25,600 characters (R)."""
-    yield {"role": "assistant", "refusal": None}
     first, *texts = _tokens(audio["transcript"]) or ("",)
+    begins = range(0, len(audio["data"]) or 1, 25_600)
+    sound, *sounds = (audio["data"][begin : begin + 25_600] for begin in begins)
+    yield {"role": "assistant", "refusal": None}
     yield {"content": None, "audio": {"id": audio["id"], "transcript": first}}
     yield from ({"audio": {"transcript": text}} for text in texts)
-    data = audio["data"]
-    told: _JSON = {"role": "assistant", "content": None, "refusal": None}
-    yield {**told, "audio": {"id": audio["id"], "data": data[:25_600]}}
-    yield from ({"audio": {"data": data[at : at + 25_600]}} for at in range(25_600, len(data), 25_600))
+    yield {"role": "assistant", "content": None, "refusal": None, "audio": {"id": audio["id"], "data": sound}}
+    yield from ({"audio": {"data": sound}} for sound in sounds)
 
 
-def _chat_logprobs(entry: _JSON) -> _JSON:
-    """A logprobs entry in the order that Chat Completions has."""
-    top = [{key: other[key] for key in ("token", "logprob", "bytes")} for other in entry["top_logprobs"]]
-    return {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry["bytes"], "top_logprobs": top}
+def _chat_logprobs(*said: tuple[_Spoken, list[_JSON]]) -> _JSON | None:
+    """The logprobs of what was said, by its kind, their keys in the order of Chat Completions; None for no message."""
+
+    def told(entry: _JSON) -> _JSON:
+        return {key: entry[key] for key in ("token", "logprob", "bytes")}
+
+    kinds: dict[str, list[_JSON]] = {}
+    for part, entries in said:
+        if isinstance(part, _MessagePart):
+            ordered = kinds.setdefault("refusal" if isinstance(part, Refusal) else "content", [])
+            ordered += [{**told(each), "top_logprobs": [*map(told, each["top_logprobs"])]} for each in entries]
+    return {"content": None, "refusal": None, **kinds} if kinds else None
 
 
-_MODERATION = (
+_MODERATED = (
     "harassment", "harassment/threatening", "sexual", "hate", "hate/threatening", "illicit", "illicit/violent",
     "self-harm/intent", "self-harm/instructions", "self-harm", "sexual/minors", "violence", "violence/graphic",
 )  # fmt: skip
+_UNFLAGGED: _JSON = {  # what moderation finds, unless the handler says otherwise
+    "flagged": False,
+    "categories": dict.fromkeys(_MODERATED, False),
+    "category_scores": dict.fromkeys(_MODERATED, 1e-06),
+    "category_applied_input_types": {name: ["text"] for name in _MODERATED},
+}
 
 
-def _moderation_result() -> _JSON:
-    """What moderation finds: nothing is ever flagged, unless the handler says so."""
-    return {
-        "flagged": False,
-        "categories": dict.fromkeys(_MODERATION, False),
-        "category_scores": dict.fromkeys(_MODERATION, 1e-06),
-        "category_applied_input_types": {name: ["text"] for name in _MODERATION},
-    }
-
-
-def _fingerprint(model: str) -> str:
-    return "fp_" + hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()[:10]
-
-
-def _uuid4(ids: _Ids) -> str:
-    digits = ids.hex(32)
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+def _moderation_result(asked: _JSON) -> _JSON:
+    model = _string(asked.get("model")) or "omni-moderation-latest"
+    return {"type": "moderation_result", "model": model, **_UNFLAGGED}
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -4195,55 +4100,61 @@ _NO_IMAGES = {
     "output_tokens": 0, "output_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "total_tokens": 0,
 }  # fmt: skip
 _NOWHERE = {"type": "approximate", "city": None, "country": None, "region": None, "timezone": None}
+_RANKED = {"ranker": "auto", "score_threshold": 0.0}
 _SEARCHED = {"search_context_size": "medium", "user_location": {**_NOWHERE, "country": "US"}}
-# What the echo of a tool tells where the request is silent (R).
+# What the echo of a tool tells where the request is silent (R); `...` stands for what it never tells.
 _TOOL_DEFAULTS: dict[str, _JSON] = {
     "custom": {"description": None, "format": {"type": "text"}},
-    "file_search": {
-        "filters": None,
-        "max_num_results": 20,
-        "ranking_options": {"ranker": "auto", "score_threshold": 0.0},
-    },
+    "file_search": {"filters": None, "max_num_results": 20, "ranking_options": _RANKED},
+    "function": {"description": None, "output_schema": None, "parameters": None},
     "image_generation": dict.fromkeys(("background", "moderation", "quality", "size"), "auto")
+    | dict.fromkeys(("action", "input_fidelity", "input_image_mask", "partial_images"), ...)
     | {"model": "gpt-image-1", "n": 1, "output_compression": 100, "output_format": "png"},
     "mcp": {"allowed_tools": None, "headers": None, "require_approval": "always", "server_description": None},
     "tool_search": {"description": None, "parameters": None},
-    "web_search": {"return_token_budget": "default", "search_content_types": ["text"], **_SEARCHED},
+    "web_search": {"return_token_budget": "default", "search_content_types": ["text"], **_SEARCHED}
+    | {"external_web_access": ...},
     "web_search_preview": _SEARCHED,
-}
-_NOT_ECHOED = {  # though asked (R)
-    "image_generation": ("action", "input_fidelity", "input_image_mask", "partial_images"),
-    "web_search": ("external_web_access",),
 }
 _TOOL_ORDER = {"programmatic_tool_calling": 0, "function": 1, "custom": 3, "tool_search": 4, "namespace": 5}  # else 2
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-_RESPONSE_ID = r"resp_[0-9a-f]{50}"
 
 
 def _strict_schema(schema: Any) -> Any:
     """A function's parameters as the API echoes them when it turns `strict` on itself."""
     if isinstance(schema, list):
-        return [_strict_schema(each) for each in _list(schema)]
-    if not isinstance(schema, dict):
-        return schema
+        return [*map(_strict_schema, _list(schema))]
     strict = {key: _strict_schema(value) for key, value in _dict(schema).items()}
     if strict.get("type") == "object":
         strict.setdefault("additionalProperties", False)
         if isinstance(strict.get("properties"), dict):
             strict["required"] = list(strict["properties"])
-    return strict
+    return strict if isinstance(schema, dict) else schema
 
 
-def _function_echo(tool: _JSON) -> _JSON:
-    strict = tool.get("strict", ...)
-    parameters = tool.get("parameters")
-    told = {**tool, "description": tool.get("description") or None, "output_schema": tool.get("output_schema")}
-    told["parameters"] = _strict_schema(parameters) if strict is ... else parameters
-    told["strict"] = True if strict is ... else bool(strict)
+def _tool_echo(value: object) -> _JSON:
+    tool = _dict(value)
+    kind = _string(tool.get("type"))
+    defaults = _TOOL_DEFAULTS.get(kind, {})
+    asked = {key: each for key, each in tool.items() if each is not None or key not in defaults}
+    told = {key: each for key, each in {**defaults, **asked}.items() if defaults.get(key) is not ...}
+    if isinstance(told.get("user_location"), dict):
+        told["user_location"] = {**_NOWHERE, **_dict(told["user_location"])}
+    if kind == "function":
+        told["description"] = told["description"] or None
+        if "strict" not in tool:
+            told["parameters"] = _strict_schema(told["parameters"])
+        told["strict"] = bool(tool.get("strict", True))
+    if kind == "mcp":
+        _echo_mcp(told)
+    if kind == "custom":
+        told["format"] = _by_key(_dict(told["format"]))
+    if kind == "namespace":
+        told["tools"] = [_tool_echo(each) for each in _list(told.get("tools"))]
     return _by_key(told)
 
 
-def _mcp_echo(told: _JSON) -> None:
+def _echo_mcp(told: _JSON) -> None:
     if "authorization" in told:
         told["authorization"] = "<redacted>"
     if isinstance(told["headers"], dict):
@@ -4254,25 +4165,6 @@ def _mcp_echo(told: _JSON) -> None:
         told["require_approval"] = {
             when: {"read_only": None, **asked[when]} if when in asked else None for when in ("always", "never")
         }
-
-
-def _tool_echo(value: object) -> _JSON:
-    tool = _dict(value)
-    kind = _string(tool.get("type"))
-    if kind == "function":
-        return _function_echo(tool)
-    defaults = _TOOL_DEFAULTS.get(kind, {})
-    asked = {key: each for key, each in tool.items() if key not in _NOT_ECHOED.get(kind, ())}
-    told = {**defaults, **{key: each for key, each in asked.items() if each is not None or key not in defaults}}
-    if isinstance(told.get("user_location"), dict):
-        told["user_location"] = {**_NOWHERE, **_dict(told["user_location"])}
-    if kind == "mcp":
-        _mcp_echo(told)
-    if kind == "custom":
-        told["format"] = _by_key(_dict(told["format"]))
-    if kind == "namespace":
-        told["tools"] = [_tool_echo(each) for each in _list(told.get("tools"))]
-    return _by_key(told)
 
 
 def _own_namespace(function: _JSON) -> _JSON:
@@ -4286,20 +4178,22 @@ def _tools_echo(body: _JSON, late: bool) -> list[_JSON]:
     A deferred function that a tool search in the input has found is a namespace of its own, and so is what the input's
     additional_tools bring; `late` models have these as they are.
     """
+    items = [_dict(item) for item in _list(body.get("input"))]
 
     def brought(kind: str) -> list[Any]:
-        items = map(_dict, _list(body.get("input")))
         return [tool for item in items if item.get("type") == kind for tool in _list(item.get("tools"))]
 
     found = {_dict(tool).get("name") for tool in brought("tool_search_output")}
-    told = [_tool_echo(tool) for tool in _list(body.get("tools"))]
+
+    def is_found(tool: _JSON) -> bool:
+        return bool(tool.get("defer_loading")) and tool.get("name") in found
+
+    told = sorted(map(_tool_echo, _list(body.get("tools"))), key=is_found)
     for tool in told:
         if tool["type"] == "namespace":  # what was found in it stands beside it
-            inner = [each for each in tool["tools"] if each.get("defer_loading") and each.get("name") in found]
-            tool["tools"] += [tool for each in inner for tool in _own_namespace(each)["tools"]]
+            tool["tools"] += [own for each in filter(is_found, tool["tools"]) for own in _own_namespace(each)["tools"]]
+    told = [_own_namespace(tool) if is_found(tool) else tool for tool in told]
     added = [_tool_echo(tool) for tool in brought("additional_tools")]
-    deferred = [tool for tool in told if tool.get("defer_loading") and tool.get("name") in found]
-    told = [tool for tool in told if tool not in deferred] + [_own_namespace(tool) for tool in deferred]
     told += added if late else [_own_namespace(tool) for tool in added if tool["type"] == "function"]
     return sorted(told, key=lambda tool: _TOOL_ORDER.get(tool["type"], 2))
 
@@ -4308,33 +4202,63 @@ def _text_echo(value: object) -> _JSON:
     asked = _dict(value)
     form = _dict(asked.get("format")) or {"type": "text"}
     if form.get("type") == "json_schema":
-        strict, schema = form.get("strict"), _dict(form.get("schema"))
-        form = {
-            "type": "json_schema",
-            "description": form.get("description"),
-            "name": form.get("name"),
-            "schema": {key: value for key, value in schema.items() if key != "$schema"},
-            "strict": True if strict is None else strict,
-        }
+        named = {key: form.get(key) for key in ("type", "description", "name")}
+        schema = {key: each for key, each in _dict(form.get("schema")).items() if key != "$schema"}
+        form = {**named, "schema": schema, "strict": True if form.get("strict") is None else form["strict"]}
     return {"format": form, "verbosity": asked.get("verbosity") or "medium"}
 
 
-def _prompt_echo(value: _JSON) -> _JSON:
-    variables = value.get("variables")
-    if isinstance(variables, dict):
-        variables = {
+def _prompt_echo(value: object) -> _JSON:
+    prompt = {key: _dict(value).get(key) for key in ("id", "variables", "version")}
+    if isinstance(prompt["variables"], dict):
+        prompt["variables"] = {
             name: {"type": "input_text", "text": each} if isinstance(each, str) else each
-            for name, each in _dict(variables).items()
+            for name, each in _dict(prompt["variables"]).items()
         }
-    return {"id": value.get("id"), "variables": variables, "version": value.get("version")}
+    return prompt
 
 
-_WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
+def _decimal_echo(value: Any) -> Any:
+    """The API's are floats: 1.0 (R)."""
+    return float(value) if type(value) is int and value.bit_length() < 1024 else value
+
+
+# What a response says where the request is silent, in the API's order; `...` stands for nothing.
+_UNASKED: _JSON = {
+    "id": "", "object": "response", "created_at": 0, "status": "in_progress",
+    "access_programs": {"cyber": "standard"}, "background": False, "billing": {"payer": "developer"},
+    "completed_at": None, "conversation": ..., "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "model": "", "moderation": None,
+    "output": [], "parallel_tool_calls": True, "presence_penalty": 0.0, "previous_response_id": None, "prompt": ...,
+    "prompt_cache_key": None, "prompt_cache_options": ..., "prompt_cache_retention": None, "reasoning": None,
+    "safety_identifier": None, "service_tier": "auto", "store": True, "temperature": 1.0, "text": _text_echo(None),
+    "tool_choice": "auto", "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}}, "tools": [],
+    "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "usage": None, "user": None, "metadata": {},
+}  # fmt: skip
+# The form in which it echoes what the request says, where that is another.
+_ECHOES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "temperature", "top_p"), _decimal_echo),
+    "conversation": lambda asked: {"id": asked} if isinstance(asked, str) else asked,
+    "prompt": _prompt_echo,
+    "prompt_cache_options": lambda asked: asked or ...,
+    "service_tier": lambda asked: "priority" if asked == "fast" else asked,
+    "text": _text_echo,
+    "tool_choice": lambda asked: _by_key(_dict(asked)) if _dict(asked) else asked,
+}
 # What a response tells only when it is over; `extra` changes the others from the beginning.
 _FINAL = {"billing", "completed_at", "error", "incomplete_details", "moderation", "service_tier", "tool_usage", "usage"}
+_OWN = {"id", "object", "created_at", "status", "background", "model", "output", "reasoning", "tools", *_FINAL}
+_ASKED = _UNASKED.keys() - _OWN | {"service_tier"}
+_WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
 
 
-class _ResponsesEncoder(_Encoder):
+def _ordered(told: _JSON, first: Sequence[str]) -> _JSON:
+    """In the API's order: these keys first, the others by the alphabet, the metadata at the end (R)."""
+    keys = (*first, *sorted(told.keys() - {*first, "metadata"}), "metadata")
+    return {key: told[key] for key in keys if key in told}
+
+
+class _ResponsesEncoder(_Fold):
     begun = False  # its first events are told
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
@@ -4343,18 +4267,18 @@ class _ResponsesEncoder(_Encoder):
         # "0" and 15 digits that a response shares with its items, then the second it was made (R)
         self.shared = f"0{ids.hex(15)}00"
         self.id = reply.id or self._id("resp_")
-        if reply.id and re.fullmatch(_RESPONSE_ID, reply.id):
+        if reply.id and re.fullmatch("resp_[0-9a-f]{50}", reply.id):
             self.shared = reply.id[5:23]
         self.background = asked.get("background") is True
         self.streams = self.streams or self.background
         unpadded = _dict(asked.get("stream_options")).get("include_obfuscation") is False
         self.obfuscated = not (unpadded or self.background)
         self.include: list[Any] = _list(asked.get("include"))
-        self.ask_logprobs("message.output_text.logprobs" in self.include or asked.get("logprobs") is True)
+        self.logprobs = "message.output_text.logprobs" in self.include or asked.get("logprobs") is True
         self.status = "queued" if self.background else "in_progress"
-        pro = _dict(asked.get("reasoning")).get("mode") == "pro"
-        self.added_status = "completed" if pro else "in_progress"  # of a message in output_item.added (R)
-        self.base = self._echo(asked)
+        reasoning = _dict(asked.get("reasoning"))
+        self.added_status = "completed" if reasoning.get("mode") == "pro" else "in_progress"  # in output_item.added (R)
+        self.base = self._echo(asked, reasoning)
 
     def prompt_tokens(self) -> int:
         instructions, items = self.request._told()
@@ -4364,11 +4288,10 @@ class _ResponsesEncoder(_Encoder):
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
 
     def name_item(self, item: _Utterance) -> None:
-        part = item.part
-        item.id = self._id(part._prefix)
-        if isinstance(part, _Call):
-            item.call_id = part.id or "call_" + self.ids.alnum(24)
-        elif given := getattr(part, "id", None):
+        item.id = self._id(item.part._prefix)
+        if isinstance(item.part, _Call):
+            super().name_item(item)
+        elif given := getattr(item.part, "id", None):
             item.id = given
 
     def made(self, item: _Utterance, key: str, value: _Made) -> str:
@@ -4379,87 +4302,32 @@ class _ResponsesEncoder(_Encoder):
         ids = _Ids(random.Random(seed).getrandbits)
         return value.prefix + (ids.hex(value.length) if value.hex else ids.alnum(value.length))
 
-    def includes(self, what: str) -> bool:
-        return what in self.include
-
     def secret(self, item: _Utterance) -> str:
         """Made-up encrypted content: other letters each time it is sent (R)."""
         seed = f"{item.id} {self.number}".encode("utf-8", "replace")
         digest = b"".join(hashlib.sha512(seed + bytes([part])).digest() for part in range(2))
         return "gAAAAAB" + b2a_base64(digest, newline=False).decode().replace("+", "-").replace("/", "_")
 
-    def _echo(self, body: _JSON) -> _JSON:
+    def _echo(self, body: _JSON, reasoning: _JSON) -> _JSON:
         """The response object with what the request said, and the API's defaults where it said nothing."""
         model = self.model
-
-        def told(key: str, default: Any = None) -> Any:
-            value = body.get(key)
-            return default if value is None else value
-
-        def number(key: str, default: float) -> Any:
-            value = told(key, default)
-            whole = type(value) is int and value.bit_length() < 1024
-            return float(value) if whole else value  # the API's are floats: 1.0 (R)
-
-        asked = _dict(body.get("reasoning"))
-        context, summary, tier = asked.get("context"), asked.get("summary"), told("service_tier", "auto")
-        reasoning: _JSON = {"context": model.context if context in (None, "auto") else context}
-        reasoning["effort"] = asked.get("effort") or model.effort
-        if model.effort is not None:
-            reasoning["mode"] = asked.get("mode") or "standard"
-        reasoning["summary"] = "detailed" if summary == "auto" else summary
-        conversation = told("conversation")
-        if isinstance(conversation, str):
-            conversation = {"id": conversation}
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
-            "status": "in_progress",
-            **({"access_programs": told("access_programs", {"cyber": "standard"})} if model.programs else {}),
-            "background": self.background,
-            "billing": {"payer": "developer"},
-            "completed_at": None,
-            **({"conversation": conversation} if conversation is not None else {}),
-            "error": None,
-            "frequency_penalty": number("frequency_penalty", 0.0),
-            "incomplete_details": None,
-            "instructions": told("instructions"),
-            "max_output_tokens": told("max_output_tokens"),
-            "max_tool_calls": told("max_tool_calls"),
-            "model": self.model_name,
-            "moderation": None,
-            "output": [],
-            "parallel_tool_calls": told("parallel_tool_calls", True),
-            "presence_penalty": number("presence_penalty", 0.0),
-            "previous_response_id": told("previous_response_id"),
-            **({"prompt": _prompt_echo(_dict(body["prompt"]))} if body.get("prompt") is not None else {}),
-            "prompt_cache_key": told("prompt_cache_key"),
-            **({"prompt_cache_options": body["prompt_cache_options"]} if told("prompt_cache_options") else {}),
-            "prompt_cache_retention": told("prompt_cache_retention", model.retention),
-            "reasoning": reasoning,
-            "safety_identifier": told("safety_identifier"),
-            "service_tier": "priority" if tier == "fast" else tier,
-            "store": told("store", True),
-            "temperature": number("temperature", 1.0),
-            "text": _text_echo(body.get("text")),
-            "tool_choice": _by_key(choice)
-            if (choice := _dict(body.get("tool_choice")))
-            else told("tool_choice", "auto"),
-            "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}},
-            "tools": _tools_echo(body, late=model.context == "all_turns"),
-            "top_logprobs": told("top_logprobs", 0),
-            "top_p": number("top_p", model.top_p),
-            "truncation": told("truncation", "disabled"),
-            "usage": None,
-            "user": told("user"),
-            "metadata": told("metadata", {}),
+        told = _UNASKED | {"id": self.id, "created_at": self.created, "background": self.background}
+        told |= {"model": self.model_name, "prompt_cache_retention": model.retention, "top_p": model.top_p}
+        for key in _ASKED & body.keys():
+            if (asked := body[key]) is not None:
+                told[key] = _ECHOES[key](asked) if key in _ECHOES else asked
+        if not model.programs:
+            del told["access_programs"]
+        context, summary = reasoning.get("context"), reasoning.get("summary")
+        told["reasoning"] = {
+            "context": model.context if context in (None, "auto") else context,
+            "effort": reasoning.get("effort") or model.effort,
+            **({"mode": reasoning.get("mode") or "standard"} if model.effort is not None else {}),
+            "summary": "detailed" if summary == "auto" else summary,
         }
-
-    def _event(self, kind: str, fields: _JSON) -> _JSON:
-        fields["sequence_number"] = self.number
-        self.number += 1
-        return {"type": kind, **{key: fields[key] for key in sorted(fields)}}
+        if body.get("tools") or isinstance(body.get("input"), list):
+            told["tools"] = _tools_echo(body, late=model.context == "all_turns")
+        return {key: value for key, value in told.items() if value is not ...}
 
     def response(self, status: str) -> _JSON:
         """The response object as it stands, with that status."""
@@ -4469,34 +4337,24 @@ class _ResponsesEncoder(_Encoder):
             del response["billing"]
         if status == "completed":
             response["completed_at"] = self.created
+        if status == "incomplete":
+            reason = next(filter(_INCOMPLETE.get, self.finish.values()))
+            response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
         if over:
             response["service_tier"] = _TIERS.get(_string(response["service_tier"]), "default")
-            response["moderation"] = self._moderation()
+            if moderation := _dict(self.asked.get("moderation")):
+                result = _by_key(_moderation_result(moderation))
+                response["moderation"] = {"input": result, "output": result}
         if over or status == "cancelled":
             response["output"] = self.output()
             response["usage"] = self._usage()
             searches = sum(isinstance(item.part, Item) and item.part.searches for item in self.items)
             response["tool_usage"] = {"image_gen": _NO_IMAGES, "web_search": {"num_requests": searches}}
-        if status == "incomplete":
-            reason = next(reason for reason in self.finish.values() if reason in _INCOMPLETE)
-            response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
-        given = {key: value for key, value in self.extra.items() if over or key not in _FINAL}
-        if given:
-            given.pop("system_fingerprint", None)  # Chat Completions'
-            response.update(given)
-            first = ("id", "object", "created_at", "status")
-            others = sorted(key for key in response if key not in (*first, "metadata"))
-            response = {key: response[key] for key in (*first, *others, "metadata")}
+        if self.extra:
+            skipped = {"system_fingerprint"} if over else {"system_fingerprint", *_FINAL}  # the first is Chat's
+            given = {key: value for key, value in self.extra.items() if key not in skipped}
+            response = _ordered({**response, **given}, ("id", "object", "created_at", "status"))
         return response
-
-    def _moderation(self) -> _JSON | None:
-        asked = _dict(self.asked.get("moderation"))
-        if not asked:
-            return None
-        model = _string(asked.get("model")) or "omni-moderation-latest"
-        found = _moderation_result()
-        result = _by_key({"type": "moderation_result", "model": model, **found})
-        return {"input": result, "output": result}
 
     def output(self) -> list[_JSON]:
         """The items, as they stand."""
@@ -4507,11 +4365,9 @@ class _ResponsesEncoder(_Encoder):
         told = item.part._item(item, self, whole)
         metadata = self.asked.get("client_metadata")
         if isinstance(metadata, dict) and told["type"] in _WITH_METADATA:  # Codex sends it, and gets it so
-            turn = {"turn_id": _dict(metadata).get("turn_id") or _uuid4(_Ids(random.Random(self.id).getrandbits))}
-            told["internal_chat_message_metadata_passthrough"] = turn
-            first = [key for key in ("id", "type", "status") if key in told]
-            others = sorted(key for key in told if key not in first)
-            told = {**{key: told[key] for key in (*first, *others)}, "metadata": turn}
+            turn = {"turn_id": _dict(metadata).get("turn_id") or _Ids(random.Random(self.id).getrandbits).uuid4()}
+            told |= {"internal_chat_message_metadata_passthrough": turn, "metadata": turn}
+            return _ordered(told, ("id", "type", "status"))
         return told
 
     def _usage(self) -> _JSON:
@@ -4526,6 +4382,16 @@ class _ResponsesEncoder(_Encoder):
         }
 
     # Events
+
+    def _event(self, kind: str, fields: _JSON, item: _Utterance | None = None) -> _JSON:
+        event = {**fields, "sequence_number": self.number}
+        if item is not None:
+            event["output_index"] = item.position
+            padded = self.obfuscated and item.part._padded and kind != "response.reasoning_text.delta"  # none is known
+            if padded and isinstance(delta := fields.get("delta"), str):
+                event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
+        self.number += 1
+        return {"type": kind, **{key: event[key] for key in sorted(event)}}
 
     def _lifecycle(self, status: str, kind: str | None = None) -> _JSON:
         self.status = status
@@ -4544,126 +4410,84 @@ class _ResponsesEncoder(_Encoder):
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         events = self.begin()
-        item, ended, new = self.fold(part, texts)
+        item, before = self.fold(part, texts)
         if not self.streams:
             return []
-        if ended is not None:
-            events += self._close(ended)
-        if new:
-            added = {"item": self.item(item, False), "output_index": item.position}
-            events.append(self._event("response.output_item.added", added))
-        for at, text in enumerate(texts):
-            if isinstance(text, _Next):  # the sections of a Reasoning, one after another
-                return [*events, *self._grow(item, part, texts[:at]), *self._next_section(item, part, texts[at:])]
-        return events + self._grow(item, part, texts) if texts else events
-
-    def _next_section(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        events: list[_Event] = []
-        if item.opened:
-            events += self._placed(item, item.part._closing(item))
-            item.section += 1
-            item.opened = False
-        later = next((at for at, text in enumerate(texts) if at and isinstance(text, _Next)), len(texts))
-        events += self._grow(item, part, [str(texts[0]), *texts[1:later]])
-        return events + self._next_section(item, part, texts[later:]) if later < len(texts) else events
+        if item is not before:
+            if before is not None:
+                events += self._close(before)
+            events.append(self._event("response.output_item.added", {"item": self.item(item, False)}, item))
+        nexts = [at for at, text in enumerate(texts) if at and isinstance(text, _Next)]
+        for begin, end in pairwise((0, *nexts, len(texts))):
+            events += self._grow(item, part, texts[begin:end])
+        return events
 
     def _grow(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        """The events of texts within a section."""
-        if not texts:
-            return []
+        """The events of texts within a section, which is the next one if the first of them says so."""
         events: list[_Event] = []
+        if not texts:
+            return events
+        if item.opened and isinstance(texts[0], _Next):
+            events += [self._event(kind, fields, item) for kind, fields in item.part._closing(item)]
+            item.section += 1
+            item.opened, item.form = False, None
         if not item.opened:
             item.opened = True
-            events += self._placed(item, item.part._opening(item))
-        return events + self._deltas(item, part, [text for text in texts if text])  # an empty one has no delta (R)
-
-    def _placed(self, item: _Utterance, events: list[tuple[str, _JSON]]) -> list[_Event]:
-        placed: list[_Event] = []
-        padded = self.obfuscated and item.part._padded
-        for kind, own in events:
-            event = {**own, "output_index": item.position}
-            delta = event.get("delta")
-            if padded and isinstance(delta, str) and kind != "response.reasoning_text.delta":  # of that none is known
-                event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
-            placed.append(self._event(kind, event))
-        return placed
-
-    def _deltas(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        kind, fields = item.part._delta(item)
-        fields.update(item_id=item.id, output_index=item.position)
+            events += [self._event(kind, fields, item) for kind, fields in item.part._opening(item)]
+        said = [text for text in texts if text]  # an empty one has no delta (R)
         if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
-            return self._text_deltas(item, part, texts, kind, fields)
-
-        def make(text: str, padding: str, number: Any) -> _JSON:
-            event = {**fields, "delta": text, "sequence_number": number}
-            if self.obfuscated and item.part._padded:
-                event["obfuscation"] = padding
-            return {"type": kind, **{key: event[key] for key in sorted(event)}}
-
-        item.sent += sum(map(len, texts))
-        first, self.number = self.number, self.number + len(texts)
-        return [_Deltas(item, texts, first, make)] if texts else []
-
-    def _text_deltas(
-        self, item: _Utterance, part: Text, texts: Sequence[str], kind: str, fields: _JSON
-    ) -> list[_Event]:
-        """Deltas of a text with logprobs, or with annotations between them."""
-        events: list[_Event] = []
-        for text, entries in zip(texts, self.entries(part, texts), strict=True):
-            event = {**fields, "delta": text}
-            if self.logprobs:
-                event["logprobs"] = entries
-            events += self._placed(item, [(kind, event)])
-            item.sent += len(text)
-            events += self._annotations(item, item.sent)
+            kind, fields = part._delta(item)
+            for text, entries in zip(said, self.entries(part, said), strict=True):
+                told = {"delta": text, **({"logprobs": entries} if self.logprobs else {})}
+                events.append(self._event(kind, {**fields, "item_id": item.id, **told}, item))
+                item.sent += len(text)
+                events += self._annotations(item, item.sent)
+        elif said:
+            if item.form is None:
+                kind, fields = item.part._delta(item)
+                text, padding, number = _SLOTS
+                fields.update(type=kind, item_id=item.id, output_index=item.position, delta=text)
+                padded = {"obfuscation": padding} if self.obfuscated and item.part._padded else {}
+                item.form = _Form(_by_key({**fields, **padded, "sequence_number": number}))
+            events.append(_Deltas(item.form, said, self.number))
+            self.number += len(said)
+            item.sent += sum(map(len, said))
         return events
 
     def _annotations(self, item: _Utterance, sent: float) -> list[_Event]:
         """The annotations whose place has come, in a text of which so much is sent."""
         events: list[_Event] = []
-        while item.cited < len(item.annotations):
-            annotation = item.annotations[item.cited]
+        for annotation in item.annotations[item.cited :]:
             place: float = annotation.get("index") or annotation.get("end_index") or 0
             if annotation["type"] == "container_file_citation":  # these come after the text (R)
                 place = math.inf
             if place > sent:
                 break
-            where: _JSON = {"content_index": 0, "item_id": item.id, "annotation_index": item.cited}
-            events += self._placed(
-                item, [("response.output_text.annotation.added", {**where, "annotation": annotation})]
-            )
+            told = {"annotation": annotation, "annotation_index": item.cited, "content_index": 0, "item_id": item.id}
+            events.append(self._event("response.output_text.annotation.added", told, item))
             item.cited += 1
         return events
 
     def _close(self, item: _Utterance) -> list[_Event]:
         events = self._annotations(item, math.inf)
-        events += self._placed(item, item.part._closing(item))
-        done = {"item": self.item(item, True), "output_index": item.position}
-        events.append(self._event("response.output_item.done", done))
-        return events
+        events += [self._event(kind, fields, item) for kind, fields in item.part._closing(item)]
+        return [*events, self._event("response.output_item.done", {"item": self.item(item, True)}, item)]
 
     def end(self) -> list[_Event]:
         events = self.begin()
-        going = [item for item in self.items if item.status == "in_progress"]
-        self.close_items()
-        for item in going:
+        for item in self.close_items():
             events += self._close(item)
-        return [*events, self._lifecycle(self._final_status())]
+        return [*events, self._lifecycle(self.status)]
 
     def fail(self, error: APIError) -> list[_Event]:
         events = self.begin()
         self.base["error"] = {"code": error.code or error.type, "message": error.message}
-        told = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
         if self.error_event:
-            events.append(self._event("error", {"error": told}))
+            events.append(self._event("error", {"error": _by_key(error._error())}))
         return [*events, self._lifecycle("failed")]
-
-    def abandon(self) -> None:
-        self.status = "cancelled"  # as the API calls it when a connection is closed
 
     def body(self) -> _JSON:
         self.close_items()
-        self.status = self._final_status()
         return self.response(self.status)
 
 
@@ -4676,14 +4500,17 @@ _INSTRUCT["gpt-3.5-turbo-instruct"] = "gpt-3.5-turbo-instruct:20230824-v2"
 class _CompletionsEncoder(_ChatEncoder):
     """Chat's answer, told as texts. Its choices are n for the first prompt, then n for the next."""
 
+    _top = ("logprobs", 5)
+
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
         self.id = reply.id or "cmpl-" + ids.alnum(29)
         self.model_name = _INSTRUCT.get(self.model_name, self.model_name)
         self.head = {"id": self.id, "object": "text_completion", "created": self.created}
-        n, top = self.asked.get("n"), self.asked.get("logprobs")
+        n = self.asked.get("n")
         self.n = len(_prompts(self.asked.get("prompt"))) * (min(n, 128) if type(n) is int else 1)
-        self.logprobs, self.top_logprobs = (True, min(top, 5)) if type(top) is int else (False, 0)
+        self.logprobs = type(self.asked.get("logprobs")) is int
+        self.obfuscated = False
         self.ends: dict[int, int] = {}  # how long each choice's text with logprobs is so far
 
     def prompt_tokens(self) -> int:
@@ -4697,7 +4524,7 @@ class _CompletionsEncoder(_ChatEncoder):
         plain = replace(part, annotations=()) if isinstance(part, Text) else part
         return super().say(plain, [text for text in texts if text])
 
-    chunk = _Encoder.chunk  # a Chunk is what it says
+    chunk = _Fold.chunk  # a Chunk is what it says
 
     def _told(self, choice: _JSON, said: _JSON) -> _JSON:
         """A choice of Chat's that said this, as a choice of Completions."""
@@ -4711,12 +4538,10 @@ class _CompletionsEncoder(_ChatEncoder):
         text = said.get("content") or said.get("refusal") or ""
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
-    def _chunk(
-        self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
-    ) -> _JSON:
-        if not choices:
-            return {**self.head, "model": self.model_name, "usage": usage, "choices": []}
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> _JSON:
         told = [self._told(choice, choice["delta"]) for choice in choices]
+        if not choices:
+            return {**self.head, "model": self.model_name, "usage": usage, "choices": told}
         return {**self.head, "choices": told, "model": self.model_name, **({"usage": None} if self.with_usage else {})}
 
     def _usage(self) -> _JSON:
@@ -4724,7 +4549,7 @@ class _CompletionsEncoder(_ChatEncoder):
 
     def body(self) -> _JSON:
         self.close_items()
-        choices = [self._told(choice, choice["message"]) for choice in self._choices()]
+        choices = [self._told(body, body["message"]) for body in starmap(self._whole_choice, self._spoken().items())]
         return {**self.head, "model": self.model_name, "choices": choices, "usage": self._usage()}
 
 
@@ -5992,7 +5817,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if resolved is not items:
         request._resolved = resolved
     if fake.validate:
-        effort = _dict(body.get("reasoning")).get("effort") or _model(request.model).effort
+        effort = _dict(body.get("reasoning")).get("effort") or _family(request.model[:24]).effort
         _check_turn(before, resolved, effort not in (None, "none"), body.get("store") is not False)
     if fake.strict:
         _check_model(fake, request)
@@ -6268,10 +6093,9 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     given = _list(body["input"]) or [""]
     _INPUTS(given, "input", {})
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
-    result = _moderation_result()
     model = _string(body.get("model")) or "omni-moderation-latest"
     id = "modr-" + fake._ids().alnum(29)
-    return {"id": id, "model": model, "results": [result] * texts}
+    return {"id": id, "model": model, "results": [_UNFLAGGED] * texts}
 
 
 # ---- Control routes --------------------------------------------------------------------------------------------------

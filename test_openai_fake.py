@@ -1457,6 +1457,13 @@ class LogprobsTest(unittest.TestCase):
                 self.assertTrue(-20 < each["logprob"] <= 0)
                 self.assertEqual(bytes(each["bytes"]).decode(), each["token"])
 
+    def test_entries_without_a_text(self) -> None:
+        """A Text with entries and nothing else has no delta, and a stream goes on after it."""
+        nothing = Text("", logprobs=[{"token": "", "logprob": -0.5}])
+        for api, asked in (("responses", {"include": ["message.output_text.logprobs"]}), ("chat.completions", {})):
+            with self.subTest(name=api):
+                self.assertIn('"x"', json.dumps(streamed(api, [nothing, "x"], logprobs=True, **asked)))
+
     def test_chat_tells_them_in_json_and_stream(self) -> None:
         """content has an entry per token; the role chunk none, the finish chunk null; gpt-5 has the key too then."""
         for model in ("gpt-4o", "gpt-5.1"):
@@ -1877,6 +1884,8 @@ class MoreOfPartsTest(unittest.TestCase):
             deltas[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}}
         )
         self.assertEqual("".join(delta["function_call"]["arguments"] for delta in deltas[1:-1]), '{"a":1}')
+        custom = spoken("chat.completions", [CustomToolCall("f", "x")], **asked)["choices"][0]["message"]
+        self.assertEqual(custom["function_call"], {"name": "f", "arguments": "x"})
 
     def test_moderation_is_told_where_it_is_asked_for(self) -> None:
         """In each API's form; nothing is flagged unless the answer says so."""
