@@ -92,7 +92,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, pairwise, starmap
+from itertools import accumulate, pairwise, repeat, starmap
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
 from typing import (
@@ -3625,16 +3625,28 @@ def _logprobs(token: str, top: int) -> _JSON:
     return _entry({"token": token, "logprob": logprob, "top_logprobs": tops})
 
 
-# What is encoded in the place of a text, its padding and a number; random, so that no text of a user can have it.
-_SLOTS = [f"slot {random.SystemRandom().getrandbits(64):x}" for _ in range(3)]
+# What is encoded in the place of what differs; random, so that no text of a user can have it.
+_SLOTS = [f"slot {random.SystemRandom().getrandbits(64):x}" for _ in range(6)]
 
 
-@dataclass(slots=True)
 class _Form:
-    """A delta event with slots in the places where those of its item differ."""
+    """A delta event with slots in the places where those of its item differ: the pieces between these are the same."""
 
-    event: _JSON
-    frame: str = ""  # the first of them that is rendered, with %s in these places
+    pieces: tuple[str, str, str, str] | None = None  # before the text, the padding, and the number, and after it
+
+    def __init__(self, event: _JSON | str, padded: bool, numbered: bool) -> None:
+        self.event = event
+        self.mask = 15 if padded else 0  # of the padding's length
+        self.numbered = numbered
+
+    def cut(self, render: Callable[[_Event], str]) -> tuple[str, str, str, str]:
+        """Renders the event, once, and cuts it at its slots."""
+        text, padding, number, *_ = _SLOTS
+        before, _, after = render(self.event).partition(f'"{text}"')
+        middle, _, last = after.partition(f'"{number}"')
+        middle, _, between = middle.partition(padding)
+        self.pieces = before, middle, between, last
+        return self.pieces
 
 
 class _Deltas(NamedTuple):
@@ -3650,24 +3662,20 @@ class _Deltas(NamedTuple):
 
     def frames(self, render: Callable[[_Event], str]) -> Iterator[list[str]]:
         """What `render` gives for each of the events, some at a time, at a fifth of the time that it would take."""
-        event, frame = self.form.event, self.form.frame
-        if not frame:
-            text, padding, number = _SLOTS
-            frame = render(event).replace("%", "%%").replace(f'"{text}"', "%s")
-            self.form.frame = frame = frame.replace(padding, "%s").replace(f'"{number}"', "%s")
-        for at in range(0, len(self.texts), _RUN):
-            texts = self.texts[at : at + _RUN]
-            numbers = range(self.first + at, self.first + at + len(texts))
-            columns: list[Iterable[object]] = [map(_quote, texts)]
-            if "obfuscation" in event:
-                begins = [number * 37 & 1023 for number in numbers]
-                columns.append([_POOL[b : b + (-len(text) & 15)] for b, text in zip(begins, texts, strict=True)])
-            if "sequence_number" in event:
-                columns.append(numbers)
-            yield [frame % row for row in zip(*columns, strict=True)]
+        form, mask = self.form, self.form.mask
+        before, middle, between, last = form.pieces or form.cut(render)
+        for done in range(0, len(self.texts), _RUN):
+            texts = self.texts[done : done + _RUN]
+            numbers = range(self.first + done, self.first + done + len(texts))
+            shown: Iterable[object] = numbers if form.numbered else repeat("")
+            yield [  # the padding is that of _obfuscation(number, -len(text) & mask)
+                f"{before}{_quote(text)}{middle}{_POOL[(at := number * 37 & 1023) : at + (-len(text) & mask)]}"
+                f"{between}{told}{last}"
+                for text, number, told in zip(texts, numbers, shown, strict=False)
+            ]
 
 
-_Event: TypeAlias = "_JSON | _Deltas | Literal['[DONE]']"
+_Event: TypeAlias = "_JSON | str | _Deltas"  # an object, or its JSON; [DONE]
 _Encoder: TypeAlias = "_ChatEncoder | _ResponsesEncoder"
 
 
@@ -3778,6 +3786,14 @@ class _Fold:
         """Nothing more will be said: the client has left, or the handler has failed."""
         self.status = "cancelled"  # as the API calls it when a connection is closed
 
+    def body(self) -> _JSON:
+        """The JSON body: the fold of all that was said."""
+        raise NotImplementedError
+
+    def json(self) -> str:
+        """The JSON body as text."""
+        return _dumps(self.body())
+
     def close_items(self) -> list[_Utterance]:
         """All is said: ends the items that are still being said, and returns them."""
         self.ended = True
@@ -3818,6 +3834,7 @@ class _ChatEncoder(_Fold):
     """Chat Completions: events are chunks, and the body has a message for each choice."""
 
     given = False  # all that was said are Chunks: nothing is added to them
+    start = ""  # of all chunks, as JSON
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
@@ -3845,28 +3862,28 @@ class _ChatEncoder(_Fold):
 
     # Events
 
-    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> _JSON:
-        event = {**self.head, **self.tail}
-        if self.with_usage and self.parallel:
-            event["usage"] = None
-        event["choices"] = choices
-        if self.with_usage:
-            event["usage"] = usage
-        return event
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> str:
+        """A chunk as JSON: what is the same in all of them is encoded once."""
+        if not self.start:
+            self.start = _dumps({**self.head, **self.tail})[:-1]
+        first = ',"usage":null' if self.with_usage and self.parallel else ""
+        last = f',"usage":{_dumps(usage)}' if self.with_usage and not self.parallel else ""
+        return f'{self.start}{first},"choices":{_dumps(choices)}{last}}}'
 
-    def _choice(self, choice: int, delta: _JSON, logprobs: _JSON | None = None, finish: str | None = None) -> _JSON:
+    def _choice(self, choice: int, delta: _JSON, logprobs: _JSON | None = None, finish: str | None = None) -> str:
         entry: _JSON = {"index": choice, "delta": delta}
         if self.model.logprobs or self.logprobs:
             entry["logprobs"] = logprobs
         entry["finish_reason"] = finish
         return self._chunk([entry])
 
-    def _padded(self, chunks: list[_JSON]) -> list[_Event]:
-        if self.obfuscated:
-            for chunk in chunks:
-                self.number += 1
-                chunk["obfuscation"] = _obfuscation(self.number, (self.number * 11 + 9) & 15)
-        return [*chunks]
+    def _padded(self, chunks: list[str]) -> list[_Event]:
+        padded: list[_Event] = []
+        for chunk in chunks:
+            self.number += self.obfuscated
+            padding = _obfuscation(self.number, (self.number * 11 + 9) & 15)
+            padded.append(f'{chunk[:-1]},"obfuscation":"{padding}"}}' if self.obfuscated else chunk)
+        return padded
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         item, before = self.fold(part, texts)
@@ -3883,14 +3900,14 @@ class _ChatEncoder(_Fold):
         events = self._padded(chunks)
         if texts:
             if item.form is None:
-                item.form = _Form(self._choice(choice, opened._chat_delta(item, _SLOTS[0])))
-                if self.obfuscated:
-                    item.form.event["obfuscation"] = _SLOTS[1]
+                chunk = self._choice(choice, opened._chat_delta(item, _SLOTS[0]))
+                padded = f'{chunk[:-1]},"obfuscation":"{_SLOTS[1]}"}}' if self.obfuscated else chunk
+                item.form = _Form(padded, self.obfuscated, False)
             events.append(_Deltas(item.form, texts, self.number + 1))
             self.number += len(texts)
         return events
 
-    def _opening(self, item: _Utterance) -> list[_JSON]:
+    def _opening(self, item: _Utterance) -> list[str]:
         part, choice = item.part, item.part.choice
         begun, head = choice in self.started, part._chat_head(item)
         self.started.add(choice)
@@ -3931,7 +3948,7 @@ class _ChatEncoder(_Fold):
         self.model_name = chunk.model or self.model_name
         head = {**self.head, "id": self.id, "created": self.created, "model": self.model_name}
         if head != self.head:
-            self.head = head
+            self.head, self.start = head, ""
             for item in self.open.values():
                 item.form = None  # it has the envelope as it was
         return [{**self.head, "choices": choices, **({"usage": self._usage()} if chunk.usage else {})}]
@@ -3940,7 +3957,7 @@ class _ChatEncoder(_Fold):
         self.close_items()
         if self.given and not self.started:
             return ["[DONE]"]
-        chunks: list[_JSON] = []
+        chunks: list[str] = []
         spoken = self._spoken()
         for choice in spoken:
             if choice not in self.started:
@@ -3956,7 +3973,8 @@ class _ChatEncoder(_Fold):
             chunks.append(self._chunk([], usage=self._usage()))
         events = self._padded(chunks)
         if moderation := self._moderation():
-            events.append({**self._chunk([]), **({"obfuscation": ""} if self.obfuscated else {}), **moderation})
+            padding = ',"obfuscation":""' if self.obfuscated else ""
+            events.append(f"{self._chunk([])[:-1]}{padding},{_dumps(moderation)[1:]}")
         for item in self.items:
             if isinstance(item.part, Item) and item.part._in_chat:
                 expires: _JSON = {"audio": {"expires_at": _audio(item.part, self)["expires_at"]}}
@@ -4041,6 +4059,38 @@ class _ChatEncoder(_Fold):
             "usage": self._usage(),
             **self.tail,
         }
+
+    def json(self) -> str:
+        self.close_items()
+        item = self.items[0] if len(self.items) == 1 else None
+        if item is None or type(item.part) is not Text or item.part.choice or item.annotations or self.usage:
+            return _dumps(self.body())
+        if self.finish or self.extra or self.logprobs or self.model.audio or self.asked.get("moderation"):
+            return _dumps(self.body())
+        text, prompt = item.text, self.prompt_tokens()
+        completion = max(1, len(_tokens(text)))
+        values = (_quote(self.id), self.created, _quote(text), prompt, completion, prompt + completion)
+        return _text_form(self) % values
+
+
+def _text_form(encoder: _ChatEncoder) -> str:
+    """The JSON of one plain text, with %s for id, time, text and tokens: all else comes from the model and the tier."""
+    kind = (encoder.model_name, encoder.model, *encoder.tail.values())
+    form = _TEXT_FORMS.get(kind)
+    if form is None:
+        id, created, text, *tokens = _SLOTS
+        body = encoder.body() | {"id": id, "created": created}
+        body["choices"][0]["message"]["content"] = text
+        body["usage"] |= zip(("prompt_tokens", "completion_tokens", "total_tokens"), tokens, strict=True)
+        form = _dumps(body).replace("%", "%%")
+        for slot in _SLOTS:
+            form = form.replace(f'"{slot}"', "%s")
+        if len(form) < 4096 and len(_TEXT_FORMS) < 64:  # the names of models are the client's
+            _TEXT_FORMS[kind] = form
+    return form
+
+
+_TEXT_FORMS: dict[tuple[Any, ...], str] = {}
 
 
 def _audio(part: Item, encoder: _ChatEncoder) -> _JSON:
@@ -4445,10 +4495,10 @@ class _ResponsesEncoder(_Fold):
         elif said:
             if item.form is None:
                 kind, fields = item.part._delta(item)
-                text, padding, number = _SLOTS
+                text, padding, number, *_ = _SLOTS
                 fields.update(type=kind, item_id=item.id, output_index=item.position, delta=text)
                 padded = {"obfuscation": padding} if self.obfuscated and item.part._padded else {}
-                item.form = _Form(_by_key({**fields, **padded, "sequence_number": number}))
+                item.form = _Form(_by_key({**fields, **padded, "sequence_number": number}), bool(padded), True)
             events.append(_Deltas(item.form, said, self.number))
             self.number += len(said)
             item.sent += sum(map(len, said))
@@ -4524,7 +4574,7 @@ class _CompletionsEncoder(_ChatEncoder):
         plain = replace(part, annotations=()) if isinstance(part, Text) else part
         return super().say(plain, [text for text in texts if text])
 
-    chunk = _Fold.chunk  # a Chunk is what it says
+    chunk, json = _Fold.chunk, _Fold.json  # a Chunk is what it says
 
     def _told(self, choice: _JSON, said: _JSON) -> _JSON:
         """A choice of Chat's that said this, as a choice of Completions."""
@@ -4538,11 +4588,12 @@ class _CompletionsEncoder(_ChatEncoder):
         text = said.get("content") or said.get("refusal") or ""
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
-    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> _JSON:
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> str:
         told = [self._told(choice, choice["delta"]) for choice in choices]
         if not choices:
-            return {**self.head, "model": self.model_name, "usage": usage, "choices": told}
-        return {**self.head, "choices": told, "model": self.model_name, **({"usage": None} if self.with_usage else {})}
+            return _dumps({**self.head, "model": self.model_name, "usage": usage, "choices": told})
+        last = {"usage": None} if self.with_usage else {}
+        return _dumps({**self.head, "choices": told, "model": self.model_name, **last})
 
     def _usage(self) -> _JSON:
         return {key: count for key, count in super()._usage().items() if not key.endswith("_details")}
@@ -4957,7 +5008,7 @@ class _BodySink(_Sink):
     def end(self, shares: int | None = None) -> None:
         """Sends the JSON; of its `shares`, one a part and one for the end, only so many where it is cut."""
         shares = self.said + 1 if shares is None else shares
-        body = _utf8(_dumps(self.encoder.body())) if self.said or not self.insertions else b""
+        body = _utf8(self.encoder.json()) if self.said or not self.insertions else b""
         length, pieces, at = len(body), [b""], 0
         for said, data in (*self.insertions, (shares, b"")):
             share = len(body) * said // (self.said + 1)
