@@ -337,7 +337,7 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
                 else " or ".join(each.__name__ for each in kind if each is not type(None))
             )
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
+        if kind in (int, _COUNT, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
 
 
@@ -755,7 +755,7 @@ class Request:
     @property
     def answer(self) -> list[_Spoken]:
         """What the model has said to it, each part whole."""
-        return [item.whole for item in (self._said if self._encoder is None else self._encoder.items)]
+        return [item.part._with(item.pieces) for item in (self._said if self._encoder is None else self._encoder.items)]
 
     def _settle(self, encoder: _Encoder | None) -> None:
         """Keeps what was said, and not the encoder that said it."""
@@ -1491,16 +1491,14 @@ def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
 _TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
 
 
-def _split_text(text: str) -> tuple[str, ...]:
+@lru_cache(4096)
+def _short_tokens(text: str) -> tuple[str, ...]:
     return tuple(_TOKEN.findall(text))
 
 
-_split_short = lru_cache(4096)(_split_text)  # what a list of Texts or a generator gives is short, and comes again
-
-
 def _tokens(text: str) -> tuple[str, ...]:
-    """The word-sized pieces that a stream sends of a text; joined, they are the text."""
-    return _split_short(text) if len(text) <= 32 else _split_text(text)
+    """The word-sized pieces that a stream sends of a text; joined, they are the text. Short texts come again."""
+    return _short_tokens(text) if len(text) <= 32 else tuple(_TOKEN.findall(text))
 
 
 class _Next(str):
@@ -1573,25 +1571,41 @@ class _Utterance:
         first, *others = _sections(self.pieces)
         self.pieces[:] = [first, *map(_Next, others)]
 
-    @property
-    def whole(self) -> _Spoken:
-        return self.part._with(self.pieces)
 
-
-def _defaults(each: Any) -> tuple[Any, ...]:
-    return (each.default,) if each.default_factory is MISSING else (each.default_factory(),)
+_COUNT = (int,)
+# What a field may be, by its annotation.
+_FIELD_KINDS = {"str": (str,), "int": _COUNT, "str | None": _WORD, "Mapping[str, Any] | None": (Mapping, type(None))}
 
 
 class _Part:
     """A part of an answer."""
 
     __slots__ = ()
+    _kinds: ClassVar[Mapping[str, tuple[type, ...]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        kinds = {name: _FIELD_KINDS[kind] for name, kind in cls.__annotations__.items() if kind in _FIELD_KINDS}
+        cls._kinds = {**cls._kinds, **kinds}
+
+    def __post_init__(self) -> None:
+        for name, kinds in self._kinds.items():
+            value = getattr(self, name)
+            if type(value) not in kinds or (kinds is _COUNT and value < 0):  # seldom
+                _check_fields(self, **{name: (value, kinds)})
+
+    def _set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @override
     def __repr__(self) -> str:
         """What makes it: the fields that are not what they are by themselves."""
-        shown = [each.name for each in fields(cast(Any, self)) if getattr(self, each.name) not in _defaults(each)]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+        shown: list[str] = []
+        for each in sorted(fields(cast(Any, self)), key=lambda each: bool(each.kw_only)):
+            value = getattr(self, each.name)
+            if each.repr and value != each.default and (value or each.default_factory is MISSING):
+                shown.append(f"{each.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _act(self, answer: _Delivery) -> None:
         """Does what a part does that is not said by the model."""
@@ -1619,23 +1633,20 @@ class _Spoken(_Part):
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
-        return self._gather(fragment)._with([*self._pieces, *fragment._pieces])
+        return self._gather(fragment)._with([*self._as_given(), *fragment._as_given()])
 
     def _gather(self, fragment: _Spoken) -> Self:
         """This part with what a fragment after it has beside its text."""
         return self
 
-    @property
-    def _pieces(self) -> list[str]:
-        return [getattr(self, self._grows)]
+    def _as_given(self) -> Sequence[str]:
+        """Its text as a stream sends a part that is a fragment itself: in one piece, or none where there is none."""
+        text = getattr(self, self._grows)
+        return [text] if text else []
 
     def _fragments(self) -> Sequence[str]:
         """Its text in word-sized pieces, as a stream sends a part that is alone."""
-        return _tokens(self._pieces[0])
-
-    def _as_given(self) -> Sequence[str]:
-        """Its text in one piece, as a stream sends a part that is a fragment itself."""
-        return [piece for piece in self._pieces if piece]
+        return _tokens("".join(self._as_given()))
 
     def _with(self, pieces: Sequence[str]) -> Self:
         """This part with another text."""
@@ -1650,13 +1661,14 @@ class _Spoken(_Part):
         return [self._with(texts[:1]), *map(self._more, texts[1:])] if texts else [self]
 
     def _continues(self, opened: _Spoken) -> bool:
-        return type(opened) is type(self) and opened.choice == self.choice
+        """Whether it goes on with what this part opened."""
+        return False
 
     # Chat Completions: deltas, and the message's fields.
 
     def _chat_role(self, item: _Utterance) -> _JSON:
         """The delta that opens a choice."""
-        return {"role": "assistant", "content": "", "refusal": None}
+        raise NotImplementedError
 
     def _chat_head(self, item: _Utterance) -> _JSON | None:
         """The delta that opens this part, where it needs one beside the role's."""
@@ -1674,64 +1686,106 @@ class _Spoken(_Part):
         """The item: whole, as in output_item.done and in the response, or nothing said, as in output_item.added."""
         raise NotImplementedError
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        """The events before the deltas of a section: their types, and the keys that are their own."""
+    def _opening(self, item: _Utterance) -> _Events:
+        """The events before the deltas of a section."""
         return []
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         raise NotImplementedError
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         """The events after the deltas of a section."""
         return []
 
 
+_Events: TypeAlias = "list[tuple[str, _JSON]]"  # their types, and the keys that are their own
 _PHASES = (None, "commentary", "final_answer")
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class _MessagePart(_Spoken):
     """What Text and Refusal share: a message item with one content part."""
 
-    __slots__ = ()
-    _prefix = "msg_"
-    _grows = "text"
-    _type: ClassVar[str]  # of the content part, and of its events
-    _key: ClassVar[str]  # of the text in both
     text: str
-    annotations: Sequence[Mapping[str, Any]] = ()
+    _: KW_ONLY
+    choice: int = 0
+    annotations: Sequence[Mapping[str, Any]] = field(default=(), init=False)  # of a Text
     logprobs: Sequence[Mapping[str, Any]] | None = None
     phase: str | None = None
     id: str | None = None
 
+    _prefix = "msg_"
+    _grows = "text"
+    _type: ClassVar[str]  # of the content part, and of its events
+    _key: ClassVar[str]  # of the text in both
+    _chat_key: ClassVar[str]
+
     def __post_init__(self) -> None:
-        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0:  # thousands in a stream
-            _check_fields(self, text=(self.text, str), choice=(self.choice, int))
-        if self.id is not None:
-            _check_fields(self, id=(self.id, str))
+        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0 or self.id is not None:
+            _Part.__post_init__(self)  # thousands of a stream do without
         if self.annotations:
-            object.__setattr__(self, "annotations", tuple(map(_annotation, self.annotations)))
+            self._set(annotations=tuple(map(_annotation, self.annotations)))
         if self.logprobs is not None:
-            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
+            self._set(logprobs=tuple(map(_entry, self.logprobs)))
         if self.phase not in _PHASES:
             raise ValueError(f"a phase is 'commentary' or 'final_answer', not {self.phase!r}")
 
-    def _fragments(self) -> Sequence[str]:
-        return _tokens(self.text) or ("",)
+    def _gather(self, fragment: _Spoken) -> Self:
+        more = cast(_MessagePart, fragment)
+        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
+        gathered = replace(self, logprobs=logprobs)
+        gathered._set(annotations=(*self.annotations, *more.annotations))
+        return gathered
 
     def _as_given(self) -> Sequence[str]:
         return (self.text,)
 
+    def _fragments(self) -> Sequence[str]:
+        if self.logprobs is not None:
+            tokens = [entry["token"] for entry in self.logprobs]
+            return tokens if "".join(tokens) == self.text else (self.text,)
+        texts: list[str] = []
+        at = 0
+        spans = [(each.get("start_index"), each.get("end_index")) for each in self.annotations]
+        for begin, end in sorted((begin, end) for begin, end in spans if begin is not None and end is not None):
+            if at <= begin < end <= len(self.text):  # the API does not split a citation (R)
+                texts += [*_tokens(self.text[at:begin]), self.text[begin:end]]
+                at = end
+        return [*texts, *_tokens(self.text[at:])] or ("",)
+
     def _more(self, text: str) -> Self:
-        return type(self)(text, choice=self.choice)  # type: ignore[call-arg]  # both take these
+        return type(self)(text, choice=self.choice)
+
+    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
+        fragments = [self._with(texts[:1]), *map(self._more, texts[1:])]
+        if self.logprobs is None or len(self.logprobs) != len(texts):
+            return fragments
+        return [replace(part, logprobs=[entry]) for part, entry in zip(fragments, self.logprobs, strict=True)]
 
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
             return False
         return self.phase in (None, opened.phase) and self.id in (None, opened.id)
 
+    def _chat_role(self, item: _Utterance) -> _JSON:
+        return {"role": "assistant", "content": None, "refusal": None, self._chat_key: ""}
+
+    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
+        return {self._chat_key: text}
+
+    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
+        before = message[self._chat_key] or ""
+        message[self._chat_key] = before + item.text
+        for each in item.annotations:
+            if each["type"] == "url_citation":
+                moved = {key: value for key, value in each.items() if key != "type"}
+                for key in ("end_index", "start_index"):
+                    moved[key] = moved.get(key, 0) + len(before)
+                message["annotations"].append({"type": "url_citation", "url_citation": moved})
+
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         content = [self._content_part(item)] if whole else []
-        if whole and item.entries and self._type == "output_text":
+        if whole and item.entries and "logprobs" in content[0]:
             content[0]["logprobs"] = [_rounded(entry) for entry in item.entries]
         phase = self.phase or ("final_answer" if encoder.model.phase else None)
         status = item.status if whole else encoder.added_status
@@ -1739,18 +1793,20 @@ class _MessagePart(_Spoken):
         return {**told, "phase": phase, "role": "assistant"} if phase else {**told, "role": "assistant"}
 
     def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
-        raise NotImplementedError
+        return {"type": self._type, self._key: item.text if whole else ""}
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _opening(self, item: _Utterance) -> _Events:
         part = self._content_part(item, whole=False)
         return [("response.content_part.added", {"content_index": 0, "item_id": item.id, "part": part})]
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        where = {"content_index": 0, "item_id": item.id}
-        logprobs = {"logprobs": item.entries} if self._type == "output_text" else {}
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
+        return f"response.{self._type}.delta", {"content_index": 0, "item_id": item.id}
+
+    def _closing(self, item: _Utterance) -> _Events:
+        part = self._content_part(item)
         return [
-            (f"response.{self._type}.done", {**where, **logprobs, self._key: item.text}),
-            ("response.content_part.done", {**where, "part": self._content_part(item)}),
+            (f"response.{self._type}.done", {**self._delta(item)[1], self._key: item.text}),
+            ("response.content_part.done", {"content_index": 0, "item_id": item.id, "part": part}),
         ]
 
 
@@ -1790,99 +1846,30 @@ class Text(_MessagePart):
       with another phase or id than the one before it begins a new message.
     """
 
-    text: str
     _: KW_ONLY
-    choice: int = 0
     annotations: Sequence[Mapping[str, Any]] = ()
-    logprobs: Sequence[Mapping[str, Any]] | None = None
-    phase: str | None = None
-    id: str | None = None
 
     _type = "output_text"
     _key = "text"
-
-    def _fragments(self) -> Sequence[str]:
-        if self.logprobs is not None:
-            tokens = [entry["token"] for entry in self.logprobs]
-            return tokens if "".join(tokens) == self.text else (self.text,)
-        spans = sorted(
-            (each["start_index"], each["end_index"])
-            for each in self.annotations
-            if {"start_index", "end_index"} <= each.keys()
-        )
-        texts: list[str] = []
-        at = 0
-        for begin, end in spans:  # the API does not split a citation (R)
-            if at <= begin < end <= len(self.text):
-                texts += [*_tokens(self.text[at:begin]), self.text[begin:end]]
-                at = end
-        return [*texts, *_tokens(self.text[at:])] or ("",)
-
-    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
-        if self.logprobs is None or len(self.logprobs) != len(texts):
-            return [self._with(texts[:1]), *map(self._more, texts[1:])]
-        pairs = zip(texts, self.logprobs, strict=True)
-        first, *others = (type(self)(text, choice=self.choice, logprobs=[entry]) for text, entry in pairs)
-        return [replace(first, annotations=self.annotations, phase=self.phase, id=self.id), *others]
-
-    def _gather(self, fragment: _Spoken) -> Self:
-        more = cast(Text, fragment)
-        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
-        return replace(self, annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
-
-    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        return {"content": text}
-
-    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
-        before = message["content"] or ""
-        message["content"] = before + item.text
-        for each in item.annotations:
-            if each["type"] == "url_citation":
-                moved = {key: value for key, value in each.items() if key != "type"}
-                for key in ("end_index", "start_index"):
-                    moved[key] = moved.get(key, 0) + len(before)
-                message["annotations"].append({"type": "url_citation", "url_citation": moved})
+    _chat_key = "content"
 
     def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
         annotations, text = ([*item.annotations], item.text) if whole else ([], "")
         return {"type": "output_text", "annotations": annotations, "logprobs": [], "text": text}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.output_text.delta", {"content_index": 0, "logprobs": []}
+        return "response.output_text.delta", {"content_index": 0, "item_id": item.id, "logprobs": item.entries}
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class Refusal(_MessagePart):
     """The model refuses, in these words (`message.refusal`; a refusal content part in Responses).
 
     `logprobs`, `phase` and `id` as in Text.
     """
 
-    text: str
-    _: KW_ONLY
-    choice: int = 0
-    logprobs: Sequence[Mapping[str, Any]] | None = None
-    phase: str | None = None
-    id: str | None = None
-
-    _type = "refusal"
-    _key = "refusal"
+    __slots__ = ()
+    _type = _key = _chat_key = "refusal"
     _padded = False
-
-    def _chat_role(self, item: _Utterance) -> _JSON:
-        return {"role": "assistant", "content": None, "refusal": ""}
-
-    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        return {"refusal": text}
-
-    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
-        message["refusal"] = (message["refusal"] or "") + item.text
-
-    def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
-        return {"type": "refusal", "refusal": item.text if whole else ""}
-
-    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.refusal.delta", {"content_index": 0}
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -1907,40 +1894,29 @@ class Reasoning(_Spoken):
     ) -> None:
         for summary in summaries:
             _check_fields(self, summary=(summary, str))
-        _check_fields(self, encrypted_content=(encrypted_content, _WORD), text=(text, str), id=(id, _WORD))
-        for key, value in (
-            ("summaries", summaries if any(summaries) else ()),
-            ("encrypted_content", encrypted_content),
-            ("text", text),
-            ("id", id),
-        ):
-            object.__setattr__(self, key, value)
+        self._set(summaries=summaries if any(summaries) else (), encrypted_content=encrypted_content, text=text, id=id)
+        self.__post_init__()
 
     @property
     def summary(self) -> str:
         """All summaries, one below the other."""
         return "\n\n".join(self.summaries)
 
-    @property
-    def _pieces(self) -> list[str]:
-        first, *others = self.summaries or ("",)
-        return [first, *map(_Next, others)]
+    def _as_given(self) -> Sequence[str]:
+        return [_Next(summary) if at else summary for at, summary in enumerate(self.summaries)]
 
     def _fragments(self) -> Sequence[str]:
         texts: list[str] = []
-        for piece in self._pieces:
-            cut = _tokens(piece) or ("",)
-            texts += [type(piece)(cut[0]), *cut[1:]]
-        return texts if texts != [""] else ()
-
-    def _as_given(self) -> Sequence[str]:
-        return [piece for piece in self._pieces if piece or isinstance(piece, _Next)]
+        for summary in self._as_given():
+            first, *others = _tokens(summary) or ("",)
+            texts += [_Next(first) if isinstance(summary, _Next) else first, *others]
+        return texts
 
     def _with(self, pieces: Sequence[str]) -> Reasoning:
         return Reasoning(*_sections(pieces), encrypted_content=self.encrypted_content, text=self.text, id=self.id)
 
     def _more(self, text: str) -> Reasoning:
-        return Reasoning("", text) if isinstance(text, _Next) else Reasoning(text)
+        return Reasoning(*_sections([text]))
 
     def _continues(self, opened: _Spoken) -> bool:
         if not isinstance(opened, Reasoning) or self.text:
@@ -1958,7 +1934,7 @@ class Reasoning(_Spoken):
             "summary": [{"type": "summary_text", "text": text} for text in summaries],
         }
 
-    def _thought(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _thought(self, item: _Utterance) -> _Events:
         """The events of the text (S; none was recorded)."""
         where = {"content_index": 0, "item_id": item.id}
         part = {"type": "reasoning_text", "text": ""}
@@ -1969,7 +1945,7 @@ class Reasoning(_Spoken):
             ("response.content_part.done", {**where, "part": {**part, "text": self.text}}),
         ]
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _opening(self, item: _Utterance) -> _Events:
         where = {"item_id": item.id, "summary_index": item.section}
         part = {"type": "summary_text", "text": ""}
         thought = self._thought(item) if self.text and item.section == 0 else []
@@ -1978,7 +1954,7 @@ class Reasoning(_Spoken):
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return "response.reasoning_summary_text.delta", {"summary_index": item.section}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         if not item.pieces:
             return self._thought(item) if self.text else []
         where, text = {"item_id": item.id, "summary_index": item.section}, _sections(item.pieces)[item.section]
@@ -1988,19 +1964,22 @@ class Reasoning(_Spoken):
         ]
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class _Call(_Spoken):
     """What ToolCall and CustomToolCall share. A call without a name goes on with the one before it."""
 
-    __slots__ = ()
+    name: str
+    _: KW_ONLY
+    id: str | None = None
+    choice: int = 0
+    namespace: str | None = None
+    caller: Mapping[str, Any] | None = None
+
     _key: ClassVar[str]  # in Chat Completions: the call's type, and the key of its name and arguments
     _type: ClassVar[str]  # of the item in Responses
-    name: str
-    id: str | None
-    namespace: str | None
-    caller: Mapping[str, Any] | None
 
     def _more(self, text: str) -> Self:
-        return replace(self, name="", **{self._grows: text})  # type: ignore[type-var]
+        return replace(self._with([text]), name="")
 
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
@@ -2045,12 +2024,8 @@ class _Call(_Spoken):
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return f"response.{self._type}_{self._grows}.delta", {}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         return [(f"response.{self._type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
-
-    def _check(self) -> None:
-        _check_fields(self, name=(self.name, str), id=(self.id, _WORD), choice=(self.choice, int))
-        _check_fields(self, namespace=(self.namespace, _WORD), caller=(self.caller, (Mapping, type(None))))
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -2062,12 +2037,7 @@ class ToolCall(_Call):
     tells the `namespace` of the function, and the `caller`, as {"caller_id": "call_..."}: a program's.
     """
 
-    name: str
     arguments: str
-    id: str | None
-    choice: int
-    namespace: str | None
-    caller: Mapping[str, Any] | None
     _ours: bool = field(init=False, repr=False, compare=False)  # the JSON is: its spaces may follow the API's habit
 
     _grows = "arguments"
@@ -2086,12 +2056,9 @@ class ToolCall(_Call):
         caller: Mapping[str, Any] | None = None,
     ) -> None:
         _check_fields(self, arguments=(arguments, (str, Mapping)))
-        ours = not isinstance(arguments, str)
         text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
-        values = (name, text, id, choice, namespace, caller, ours)
-        for key, value in zip(self.__slots__, values, strict=True):
-            object.__setattr__(self, key, value)
-        self._check()
+        self._set(arguments=text, _ours=text is not arguments)
+        _Call.__init__(self, name, id=id, choice=choice, namespace=namespace, caller=caller)
 
     def _spaced(self) -> ToolCall:
         """This call among several, whose arguments the API writes with spaces (R), unless the text was given."""
@@ -2104,22 +2071,12 @@ class ToolCall(_Call):
 class CustomToolCall(_Call):
     """The model calls a custom tool, whose input is free text. The other fields, and "" as a name: as in ToolCall."""
 
-    name: str
     input: str = ""
-    _: KW_ONLY
-    id: str | None = None
-    choice: int = 0
-    namespace: str | None = None
-    caller: Mapping[str, Any] | None = None
 
     _grows = "input"
     _prefix = "ctc_"
     _key = "custom"
     _type = "custom_tool_call"
-
-    def __post_init__(self) -> None:
-        _check_fields(self, input=(self.input, str))
-        self._check()
 
 
 class _Made(NamedTuple):
@@ -2187,7 +2144,6 @@ _ITEM_TYPES: dict[str, _ItemType] = {
                                  asked=("action.sources", "web_search_call.action.sources")),
 }
 # fmt: on
-_ANY_ITEM = _ItemType("item_")
 
 
 def _at(value: Any, path: str) -> Any:
@@ -2205,62 +2161,46 @@ def _put(value: _JSON, path: str, new: Any) -> _JSON:
     return {**value, key: _put(_dict(value[key]), rest, new) if rest else new}
 
 
-def _typed_first(key: str, value: Any) -> Any:
-    """A value of an item, its keys as the API orders them; `arguments` are the model's own."""
-    return _by_key(cast(_JSON, value)) if key != "arguments" and "type" in _dict(value) else value
-
-
 def _joined(value: Any) -> str:
     """A text that may be given in the pieces that a stream sends of it."""
     return "".join(cast("Sequence[str]", value)) if isinstance(value, (list, tuple)) else value
 
 
-def _steps(kind: str, steps: str, fields: Mapping[str, Any], end: str) -> Iterator[tuple[str, _JSON]]:
-    """The events of an item's own, as its row names them: their types, and the keys that are their own."""
-    for step in filter(None, steps.format(end=end).split(", ")):
-        name, sign, path = (*step.split(" "), "", "")[:3]
-        value = _at(fields, path) if path else None
-        if sign == "*":
-            yield from _REPEATED_STEPS[name](value or [])
-        elif not sign:
-            yield f"response.{kind}.{name}", {}
-        elif value is None:  # a deleted file has no diff
-            continue
-        elif sign == "=":
-            yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
-        else:
-            given: Sequence[Any] = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else [value]
-            for text in _tokens(value) if sign == "<<" and isinstance(value, str) else given:
-                yield f"response.{name}", {"delta": text}
+def _pieces(value: Any, cut: bool = True) -> Sequence[Any]:
+    """These pieces: as they are given, or word-sized where the text is to be cut."""
+    if isinstance(value, (list, tuple)):
+        return cast("Sequence[Any]", value)
+    return _tokens(value) if cut and isinstance(value, str) else [value]
 
 
 _IMAGE_KEYS = ("background", "output_format", "quality", "size")  # that each partial image tells
 
 
-def _partial_images(images: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
+def _partial_images(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    shown = {key: fields[key] for key in _IMAGE_KEYS if key in fields}
+    images: Sequence[Any] = fields.get("partial_images") or ()
     for index, image in enumerate(images):
         told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
-        yield "response.image_generation_call.partial_image", {**told, "partial_image_index": index}
+        yield "response.image_generation_call.partial_image", {**shown, **told, "partial_image_index": index}
 
 
-def _shell_commands(commands: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, command in enumerate(commands):
+def _shell_commands(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, command in enumerate(_at(fields, "action.commands") or ()):
         where = {"command_index": index, "item_id": None}  # these have no item_id (R)
         yield "response.shell_call_command.added", {**where, "command": ""}
-        for text in _tokens(command) if isinstance(command, str) else command:
-            yield "response.shell_call_command.delta", {**where, "delta": text}
+        yield from (("response.shell_call_command.delta", {**where, "delta": text}) for text in _pieces(command))
         yield "response.shell_call_command.done", {**where, "command": _joined(command)}
 
 
-def _shell_outputs(outputs: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, output in enumerate(outputs):
+def _shell_outputs(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, output in enumerate(fields.get("output") or ()):
         for stream in ("stdout", "stderr"):
             if text := _dict(output).get(stream):
                 yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
-        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(outputs)}
+        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(fields["output"])}
 
 
-_REPEATED_STEPS: dict[str, Callable[[Sequence[Any]], Iterator[tuple[str, _JSON]]]] = {
+_REPEATED_STEPS: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, _JSON]]]] = {
     "partial_image": _partial_images,
     "shell_call_command": _shell_commands,
     "shell_call_output_content": _shell_outputs,
@@ -2281,13 +2221,12 @@ class Item(_Spoken):
     fields: Mapping[str, Any]
 
     def __init__(self, type: str, **fields: Any) -> None:
-        _check_fields(self, type=(type, str))
+        self._set(type=type, fields=fields)
+        self.__post_init__()
         if type in ("message", "function_call", "custom_tool_call", "reasoning"):
             raise ValueError(
                 f"Item({type!r}): what the model says is Text, Refusal, ToolCall, CustomToolCall, Reasoning"
             )
-        object.__setattr__(self, "type", type)
-        object.__setattr__(self, "fields", fields)
 
     @override
     def __hash__(self) -> int:
@@ -2295,7 +2234,7 @@ class Item(_Spoken):
 
     @property
     def _row(self) -> _ItemType:
-        return _ITEM_TYPES.get(self.type, _ANY_ITEM)
+        return _ITEM_TYPES.get(self.type, _ItemType("item_"))
 
     @property
     def _prefix(self) -> str:  # type: ignore[override]
@@ -2315,51 +2254,56 @@ class Item(_Spoken):
         """Whether this is a search of the web, as the API counts them."""
         return self.type == "web_search_call" and _at(self.fields, "action.type") in (None, "search")
 
-    @property
-    def _pieces(self) -> list[str]:
-        return []
-
-    def _fragments(self) -> Sequence[str]:
+    def _as_given(self) -> Sequence[str]:
         return ()
 
     def _with(self, pieces: Sequence[str]) -> Self:
         return self
 
-    def _continues(self, opened: _Spoken) -> bool:
-        return False
-
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         row = self._row
         fields: _JSON = {**({"status": row.status} if row.status else {}), **row.keys, **self.fields}
-        for key, value in fields.items():
-            if isinstance(value, _Made):
-                fields[key] = encoder.made(item, key, value)
-        for path in re.findall(r"delta <<? ([\w.]+)", row.steps):
-            fields = _put(fields, path, _joined(_at(fields, path)))
-        if self.type == "shell_call":
-            fields = _put(fields, "action.commands", [_joined(each) for each in _list(_at(fields, "action.commands"))])
+        made = {key: encoder.made(item, key, value) for key, value in fields.items() if isinstance(value, _Made)}
+        fields.update(made)
+        for sign, path in re.findall(r"([<*]) ([\w.]+)", row.steps):
+            given = _at(fields, path)
+            fields = _put(fields, path, [_joined(each) for each in given or ()] if sign == "*" else _joined(given))
         fields.pop("partial_images", None)
-        if not whole:
+        if not whole and row.added is None:
+            fields = {"status": "in_progress"}
+        elif not whole:
             for path, value in {"status": "in_progress", **(row.added or {})}.items():
                 fields = _put(fields, path, value)
-            if row.added is None:
-                fields = {"status": fields["status"]}
         path, name = row.asked
         if path and not encoder.includes(name):
             holder, _, key = path.rpartition(".")
             kept = {each: value for each, value in _dict(_at(fields, holder)).items() if each != key}
             fields = _put(fields, holder, kept) if holder else _put(fields, path, None)
-        status = {"status": fields.pop("status")} if "status" in fields else {}
-        told = {key: _typed_first(key, fields[key]) for key in sorted(fields) if key != "id"}
-        return {"id": item.id, "type": self.type, **status, **told}
+        told: _JSON = {"id": item.id, "type": self.type}
+        if "status" in fields:
+            told["status"] = fields["status"]
+        for key, value in sorted(fields.items()):
+            ordered = key != "arguments" and "type" in _dict(value)  # arguments are the model's own
+            told.setdefault(key, _by_key(value) if ordered else value)
+        return told
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _steps(self) -> Iterator[tuple[str, _JSON]]:
+        """The events of its own, as its row names them."""
         failed = self.fields.get("status") == "failed" or self.fields.get("error") is not None
-        steps = _steps(self.type, self._row.steps, self.fields, "failed" if failed else "completed")
-        told = [(kind, {"item_id": item.id, **fields}) for kind, fields in steps]
-        if self.type == "image_generation_call":
-            shown = {key: self.fields[key] for key in _IMAGE_KEYS if key in self.fields}
-            told = [(kind, {**shown, **each} if "partial_image_index" in each else each) for kind, each in told]
+        steps = self._row.steps.format(end="failed" if failed else "completed")
+        for name, sign, path in re.findall(r"([\w.]+)(?: (\S+) ([\w.]+))?", steps):
+            value = _at(self.fields, path)
+            if not sign:
+                yield f"response.{self.type}.{name}", {}
+            elif sign == "*":
+                yield from _REPEATED_STEPS[name](self.fields)
+            elif sign == "=" and value is not None:  # a deleted file has no diff
+                yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
+            elif value is not None:
+                yield from ((f"response.{name}", {"delta": text}) for text in _pieces(value, sign == "<<"))
+
+    def _closing(self, item: _Utterance) -> _Events:
+        told = ((kind, {"item_id": item.id, **own}) for kind, own in self._steps())
         return [(kind, {key: value for key, value in each.items() if value is not None}) for kind, each in told]
 
 
@@ -2418,7 +2362,7 @@ class Finish(_Part):
     def __post_init__(self) -> None:
         if self.reason not in _REASONS:
             raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
-        _check_fields(self, choice=(self.choice, int))
+        _Part.__post_init__(self)
 
     def _act(self, answer: _Delivery) -> None:
         answer.encoder.finish[self.choice] = self.reason
@@ -2440,9 +2384,7 @@ class Usage(_Part):
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
-        parts = {"cached_tokens": (self.cached_tokens, int), "reasoning_tokens": (self.reasoning_tokens, int)}
-        whole = {"prompt_tokens": (self.prompt_tokens, int), "completion_tokens": (self.completion_tokens, int)}
-        _check_fields(self, **whole, **parts)
+        _Part.__post_init__(self)
         for side, tokens in self.details.items():
             if side not in ("prompt", "completion"):
                 raise ValueError(f'Usage has details of "prompt" and "completion", not {side!r}: {tokens!r}')
@@ -2488,7 +2430,7 @@ class Raw(_Part):
 
     def __post_init__(self) -> None:
         _check_fields(self, data=(self.data, (bytes, bytearray, memoryview)))
-        object.__setattr__(self, "data", bytes(self.data))
+        self._set(data=bytes(self.data))
 
     def _act(self, answer: _Delivery) -> None:
         answer.sink.raw(self.data)
@@ -2508,14 +2450,9 @@ class StreamError(_Part):
     param: str | None = None
     event: bool = True
 
-    def __post_init__(self) -> None:
-        _check_fields(self, message=(self.message, str), type=(self.type, str))
-        _check_fields(self, code=(self.code, _WORD), param=(self.param, _WORD))
-
     def _act(self, answer: _Delivery) -> None:
-        error = APIError(500, self.message, type=self.type, code=self.code, param=self.param)
         answer.encoder.error_event = self.event
-        answer.fail(error)
+        answer.fail(APIError(500, self.message, type=self.type, code=self.code, param=self.param))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -3086,6 +3023,9 @@ class Chunk(_Part):
     created: int = 0
     model: str = ""
     usage: Usage | None = None
+
+    def __post_init__(self) -> None:
+        """It is sent as it is given."""
 
     def _act(self, answer: _Delivery) -> None:
         answer.chunk(self)
@@ -8534,7 +8474,13 @@ def _part_text(part: object) -> str:
         return part.query
     if isinstance(part, Item):
         return f"{part.type} {_dumps(part.fields)}"
-    return part.summary if isinstance(part, Reasoning) else part._pieces[0] if isinstance(part, _Spoken) else repr(part)
+    return (
+        part.summary
+        if isinstance(part, Reasoning)
+        else "".join(part._as_given())
+        if isinstance(part, _Spoken)
+        else repr(part)
+    )
 
 
 def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
