@@ -1778,10 +1778,9 @@ class _MessagePart(_Spoken):
         message[self._chat_key] = before + item.text
         for each in item.annotations:
             if each["type"] == "url_citation":
-                moved = {key: value for key, value in each.items() if key != "type"}
-                for key in ("end_index", "start_index"):
-                    moved[key] = moved.get(key, 0) + len(before)
-                message["annotations"].append({"type": "url_citation", "url_citation": moved})
+                moved = {key: each.get(key, 0) + len(before) for key in ("end_index", "start_index")}
+                told = {key: value for key, value in {**each, **moved}.items() if key != "type"}
+                message["annotations"].append({"type": "url_citation", "url_citation": told})
 
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         content = [self._content_part(item)] if whole else []
@@ -1790,7 +1789,7 @@ class _MessagePart(_Spoken):
         phase = self.phase or ("final_answer" if encoder.model.phase else None)
         status = item.status if whole else encoder.added_status
         told: _JSON = {"id": item.id, "type": "message", "status": status, "content": content}
-        return {**told, "phase": phase, "role": "assistant"} if phase else {**told, "role": "assistant"}
+        return {**told, **({"phase": phase} if phase else {}), "role": "assistant"}
 
     def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
         return {"type": self._type, self._key: item.text if whole else ""}
@@ -1996,14 +1995,12 @@ class _Call(_Spoken):
         return {"role": "assistant", "content": None, **head, **({} if item.legacy else {"refusal": None})}
 
     def _chat_head(self, item: _Utterance) -> _JSON | None:
-        if item.legacy:
-            return {"function_call": {"name": self.name, "arguments": ""}}
-        return {"tool_calls": [{"index": item.index, **self._chat_call(item, "")}]}
+        call = {"index": item.index, **self._chat_call(item, "")}
+        return {"function_call": {"name": self.name, "arguments": ""}} if item.legacy else {"tool_calls": [call]}
 
     def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        if item.legacy:
-            return {"function_call": {"arguments": text}}
-        return {"tool_calls": [{"index": item.index, self._key: {self._grows: text}}]}
+        call = {"index": item.index, self._key: {self._grows: text}}
+        return {"function_call": {"arguments": text}} if item.legacy else {"tool_calls": [call]}
 
     def _chat_message(self, item: _Utterance, message: _JSON) -> None:
         if item.legacy:
@@ -2012,14 +2009,16 @@ class _Call(_Spoken):
             message["tool_calls"].append(self._chat_call(item, item.text))
 
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        keys: _JSON = {self._grows: item.text if whole else "", "call_id": item.call_id, "name": self.name}
-        if self.namespace is not None:
-            keys["namespace"] = self.namespace
-        if self.caller is not None:
-            keys["caller"] = _by_key({"type": "program", **self.caller})
+        caller = None if self.caller is None else _by_key({"type": "program", **self.caller})
+        keys: _JSON = {"call_id": item.call_id, "caller": caller, "name": self.name, "namespace": self.namespace}
+        keys[self._grows] = item.text if whole else ""
         # What a program calls stays "in_progress" (R).
-        status = item.status if whole and self.caller is None else "in_progress"
-        return {"id": item.id, "type": self._type, "status": status, **dict(sorted(keys.items()))}
+        told: _JSON = {
+            "id": item.id,
+            "type": self._type,
+            "status": item.status if whole and not caller else "in_progress",
+        }
+        return {**told, **{key: keys[key] for key in sorted(keys) if keys[key] is not None}}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return f"response.{self._type}_{self._grows}.delta", {}
@@ -2263,12 +2262,10 @@ class Item(_Spoken):
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         row = self._row
         fields: _JSON = {**({"status": row.status} if row.status else {}), **row.keys, **self.fields}
-        made = {key: encoder.made(item, key, value) for key, value in fields.items() if isinstance(value, _Made)}
-        fields.update(made)
+        fields |= {key: encoder.made(item, key, value) for key, value in fields.items() if isinstance(value, _Made)}
         for sign, path in re.findall(r"([<*]) ([\w.]+)", row.steps):
             given = _at(fields, path)
             fields = _put(fields, path, [_joined(each) for each in given or ()] if sign == "*" else _joined(given))
-        fields.pop("partial_images", None)
         if not whole and row.added is None:
             fields = {"status": "in_progress"}
         elif not whole:
@@ -2279,13 +2276,11 @@ class Item(_Spoken):
             holder, _, key = path.rpartition(".")
             kept = {each: value for each, value in _dict(_at(fields, holder)).items() if each != key}
             fields = _put(fields, holder, kept) if holder else _put(fields, path, None)
-        told: _JSON = {"id": item.id, "type": self.type}
-        if "status" in fields:
-            told["status"] = fields["status"]
-        for key, value in sorted(fields.items()):
-            ordered = key != "arguments" and "type" in _dict(value)  # arguments are the model's own
-            told.setdefault(key, _by_key(value) if ordered else value)
-        return told
+        # `type` comes first in what is typed, but for arguments: these are the model's own.
+        fields |= {key: _by_key(fields[key]) for key in fields.keys() - {"arguments"} if "type" in _dict(fields[key])}
+        status = {"status": fields.pop("status")} if "status" in fields else {}
+        others = {key: fields[key] for key in sorted(fields.keys() - {"id", "partial_images"})}
+        return {"id": item.id, "type": self.type, **status, **others}
 
     def _steps(self) -> Iterator[tuple[str, _JSON]]:
         """The events of its own, as its row names them."""
@@ -2521,8 +2516,9 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
-        numbers = {"created": (created, _NUMBER), "ttft": (ttft, _SECONDS), "itl": (itl, _SECONDS)}
-        _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
+        if (id, model, created, ttft, itl) != (None,) * 5:  # seldom
+            numbers = {"created": (created, _NUMBER), "ttft": (ttft, _SECONDS), "itl": (itl, _SECONDS)}
+            _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         inner: Any = parts[0] if len(parts) == 1 else None
