@@ -2266,11 +2266,11 @@ class Item(_Spoken):
         for sign, path in re.findall(r"([<*]) ([\w.]+)", row.steps):
             given = _at(fields, path)
             fields = _put(fields, path, [_joined(each) for each in given or ()] if sign == "*" else _joined(given))
-        if not whole and row.added is None:
-            fields = {"status": "in_progress"}
-        elif not whole:
+        if not whole:
             for path, value in {"status": "in_progress", **(row.added or {})}.items():
                 fields = _put(fields, path, value)
+            if row.added is None:
+                fields = {"status": fields["status"]}
         path, name = row.asked
         if path and not encoder.includes(name):
             holder, _, key = path.rpartition(".")
