@@ -337,7 +337,7 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
                 else " or ".join(each.__name__ for each in kind if each is not type(None))
             )
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind in (int, _COUNT, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
+        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
 
 
@@ -1572,26 +1572,28 @@ class _Utterance:
         self.pieces[:] = [first, *map(_Next, others)]
 
 
-_COUNT = (int,)
 # What a field may be, by its annotation.
-_FIELD_KINDS = {"str": (str,), "int": _COUNT, "str | None": _WORD, "Mapping[str, Any] | None": (Mapping, type(None))}
+_FIELD_KINDS: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": int, "float": _SECONDS, "str | None": _WORD, "Mapping[str, Any] | None": (type(None), Mapping),
+}  # fmt: skip
 
 
 class _Part:
     """A part of an answer."""
 
     __slots__ = ()
-    _kinds: ClassVar[Mapping[str, tuple[type, ...]]] = {}
+    _kinds: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # of its fields
 
     def __init_subclass__(cls) -> None:
         kinds = {name: _FIELD_KINDS[kind] for name, kind in cls.__annotations__.items() if kind in _FIELD_KINDS}
         cls._kinds = {**cls._kinds, **kinds}
 
     def __post_init__(self) -> None:
-        for name, kinds in self._kinds.items():
+        for name, kind in self._kinds.items():
             value = getattr(self, name)
-            if type(value) not in kinds or (kinds is _COUNT and value < 0):  # seldom
-                _check_fields(self, **{name: (value, kinds)})
+            fits = isinstance(value, kind)
+            if not fits or kind is _SECONDS or (kind is int and value < 0):  # seldom
+                _check_fields(self, **{name: (value, kind)})
 
     def _set(self, **fields: object) -> None:
         for name, value in fields.items():
@@ -1699,7 +1701,6 @@ class _Spoken(_Part):
 
 
 _Events: TypeAlias = "list[tuple[str, _JSON]]"  # their types, and the keys that are their own
-_PHASES = (None, "commentary", "final_answer")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -1727,7 +1728,7 @@ class _MessagePart(_Spoken):
             self._set(annotations=tuple(map(_annotation, self.annotations)))
         if self.logprobs is not None:
             self._set(logprobs=tuple(map(_entry, self.logprobs)))
-        if self.phase not in _PHASES:
+        if self.phase not in (None, "commentary", "final_answer"):
             raise ValueError(f"a phase is 'commentary' or 'final_answer', not {self.phase!r}")
 
     def _gather(self, fragment: _Spoken) -> Self:
@@ -2086,7 +2087,6 @@ class _Made(NamedTuple):
     hex: bool = False
 
 
-_CALL_ID = _Made("call_", 24)
 _SECRET = _Made("gAAAAAB", 160)
 
 
@@ -2104,7 +2104,7 @@ class _ItemType(NamedTuple):
 # In the steps of an item, `a` is the event response.TYPE.a; `b.delta < key` tells the key's text in one piece, and
 # `b.delta << key` in many; `b.done = key` tells it whole. {end} is "failed" for an item that has failed.
 # fmt: off
-_CALLED: _JSON = {"call_id": _CALL_ID}
+_CALLED: _JSON = {"call_id": _Made("call_", 24)}
 _STAGES = "in_progress, searching, completed"
 _ITEM_TYPES: dict[str, _ItemType] = {
     "apply_patch_call": _ItemType(
@@ -2398,9 +2398,6 @@ class Pause(_Part):
     """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
 
     seconds: float
-
-    def __post_init__(self) -> None:
-        _check_fields(self, seconds=(self.seconds, _SECONDS))
 
     def _act(self, answer: _Delivery) -> None:
         answer.pause(self.seconds)
