@@ -1625,7 +1625,7 @@ class _Spoken(_Part):
 
     def split(self) -> list[Self]:
         """The fragments that a stream sends: parts of the same kind, word-sized, the first with the name and id."""
-        return list(self._cut(self._fragments()))
+        return list(self._cut(self._texts(cut=True)))
 
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
@@ -1635,20 +1635,16 @@ class _Spoken(_Part):
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
-        return self._gather(fragment)._with([*self._as_given(), *fragment._as_given()])
+        return self._gather(fragment)._with([*self._texts(), *fragment._texts()])
 
     def _gather(self, fragment: _Spoken) -> Self:
         """This part with what a fragment after it has beside its text."""
         return self
 
-    def _as_given(self) -> Sequence[str]:
-        """Its text as a stream sends a part that is a fragment itself: in one piece, or none where there is none."""
+    def _texts(self, cut: bool = False) -> Sequence[str]:
+        """Its text as a stream sends it: as it is given, or cut into words, as that of a part that is alone."""
         text = getattr(self, self._grows)
-        return [text] if text else []
-
-    def _fragments(self) -> Sequence[str]:
-        """Its text in word-sized pieces, as a stream sends a part that is alone."""
-        return _tokens("".join(self._as_given()))
+        return _tokens(text) if cut or not text else (text,)
 
     def _with(self, pieces: Sequence[str]) -> Self:
         """This part with another text."""
@@ -1738,10 +1734,9 @@ class _MessagePart(_Spoken):
         gathered._set(annotations=(*self.annotations, *more.annotations))
         return gathered
 
-    def _as_given(self) -> Sequence[str]:
-        return (self.text,)
-
-    def _fragments(self) -> Sequence[str]:
+    def _texts(self, cut: bool = False) -> Sequence[str]:
+        if not cut:
+            return (self.text,)
         if self.logprobs is not None:
             tokens = [entry["token"] for entry in self.logprobs]
             return tokens if "".join(tokens) == self.text else (self.text,)
@@ -1902,14 +1897,11 @@ class Reasoning(_Spoken):
         """All summaries, one below the other."""
         return "\n\n".join(self.summaries)
 
-    def _as_given(self) -> Sequence[str]:
-        return [_Next(summary) if at else summary for at, summary in enumerate(self.summaries)]
-
-    def _fragments(self) -> Sequence[str]:
+    def _texts(self, cut: bool = False) -> Sequence[str]:
         texts: list[str] = []
-        for summary in self._as_given():
-            first, *others = _tokens(summary) or ("",)
-            texts += [_Next(first) if isinstance(summary, _Next) else first, *others]
+        for at, summary in enumerate(self.summaries):
+            first, *others = (cut and _tokens(summary)) or (summary,)
+            texts += [_Next(first) if at else first, *others]
         return texts
 
     def _with(self, pieces: Sequence[str]) -> Reasoning:
@@ -2253,7 +2245,7 @@ class Item(_Spoken):
         """Whether this is a search of the web, as the API counts them."""
         return self.type == "web_search_call" and _at(self.fields, "action.type") in (None, "search")
 
-    def _as_given(self) -> Sequence[str]:
+    def _texts(self, cut: bool = False) -> Sequence[str]:
         return ()
 
     def _with(self, pieces: Sequence[str]) -> Self:
@@ -3723,7 +3715,7 @@ class _Encoder:
         events: list[_Event] = []
         for part in chunk._parts():
             if isinstance(part, _Spoken):
-                events += self.say(part, part._as_given())
+                events += self.say(part, part._texts())
             elif isinstance(part, Finish):
                 self.finish[part.choice] = part.reason
         self.usage = chunk.usage or self.usage
@@ -3925,7 +3917,7 @@ class _ChatEncoder(_Encoder):
         calls: list[_JSON] = []
         for each in choice.tool_calls:
             call = replace(each, choice=choice.index)
-            item, _, _ = self.fold(call, call._as_given())
+            item, _, _ = self.fold(call, call._texts())
             head = call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
             calls.append({"index": item.index, **head})
         if calls:
@@ -5249,7 +5241,7 @@ class _Delivery:
     def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
         for fragment in part._cut(texts):
             self._pace()
-            self.sink.write(self.encoder.say(fragment, fragment._as_given()))
+            self.sink.write(self.encoder.say(fragment, fragment._texts()))
 
     def _pace(self) -> None:
         """Waits for the time of the next token."""
@@ -5290,7 +5282,7 @@ class _Delivery:
             for part in self._source(content):
                 alone = isinstance(content, (str, _Part, Completion))
                 if isinstance(part, _Spoken):
-                    yield part, part._fragments() if alone else part._as_given()
+                    yield part, part._texts(cut=alone)
                 else:
                     yield part, ()
 
@@ -5403,7 +5395,7 @@ def _runs(parts: Sequence[_Part], given: bool, cut: bool) -> Generator[tuple[_Pa
             if not goes_on:
                 opened[part.choice] = part
             fragment = given or not cut or goes_on or _is_continued(part, parts, at + 1)
-            said = part._as_given() if fragment else part._fragments()
+            said = part._texts(cut=not fragment)
         plain = part if type(part) is Text and not (part.annotations or part.logprobs) else None
         if run is not None and plain is not None and goes_on and plain.choice == run.choice and len(texts) < _RUN:
             texts += said
@@ -8470,7 +8462,7 @@ def _part_text(part: object) -> str:
     return (
         part.summary
         if isinstance(part, Reasoning)
-        else "".join(part._as_given())
+        else "".join(part._texts())
         if isinstance(part, _Spoken)
         else repr(part)
     )
