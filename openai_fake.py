@@ -1798,10 +1798,9 @@ class _MessagePart(_Spoken):
         return f"response.{self._type}.delta", {"content_index": 0, "item_id": item.id}
 
     def _closing(self, item: _Utterance) -> _Events:
-        part = self._content_part(item)
         return [
             (f"response.{self._type}.done", {**self._delta(item)[1], self._key: item.text}),
-            ("response.content_part.done", {"content_index": 0, "item_id": item.id, "part": part}),
+            ("response.content_part.done", {"content_index": 0, "item_id": item.id, "part": self._content_part(item)}),
         ]
 
 
@@ -1916,13 +1915,12 @@ class Reasoning(_Spoken):
         return self.encrypted_content in (None, opened.encrypted_content) and self.id in (None, opened.id)
 
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        secret = self.encrypted_content or encoder.secret(item)  # it differs each time it is sent (R)
         summaries = _sections(item.pieces) if whole and item.pieces else []
         return {
             "id": item.id,
             "type": "reasoning",
             "content": [{"type": "reasoning_text", "text": self.text}] if whole and self.text else [],
-            "encrypted_content": secret,
+            "encrypted_content": self.encrypted_content or encoder.secret(item),  # it differs each time it is sent (R)
             "summary": [{"type": "summary_text", "text": text} for text in summaries],
         }
 
@@ -1938,18 +1936,17 @@ class Reasoning(_Spoken):
         ]
 
     def _opening(self, item: _Utterance) -> _Events:
-        where = {"item_id": item.id, "summary_index": item.section}
         part = {"type": "summary_text", "text": ""}
         thought = self._thought(item) if self.text and item.section == 0 else []
-        return [*thought, ("response.reasoning_summary_part.added", {**where, "part": part})]
+        return [*thought, ("response.reasoning_summary_part.added", {**self._delta(item)[1], "part": part})]
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.reasoning_summary_text.delta", {"summary_index": item.section}
+        return "response.reasoning_summary_text.delta", {"item_id": item.id, "summary_index": item.section}
 
     def _closing(self, item: _Utterance) -> _Events:
         if not item.pieces:
             return self._thought(item) if self.text else []
-        where, text = {"item_id": item.id, "summary_index": item.section}, _sections(item.pieces)[item.section]
+        where, text = self._delta(item)[1], _sections(item.pieces)[item.section]
         return [
             ("response.reasoning_summary_text.done", {**where, "text": text}),
             ("response.reasoning_summary_part.done", {**where, "part": {"type": "summary_text", "text": text}}),
@@ -2088,7 +2085,7 @@ class _ItemType(NamedTuple):
     prefix: str  # of the id
     keys: Mapping[str, Any] = {}  # that are there also where they are not given
     added: Mapping[str, Any] | None = {}  # by path, what output_item.added has instead; None: it has no such keys
-    steps: str = ""  # the events of its own, see _steps
+    steps: str = ""  # the events of its own
     status: str | None = "completed"
     asked: tuple[str, str] = ("", "")  # the path of what only `include` asks for, and its name there
 
@@ -2338,9 +2335,7 @@ _REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Finish(_Part):
-    """Why the answer ends. Without it: "tool_calls" where tools were called ("function_call" if they were `functions`),
-    else "stop".
-    """
+    """Why the answer ends; without it "tool_calls" ("function_call" for `functions`) after a call, else "stop"."""
 
     reason: _Reason
     _: KW_ONLY
