@@ -1739,7 +1739,7 @@ class _MessagePart(_Spoken):
             return (self.text,)
         if self.logprobs is not None:
             tokens = [entry["token"] for entry in self.logprobs]
-            return tokens if "".join(tokens) == self.text else (self.text,)
+            return tokens if tokens and "".join(tokens) == self.text else (self.text,)
         texts: list[str] = []
         at = 0
         spans = [(each.get("start_index"), each.get("end_index")) for each in self.annotations]

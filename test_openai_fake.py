@@ -1870,6 +1870,7 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual([e["delta"] for e in events if e["type"].endswith("text.delta")], ["It", "'s"])
         self.assertEqual(body["output"][0]["content"][0]["logprobs"][0]["logprob"], -0.123457)
         self.assertEqual(spoken("responses", [text])["output"][0]["content"][0]["logprobs"], [])
+        self.assertEqual(len(spoken("chat.completions", [Text("", logprobs=[])], n=2)["choices"]), 2)
         chunks = streamed("chat.completions", [Refusal("It's", logprobs=given)], logprobs=True)
         self.assertEqual([chunk["choices"][0]["logprobs"]["refusal"] for chunk in chunks[1:-2]], [[e] for e in given])
 
