@@ -755,7 +755,7 @@ class Request:
     @property
     def answer(self) -> list[_Spoken]:
         """What the model has said to it, each part whole."""
-        return [item.whole for item in (self._said if self._encoder is None else self._encoder.items)]
+        return [item.part._with(item.pieces) for item in (self._said if self._encoder is None else self._encoder.items)]
 
     def _settle(self, encoder: _Encoder | None) -> None:
         """Keeps what was said, and not the encoder that said it."""
@@ -1491,16 +1491,14 @@ def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
 _TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
 
 
-def _split_text(text: str) -> tuple[str, ...]:
+@lru_cache(4096)
+def _short_tokens(text: str) -> tuple[str, ...]:
     return tuple(_TOKEN.findall(text))
 
 
-_split_short = lru_cache(4096)(_split_text)  # what a list of Texts or a generator gives is short, and comes again
-
-
 def _tokens(text: str) -> tuple[str, ...]:
-    """The word-sized pieces that a stream sends of a text; joined, they are the text."""
-    return _split_short(text) if len(text) <= 32 else _split_text(text)
+    """The word-sized pieces that a stream sends of a text; joined, they are the text. Short texts come again."""
+    return _short_tokens(text) if len(text) <= 32 else tuple(_TOKEN.findall(text))
 
 
 class _Next(str):
@@ -1573,25 +1571,43 @@ class _Utterance:
         first, *others = _sections(self.pieces)
         self.pieces[:] = [first, *map(_Next, others)]
 
-    @property
-    def whole(self) -> _Spoken:
-        return self.part._with(self.pieces)
 
-
-def _defaults(each: Any) -> tuple[Any, ...]:
-    return (each.default,) if each.default_factory is MISSING else (each.default_factory(),)
+# What a field may be, by its annotation.
+_FIELD_KINDS: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": int, "float": _SECONDS, "str | None": _WORD, "Mapping[str, Any] | None": (type(None), Mapping),
+}  # fmt: skip
 
 
 class _Part:
     """A part of an answer."""
 
     __slots__ = ()
+    _kinds: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # of its fields
+
+    def __init_subclass__(cls) -> None:
+        kinds = {name: _FIELD_KINDS[kind] for name, kind in cls.__annotations__.items() if kind in _FIELD_KINDS}
+        cls._kinds = {**cls._kinds, **kinds}
+
+    def __post_init__(self) -> None:
+        for name, kind in self._kinds.items():
+            value = getattr(self, name)
+            fits = isinstance(value, kind)
+            if not fits or kind is _SECONDS or (kind is int and value < 0):  # seldom
+                _check_fields(self, **{name: (value, kind)})
+
+    def _set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @override
     def __repr__(self) -> str:
         """What makes it: the fields that are not what they are by themselves."""
-        shown = [each.name for each in fields(cast(Any, self)) if getattr(self, each.name) not in _defaults(each)]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+        shown: list[str] = []
+        for each in sorted(fields(cast(Any, self)), key=lambda each: bool(each.kw_only)):
+            value = getattr(self, each.name)
+            if each.repr and value != each.default and (value or each.default_factory is MISSING):
+                shown.append(f"{each.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _act(self, answer: _Delivery) -> None:
         """Does what a part does that is not said by the model."""
@@ -1609,7 +1625,7 @@ class _Spoken(_Part):
 
     def split(self) -> list[Self]:
         """The fragments that a stream sends: parts of the same kind, word-sized, the first with the name and id."""
-        return list(self._cut(self._fragments()))
+        return list(self._cut(self._texts(cut=True)))
 
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
@@ -1619,23 +1635,16 @@ class _Spoken(_Part):
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
-        return self._gather(fragment)._with([*self._pieces, *fragment._pieces])
+        return self._gather(fragment)._with([*self._texts(), *fragment._texts()])
 
     def _gather(self, fragment: _Spoken) -> Self:
         """This part with what a fragment after it has beside its text."""
         return self
 
-    @property
-    def _pieces(self) -> list[str]:
-        return [getattr(self, self._grows)]
-
-    def _fragments(self) -> Sequence[str]:
-        """Its text in word-sized pieces, as a stream sends a part that is alone."""
-        return _tokens(self._pieces[0])
-
-    def _as_given(self) -> Sequence[str]:
-        """Its text in one piece, as a stream sends a part that is a fragment itself."""
-        return [piece for piece in self._pieces if piece]
+    def _texts(self, cut: bool = False) -> Sequence[str]:
+        """Its text as a stream sends it: as it is given, or cut into words, as that of a part that is alone."""
+        text = getattr(self, self._grows)
+        return _tokens(text) if cut or not text else (text,)
 
     def _with(self, pieces: Sequence[str]) -> Self:
         """This part with another text."""
@@ -1650,13 +1659,14 @@ class _Spoken(_Part):
         return [self._with(texts[:1]), *map(self._more, texts[1:])] if texts else [self]
 
     def _continues(self, opened: _Spoken) -> bool:
-        return type(opened) is type(self) and opened.choice == self.choice
+        """Whether it goes on with what this part opened."""
+        return False
 
     # Chat Completions: deltas, and the message's fields.
 
     def _chat_role(self, item: _Utterance) -> _JSON:
         """The delta that opens a choice."""
-        return {"role": "assistant", "content": "", "refusal": None}
+        raise NotImplementedError
 
     def _chat_head(self, item: _Utterance) -> _JSON | None:
         """The delta that opens this part, where it needs one beside the role's."""
@@ -1674,83 +1684,123 @@ class _Spoken(_Part):
         """The item: whole, as in output_item.done and in the response, or nothing said, as in output_item.added."""
         raise NotImplementedError
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        """The events before the deltas of a section: their types, and the keys that are their own."""
+    def _opening(self, item: _Utterance) -> _Events:
+        """The events before the deltas of a section."""
         return []
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         raise NotImplementedError
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         """The events after the deltas of a section."""
         return []
 
 
-_PHASES = (None, "commentary", "final_answer")
+_Events: TypeAlias = "list[tuple[str, _JSON]]"  # their types, and the keys that are their own
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class _MessagePart(_Spoken):
     """What Text and Refusal share: a message item with one content part."""
 
-    __slots__ = ()
-    _prefix = "msg_"
-    _grows = "text"
-    _type: ClassVar[str]  # of the content part, and of its events
-    _key: ClassVar[str]  # of the text in both
     text: str
-    annotations: Sequence[Mapping[str, Any]] = ()
+    _: KW_ONLY
+    choice: int = 0
+    annotations: Sequence[Mapping[str, Any]] = field(default=(), init=False)  # of a Text
     logprobs: Sequence[Mapping[str, Any]] | None = None
     phase: str | None = None
     id: str | None = None
 
+    _prefix = "msg_"
+    _grows = "text"
+    _type: ClassVar[str]  # of the content part, and of its events
+    _key: ClassVar[str]  # of the text in both
+    _chat_key: ClassVar[str]
+
     def __post_init__(self) -> None:
-        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0:  # thousands in a stream
-            _check_fields(self, text=(self.text, str), choice=(self.choice, int))
-        if self.id is not None:
-            _check_fields(self, id=(self.id, str))
+        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0 or self.id is not None:
+            _Part.__post_init__(self)  # thousands of a stream do without
         if self.annotations:
-            object.__setattr__(self, "annotations", tuple(map(_annotation, self.annotations)))
+            self._set(annotations=tuple(map(_annotation, self.annotations)))
         if self.logprobs is not None:
-            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
-        if self.phase not in _PHASES:
+            self._set(logprobs=tuple(map(_entry, self.logprobs)))
+        if self.phase not in (None, "commentary", "final_answer"):
             raise ValueError(f"a phase is 'commentary' or 'final_answer', not {self.phase!r}")
 
-    def _fragments(self) -> Sequence[str]:
-        return _tokens(self.text) or ("",)
+    def _gather(self, fragment: _Spoken) -> Self:
+        more = cast(_MessagePart, fragment)
+        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
+        gathered = replace(self, logprobs=logprobs)
+        gathered._set(annotations=(*self.annotations, *more.annotations))
+        return gathered
 
-    def _as_given(self) -> Sequence[str]:
-        return (self.text,)
+    def _texts(self, cut: bool = False) -> Sequence[str]:
+        if not cut:
+            return (self.text,)
+        if self.logprobs is not None:
+            tokens = [entry["token"] for entry in self.logprobs]
+            return tokens if tokens and "".join(tokens) == self.text else (self.text,)
+        texts: list[str] = []
+        at = 0
+        spans = [(each.get("start_index"), each.get("end_index")) for each in self.annotations]
+        for begin, end in sorted((begin, end) for begin, end in spans if begin is not None and end is not None):
+            if at <= begin < end <= len(self.text):  # the API does not split a citation (R)
+                texts += [*_tokens(self.text[at:begin]), self.text[begin:end]]
+                at = end
+        return [*texts, *_tokens(self.text[at:])] or ("",)
 
     def _more(self, text: str) -> Self:
-        return type(self)(text, choice=self.choice)  # type: ignore[call-arg]  # both take these
+        return type(self)(text, choice=self.choice)
+
+    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
+        fragments = [self._with(texts[:1]), *map(self._more, texts[1:])]
+        if self.logprobs is None or len(self.logprobs) != len(texts):
+            return fragments
+        return [replace(part, logprobs=[entry]) for part, entry in zip(fragments, self.logprobs, strict=True)]
 
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
             return False
         return self.phase in (None, opened.phase) and self.id in (None, opened.id)
 
+    def _chat_role(self, item: _Utterance) -> _JSON:
+        return {"role": "assistant", "content": None, "refusal": None, self._chat_key: ""}
+
+    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
+        return {self._chat_key: text}
+
+    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
+        before = message[self._chat_key] or ""
+        message[self._chat_key] = before + item.text
+        for each in item.annotations:
+            if each["type"] == "url_citation":
+                moved = {key: each.get(key, 0) + len(before) for key in ("end_index", "start_index")}
+                told = {key: value for key, value in {**each, **moved}.items() if key != "type"}
+                message["annotations"].append({"type": "url_citation", "url_citation": told})
+
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         content = [self._content_part(item)] if whole else []
-        if whole and item.entries and self._type == "output_text":
+        if whole and item.entries and "logprobs" in content[0]:
             content[0]["logprobs"] = [_rounded(entry) for entry in item.entries]
         phase = self.phase or ("final_answer" if encoder.model.phase else None)
         status = item.status if whole else encoder.added_status
         told: _JSON = {"id": item.id, "type": "message", "status": status, "content": content}
-        return {**told, "phase": phase, "role": "assistant"} if phase else {**told, "role": "assistant"}
+        return {**told, **({"phase": phase} if phase else {}), "role": "assistant"}
 
     def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
-        raise NotImplementedError
+        return {"type": self._type, self._key: item.text if whole else ""}
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _opening(self, item: _Utterance) -> _Events:
         part = self._content_part(item, whole=False)
         return [("response.content_part.added", {"content_index": 0, "item_id": item.id, "part": part})]
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        where = {"content_index": 0, "item_id": item.id}
-        logprobs = {"logprobs": item.entries} if self._type == "output_text" else {}
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
+        return f"response.{self._type}.delta", {"content_index": 0, "item_id": item.id}
+
+    def _closing(self, item: _Utterance) -> _Events:
         return [
-            (f"response.{self._type}.done", {**where, **logprobs, self._key: item.text}),
-            ("response.content_part.done", {**where, "part": self._content_part(item)}),
+            (f"response.{self._type}.done", {**self._delta(item)[1], self._key: item.text}),
+            ("response.content_part.done", {"content_index": 0, "item_id": item.id, "part": self._content_part(item)}),
         ]
 
 
@@ -1790,99 +1840,30 @@ class Text(_MessagePart):
       with another phase or id than the one before it begins a new message.
     """
 
-    text: str
     _: KW_ONLY
-    choice: int = 0
     annotations: Sequence[Mapping[str, Any]] = ()
-    logprobs: Sequence[Mapping[str, Any]] | None = None
-    phase: str | None = None
-    id: str | None = None
 
     _type = "output_text"
     _key = "text"
-
-    def _fragments(self) -> Sequence[str]:
-        if self.logprobs is not None:
-            tokens = [entry["token"] for entry in self.logprobs]
-            return tokens if "".join(tokens) == self.text else (self.text,)
-        spans = sorted(
-            (each["start_index"], each["end_index"])
-            for each in self.annotations
-            if {"start_index", "end_index"} <= each.keys()
-        )
-        texts: list[str] = []
-        at = 0
-        for begin, end in spans:  # the API does not split a citation (R)
-            if at <= begin < end <= len(self.text):
-                texts += [*_tokens(self.text[at:begin]), self.text[begin:end]]
-                at = end
-        return [*texts, *_tokens(self.text[at:])] or ("",)
-
-    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
-        if self.logprobs is None or len(self.logprobs) != len(texts):
-            return [self._with(texts[:1]), *map(self._more, texts[1:])]
-        pairs = zip(texts, self.logprobs, strict=True)
-        first, *others = (type(self)(text, choice=self.choice, logprobs=[entry]) for text, entry in pairs)
-        return [replace(first, annotations=self.annotations, phase=self.phase, id=self.id), *others]
-
-    def _gather(self, fragment: _Spoken) -> Self:
-        more = cast(Text, fragment)
-        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
-        return replace(self, annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
-
-    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        return {"content": text}
-
-    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
-        before = message["content"] or ""
-        message["content"] = before + item.text
-        for each in item.annotations:
-            if each["type"] == "url_citation":
-                moved = {key: value for key, value in each.items() if key != "type"}
-                for key in ("end_index", "start_index"):
-                    moved[key] = moved.get(key, 0) + len(before)
-                message["annotations"].append({"type": "url_citation", "url_citation": moved})
+    _chat_key = "content"
 
     def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
         annotations, text = ([*item.annotations], item.text) if whole else ([], "")
         return {"type": "output_text", "annotations": annotations, "logprobs": [], "text": text}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.output_text.delta", {"content_index": 0, "logprobs": []}
+        return "response.output_text.delta", {"content_index": 0, "item_id": item.id, "logprobs": item.entries}
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class Refusal(_MessagePart):
     """The model refuses, in these words (`message.refusal`; a refusal content part in Responses).
 
     `logprobs`, `phase` and `id` as in Text.
     """
 
-    text: str
-    _: KW_ONLY
-    choice: int = 0
-    logprobs: Sequence[Mapping[str, Any]] | None = None
-    phase: str | None = None
-    id: str | None = None
-
-    _type = "refusal"
-    _key = "refusal"
+    __slots__ = ()
+    _type = _key = _chat_key = "refusal"
     _padded = False
-
-    def _chat_role(self, item: _Utterance) -> _JSON:
-        return {"role": "assistant", "content": None, "refusal": ""}
-
-    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        return {"refusal": text}
-
-    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
-        message["refusal"] = (message["refusal"] or "") + item.text
-
-    def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
-        return {"type": "refusal", "refusal": item.text if whole else ""}
-
-    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.refusal.delta", {"content_index": 0}
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -1907,40 +1888,26 @@ class Reasoning(_Spoken):
     ) -> None:
         for summary in summaries:
             _check_fields(self, summary=(summary, str))
-        _check_fields(self, encrypted_content=(encrypted_content, _WORD), text=(text, str), id=(id, _WORD))
-        for key, value in (
-            ("summaries", summaries if any(summaries) else ()),
-            ("encrypted_content", encrypted_content),
-            ("text", text),
-            ("id", id),
-        ):
-            object.__setattr__(self, key, value)
+        self._set(summaries=summaries if any(summaries) else (), encrypted_content=encrypted_content, text=text, id=id)
+        self.__post_init__()
 
     @property
     def summary(self) -> str:
         """All summaries, one below the other."""
         return "\n\n".join(self.summaries)
 
-    @property
-    def _pieces(self) -> list[str]:
-        first, *others = self.summaries or ("",)
-        return [first, *map(_Next, others)]
-
-    def _fragments(self) -> Sequence[str]:
+    def _texts(self, cut: bool = False) -> Sequence[str]:
         texts: list[str] = []
-        for piece in self._pieces:
-            cut = _tokens(piece) or ("",)
-            texts += [type(piece)(cut[0]), *cut[1:]]
-        return texts if texts != [""] else ()
-
-    def _as_given(self) -> Sequence[str]:
-        return [piece for piece in self._pieces if piece or isinstance(piece, _Next)]
+        for at, summary in enumerate(self.summaries):
+            first, *others = (cut and _tokens(summary)) or (summary,)
+            texts += [_Next(first) if at else first, *others]
+        return texts
 
     def _with(self, pieces: Sequence[str]) -> Reasoning:
         return Reasoning(*_sections(pieces), encrypted_content=self.encrypted_content, text=self.text, id=self.id)
 
     def _more(self, text: str) -> Reasoning:
-        return Reasoning("", text) if isinstance(text, _Next) else Reasoning(text)
+        return Reasoning(*_sections([text]))
 
     def _continues(self, opened: _Spoken) -> bool:
         if not isinstance(opened, Reasoning) or self.text:
@@ -1948,17 +1915,16 @@ class Reasoning(_Spoken):
         return self.encrypted_content in (None, opened.encrypted_content) and self.id in (None, opened.id)
 
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        secret = self.encrypted_content or encoder.secret(item)  # it differs each time it is sent (R)
         summaries = _sections(item.pieces) if whole and item.pieces else []
         return {
             "id": item.id,
             "type": "reasoning",
             "content": [{"type": "reasoning_text", "text": self.text}] if whole and self.text else [],
-            "encrypted_content": secret,
+            "encrypted_content": self.encrypted_content or encoder.secret(item),  # it differs each time it is sent (R)
             "summary": [{"type": "summary_text", "text": text} for text in summaries],
         }
 
-    def _thought(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _thought(self, item: _Utterance) -> _Events:
         """The events of the text (S; none was recorded)."""
         where = {"content_index": 0, "item_id": item.id}
         part = {"type": "reasoning_text", "text": ""}
@@ -1969,38 +1935,40 @@ class Reasoning(_Spoken):
             ("response.content_part.done", {**where, "part": {**part, "text": self.text}}),
         ]
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        where = {"item_id": item.id, "summary_index": item.section}
+    def _opening(self, item: _Utterance) -> _Events:
         part = {"type": "summary_text", "text": ""}
         thought = self._thought(item) if self.text and item.section == 0 else []
-        return [*thought, ("response.reasoning_summary_part.added", {**where, "part": part})]
+        return [*thought, ("response.reasoning_summary_part.added", {**self._delta(item)[1], "part": part})]
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.reasoning_summary_text.delta", {"summary_index": item.section}
+        return "response.reasoning_summary_text.delta", {"item_id": item.id, "summary_index": item.section}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         if not item.pieces:
             return self._thought(item) if self.text else []
-        where, text = {"item_id": item.id, "summary_index": item.section}, _sections(item.pieces)[item.section]
+        where, text = self._delta(item)[1], _sections(item.pieces)[item.section]
         return [
             ("response.reasoning_summary_text.done", {**where, "text": text}),
             ("response.reasoning_summary_part.done", {**where, "part": {"type": "summary_text", "text": text}}),
         ]
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class _Call(_Spoken):
     """What ToolCall and CustomToolCall share. A call without a name goes on with the one before it."""
 
-    __slots__ = ()
+    name: str
+    _: KW_ONLY
+    id: str | None = None
+    choice: int = 0
+    namespace: str | None = None
+    caller: Mapping[str, Any] | None = None
+
     _key: ClassVar[str]  # in Chat Completions: the call's type, and the key of its name and arguments
     _type: ClassVar[str]  # of the item in Responses
-    name: str
-    id: str | None
-    namespace: str | None
-    caller: Mapping[str, Any] | None
 
     def _more(self, text: str) -> Self:
-        return replace(self, name="", **{self._grows: text})  # type: ignore[type-var]
+        return replace(self._with([text]), name="")
 
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
@@ -2017,14 +1985,12 @@ class _Call(_Spoken):
         return {"role": "assistant", "content": None, **head, **({} if item.legacy else {"refusal": None})}
 
     def _chat_head(self, item: _Utterance) -> _JSON | None:
-        if item.legacy:
-            return {"function_call": {"name": self.name, "arguments": ""}}
-        return {"tool_calls": [{"index": item.index, **self._chat_call(item, "")}]}
+        call = {"index": item.index, **self._chat_call(item, "")}
+        return {"function_call": {"name": self.name, "arguments": ""}} if item.legacy else {"tool_calls": [call]}
 
     def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        if item.legacy:
-            return {"function_call": {"arguments": text}}
-        return {"tool_calls": [{"index": item.index, self._key: {self._grows: text}}]}
+        call = {"index": item.index, self._key: {self._grows: text}}
+        return {"function_call": {"arguments": text}} if item.legacy else {"tool_calls": [call]}
 
     def _chat_message(self, item: _Utterance, message: _JSON) -> None:
         if item.legacy:
@@ -2033,24 +1999,22 @@ class _Call(_Spoken):
             message["tool_calls"].append(self._chat_call(item, item.text))
 
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        keys: _JSON = {self._grows: item.text if whole else "", "call_id": item.call_id, "name": self.name}
-        if self.namespace is not None:
-            keys["namespace"] = self.namespace
-        if self.caller is not None:
-            keys["caller"] = _by_key({"type": "program", **self.caller})
+        caller = None if self.caller is None else _by_key({"type": "program", **self.caller})
+        keys: _JSON = {"call_id": item.call_id, "caller": caller, "name": self.name, "namespace": self.namespace}
+        keys[self._grows] = item.text if whole else ""
         # What a program calls stays "in_progress" (R).
-        status = item.status if whole and self.caller is None else "in_progress"
-        return {"id": item.id, "type": self._type, "status": status, **dict(sorted(keys.items()))}
+        told: _JSON = {
+            "id": item.id,
+            "type": self._type,
+            "status": item.status if whole and not caller else "in_progress",
+        }
+        return {**told, **{key: keys[key] for key in sorted(keys) if keys[key] is not None}}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return f"response.{self._type}_{self._grows}.delta", {}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         return [(f"response.{self._type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
-
-    def _check(self) -> None:
-        _check_fields(self, name=(self.name, str), id=(self.id, _WORD), choice=(self.choice, int))
-        _check_fields(self, namespace=(self.namespace, _WORD), caller=(self.caller, (Mapping, type(None))))
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -2062,12 +2026,7 @@ class ToolCall(_Call):
     tells the `namespace` of the function, and the `caller`, as {"caller_id": "call_..."}: a program's.
     """
 
-    name: str
     arguments: str
-    id: str | None
-    choice: int
-    namespace: str | None
-    caller: Mapping[str, Any] | None
     _ours: bool = field(init=False, repr=False, compare=False)  # the JSON is: its spaces may follow the API's habit
 
     _grows = "arguments"
@@ -2086,12 +2045,9 @@ class ToolCall(_Call):
         caller: Mapping[str, Any] | None = None,
     ) -> None:
         _check_fields(self, arguments=(arguments, (str, Mapping)))
-        ours = not isinstance(arguments, str)
         text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
-        values = (name, text, id, choice, namespace, caller, ours)
-        for key, value in zip(self.__slots__, values, strict=True):
-            object.__setattr__(self, key, value)
-        self._check()
+        self._set(arguments=text, _ours=text is not arguments)
+        _Call.__init__(self, name, id=id, choice=choice, namespace=namespace, caller=caller)
 
     def _spaced(self) -> ToolCall:
         """This call among several, whose arguments the API writes with spaces (R), unless the text was given."""
@@ -2104,22 +2060,12 @@ class ToolCall(_Call):
 class CustomToolCall(_Call):
     """The model calls a custom tool, whose input is free text. The other fields, and "" as a name: as in ToolCall."""
 
-    name: str
     input: str = ""
-    _: KW_ONLY
-    id: str | None = None
-    choice: int = 0
-    namespace: str | None = None
-    caller: Mapping[str, Any] | None = None
 
     _grows = "input"
     _prefix = "ctc_"
     _key = "custom"
     _type = "custom_tool_call"
-
-    def __post_init__(self) -> None:
-        _check_fields(self, input=(self.input, str))
-        self._check()
 
 
 class _Made(NamedTuple):
@@ -2130,7 +2076,6 @@ class _Made(NamedTuple):
     hex: bool = False
 
 
-_CALL_ID = _Made("call_", 24)
 _SECRET = _Made("gAAAAAB", 160)
 
 
@@ -2140,7 +2085,7 @@ class _ItemType(NamedTuple):
     prefix: str  # of the id
     keys: Mapping[str, Any] = {}  # that are there also where they are not given
     added: Mapping[str, Any] | None = {}  # by path, what output_item.added has instead; None: it has no such keys
-    steps: str = ""  # the events of its own, see _steps
+    steps: str = ""  # the events of its own
     status: str | None = "completed"
     asked: tuple[str, str] = ("", "")  # the path of what only `include` asks for, and its name there
 
@@ -2148,7 +2093,7 @@ class _ItemType(NamedTuple):
 # In the steps of an item, `a` is the event response.TYPE.a; `b.delta < key` tells the key's text in one piece, and
 # `b.delta << key` in many; `b.done = key` tells it whole. {end} is "failed" for an item that has failed.
 # fmt: off
-_CALLED: _JSON = {"call_id": _CALL_ID}
+_CALLED: _JSON = {"call_id": _Made("call_", 24)}
 _STAGES = "in_progress, searching, completed"
 _ITEM_TYPES: dict[str, _ItemType] = {
     "apply_patch_call": _ItemType(
@@ -2187,7 +2132,6 @@ _ITEM_TYPES: dict[str, _ItemType] = {
                                  asked=("action.sources", "web_search_call.action.sources")),
 }
 # fmt: on
-_ANY_ITEM = _ItemType("item_")
 
 
 def _at(value: Any, path: str) -> Any:
@@ -2205,62 +2149,46 @@ def _put(value: _JSON, path: str, new: Any) -> _JSON:
     return {**value, key: _put(_dict(value[key]), rest, new) if rest else new}
 
 
-def _typed_first(key: str, value: Any) -> Any:
-    """A value of an item, its keys as the API orders them; `arguments` are the model's own."""
-    return _by_key(cast(_JSON, value)) if key != "arguments" and "type" in _dict(value) else value
-
-
 def _joined(value: Any) -> str:
     """A text that may be given in the pieces that a stream sends of it."""
     return "".join(cast("Sequence[str]", value)) if isinstance(value, (list, tuple)) else value
 
 
-def _steps(kind: str, steps: str, fields: Mapping[str, Any], end: str) -> Iterator[tuple[str, _JSON]]:
-    """The events of an item's own, as its row names them: their types, and the keys that are their own."""
-    for step in filter(None, steps.format(end=end).split(", ")):
-        name, sign, path = (*step.split(" "), "", "")[:3]
-        value = _at(fields, path) if path else None
-        if sign == "*":
-            yield from _REPEATED_STEPS[name](value or [])
-        elif not sign:
-            yield f"response.{kind}.{name}", {}
-        elif value is None:  # a deleted file has no diff
-            continue
-        elif sign == "=":
-            yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
-        else:
-            given: Sequence[Any] = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else [value]
-            for text in _tokens(value) if sign == "<<" and isinstance(value, str) else given:
-                yield f"response.{name}", {"delta": text}
+def _pieces(value: Any, cut: bool = True) -> Sequence[Any]:
+    """These pieces: as they are given, or word-sized where the text is to be cut."""
+    if isinstance(value, (list, tuple)):
+        return cast("Sequence[Any]", value)
+    return _tokens(value) if cut and isinstance(value, str) else [value]
 
 
 _IMAGE_KEYS = ("background", "output_format", "quality", "size")  # that each partial image tells
 
 
-def _partial_images(images: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
+def _partial_images(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    shown = {key: fields[key] for key in _IMAGE_KEYS if key in fields}
+    images: Sequence[Any] = fields.get("partial_images") or ()
     for index, image in enumerate(images):
         told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
-        yield "response.image_generation_call.partial_image", {**told, "partial_image_index": index}
+        yield "response.image_generation_call.partial_image", {**shown, **told, "partial_image_index": index}
 
 
-def _shell_commands(commands: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, command in enumerate(commands):
+def _shell_commands(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, command in enumerate(_at(fields, "action.commands") or ()):
         where = {"command_index": index, "item_id": None}  # these have no item_id (R)
         yield "response.shell_call_command.added", {**where, "command": ""}
-        for text in _tokens(command) if isinstance(command, str) else command:
-            yield "response.shell_call_command.delta", {**where, "delta": text}
+        yield from (("response.shell_call_command.delta", {**where, "delta": text}) for text in _pieces(command))
         yield "response.shell_call_command.done", {**where, "command": _joined(command)}
 
 
-def _shell_outputs(outputs: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, output in enumerate(outputs):
+def _shell_outputs(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, output in enumerate(fields.get("output") or ()):
         for stream in ("stdout", "stderr"):
             if text := _dict(output).get(stream):
                 yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
-        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(outputs)}
+        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(fields["output"])}
 
 
-_REPEATED_STEPS: dict[str, Callable[[Sequence[Any]], Iterator[tuple[str, _JSON]]]] = {
+_REPEATED_STEPS: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, _JSON]]]] = {
     "partial_image": _partial_images,
     "shell_call_command": _shell_commands,
     "shell_call_output_content": _shell_outputs,
@@ -2281,13 +2209,12 @@ class Item(_Spoken):
     fields: Mapping[str, Any]
 
     def __init__(self, type: str, **fields: Any) -> None:
-        _check_fields(self, type=(type, str))
+        self._set(type=type, fields=fields)
+        self.__post_init__()
         if type in ("message", "function_call", "custom_tool_call", "reasoning"):
             raise ValueError(
                 f"Item({type!r}): what the model says is Text, Refusal, ToolCall, CustomToolCall, Reasoning"
             )
-        object.__setattr__(self, "type", type)
-        object.__setattr__(self, "fields", fields)
 
     @override
     def __hash__(self) -> int:
@@ -2295,7 +2222,7 @@ class Item(_Spoken):
 
     @property
     def _row(self) -> _ItemType:
-        return _ITEM_TYPES.get(self.type, _ANY_ITEM)
+        return _ITEM_TYPES.get(self.type, _ItemType("item_"))
 
     @property
     def _prefix(self) -> str:  # type: ignore[override]
@@ -2315,30 +2242,19 @@ class Item(_Spoken):
         """Whether this is a search of the web, as the API counts them."""
         return self.type == "web_search_call" and _at(self.fields, "action.type") in (None, "search")
 
-    @property
-    def _pieces(self) -> list[str]:
-        return []
-
-    def _fragments(self) -> Sequence[str]:
+    def _texts(self, cut: bool = False) -> Sequence[str]:
         return ()
 
     def _with(self, pieces: Sequence[str]) -> Self:
         return self
 
-    def _continues(self, opened: _Spoken) -> bool:
-        return False
-
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         row = self._row
         fields: _JSON = {**({"status": row.status} if row.status else {}), **row.keys, **self.fields}
-        for key, value in fields.items():
-            if isinstance(value, _Made):
-                fields[key] = encoder.made(item, key, value)
-        for path in re.findall(r"delta <<? ([\w.]+)", row.steps):
-            fields = _put(fields, path, _joined(_at(fields, path)))
-        if self.type == "shell_call":
-            fields = _put(fields, "action.commands", [_joined(each) for each in _list(_at(fields, "action.commands"))])
-        fields.pop("partial_images", None)
+        fields |= {key: encoder.made(item, key, value) for key, value in fields.items() if isinstance(value, _Made)}
+        for sign, path in re.findall(r"([<*]) ([\w.]+)", row.steps):
+            given = _at(fields, path)
+            fields = _put(fields, path, [_joined(each) for each in given or ()] if sign == "*" else _joined(given))
         if not whole:
             for path, value in {"status": "in_progress", **(row.added or {})}.items():
                 fields = _put(fields, path, value)
@@ -2349,17 +2265,29 @@ class Item(_Spoken):
             holder, _, key = path.rpartition(".")
             kept = {each: value for each, value in _dict(_at(fields, holder)).items() if each != key}
             fields = _put(fields, holder, kept) if holder else _put(fields, path, None)
+        # `type` comes first in what is typed, but for arguments: these are the model's own.
+        fields |= {key: _by_key(fields[key]) for key in fields.keys() - {"arguments"} if "type" in _dict(fields[key])}
         status = {"status": fields.pop("status")} if "status" in fields else {}
-        told = {key: _typed_first(key, fields[key]) for key in sorted(fields) if key != "id"}
-        return {"id": item.id, "type": self.type, **status, **told}
+        others = {key: fields[key] for key in sorted(fields.keys() - {"id", "partial_images"})}
+        return {"id": item.id, "type": self.type, **status, **others}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _steps(self) -> Iterator[tuple[str, _JSON]]:
+        """The events of its own, as its row names them."""
         failed = self.fields.get("status") == "failed" or self.fields.get("error") is not None
-        steps = _steps(self.type, self._row.steps, self.fields, "failed" if failed else "completed")
-        told = [(kind, {"item_id": item.id, **fields}) for kind, fields in steps]
-        if self.type == "image_generation_call":
-            shown = {key: self.fields[key] for key in _IMAGE_KEYS if key in self.fields}
-            told = [(kind, {**shown, **each} if "partial_image_index" in each else each) for kind, each in told]
+        steps = self._row.steps.format(end="failed" if failed else "completed")
+        for name, sign, path in re.findall(r"([\w.]+)(?: (\S+) ([\w.]+))?", steps):
+            value = _at(self.fields, path)
+            if not sign:
+                yield f"response.{self.type}.{name}", {}
+            elif sign == "*":
+                yield from _REPEATED_STEPS[name](self.fields)
+            elif sign == "=" and value is not None:  # a deleted file has no diff
+                yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
+            elif value is not None:
+                yield from ((f"response.{name}", {"delta": text}) for text in _pieces(value, sign == "<<"))
+
+    def _closing(self, item: _Utterance) -> _Events:
+        told = ((kind, {"item_id": item.id, **own}) for kind, own in self._steps())
         return [(kind, {key: value for key, value in each.items() if value is not None}) for kind, each in told]
 
 
@@ -2407,9 +2335,7 @@ _REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Finish(_Part):
-    """Why the answer ends. Without it: "tool_calls" where tools were called ("function_call" if they were `functions`),
-    else "stop".
-    """
+    """Why the answer ends; without it "tool_calls" ("function_call" for `functions`) after a call, else "stop"."""
 
     reason: _Reason
     _: KW_ONLY
@@ -2418,7 +2344,7 @@ class Finish(_Part):
     def __post_init__(self) -> None:
         if self.reason not in _REASONS:
             raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
-        _check_fields(self, choice=(self.choice, int))
+        _Part.__post_init__(self)
 
     def _act(self, answer: _Delivery) -> None:
         answer.encoder.finish[self.choice] = self.reason
@@ -2440,9 +2366,7 @@ class Usage(_Part):
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
-        parts = {"cached_tokens": (self.cached_tokens, int), "reasoning_tokens": (self.reasoning_tokens, int)}
-        whole = {"prompt_tokens": (self.prompt_tokens, int), "completion_tokens": (self.completion_tokens, int)}
-        _check_fields(self, **whole, **parts)
+        _Part.__post_init__(self)
         for side, tokens in self.details.items():
             if side not in ("prompt", "completion"):
                 raise ValueError(f'Usage has details of "prompt" and "completion", not {side!r}: {tokens!r}')
@@ -2461,9 +2385,6 @@ class Pause(_Part):
     """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
 
     seconds: float
-
-    def __post_init__(self) -> None:
-        _check_fields(self, seconds=(self.seconds, _SECONDS))
 
     def _act(self, answer: _Delivery) -> None:
         answer.pause(self.seconds)
@@ -2488,7 +2409,7 @@ class Raw(_Part):
 
     def __post_init__(self) -> None:
         _check_fields(self, data=(self.data, (bytes, bytearray, memoryview)))
-        object.__setattr__(self, "data", bytes(self.data))
+        self._set(data=bytes(self.data))
 
     def _act(self, answer: _Delivery) -> None:
         answer.sink.raw(self.data)
@@ -2508,14 +2429,9 @@ class StreamError(_Part):
     param: str | None = None
     event: bool = True
 
-    def __post_init__(self) -> None:
-        _check_fields(self, message=(self.message, str), type=(self.type, str))
-        _check_fields(self, code=(self.code, _WORD), param=(self.param, _WORD))
-
     def _act(self, answer: _Delivery) -> None:
-        error = APIError(500, self.message, type=self.type, code=self.code, param=self.param)
         answer.encoder.error_event = self.event
-        answer.fail(error)
+        answer.fail(APIError(500, self.message, type=self.type, code=self.code, param=self.param))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -2584,8 +2500,9 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
-        numbers = {"created": (created, _NUMBER), "ttft": (ttft, _SECONDS), "itl": (itl, _SECONDS)}
-        _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
+        if (id, model, created, ttft, itl) != (None,) * 5:  # seldom
+            numbers = {"created": (created, _NUMBER), "ttft": (ttft, _SECONDS), "itl": (itl, _SECONDS)}
+            _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         inner: Any = parts[0] if len(parts) == 1 else None
@@ -3086,6 +3003,9 @@ class Chunk(_Part):
     created: int = 0
     model: str = ""
     usage: Usage | None = None
+
+    def __post_init__(self) -> None:
+        """It is sent as it is given."""
 
     def _act(self, answer: _Delivery) -> None:
         answer.chunk(self)
@@ -3776,7 +3696,7 @@ class _Fold:
         events: list[_Event] = []
         for part in chunk._parts():
             if isinstance(part, _Spoken):
-                events += self.say(part, part._as_given())
+                events += self.say(part, part._texts())
             elif isinstance(part, Finish):
                 self.finish[part.choice] = part.reason
         self.usage = chunk.usage or self.usage
@@ -3933,7 +3853,7 @@ class _ChatEncoder(_Fold):
                 self.fold(Text(choice.delta, choice=choice.index), [choice.delta])
             for each in choice.tool_calls:
                 call = replace(each, choice=choice.index)
-                item, _ = self.fold(call, call._as_given())
+                item, _ = self.fold(call, call._texts())
                 text = each.arguments
                 told = call._chat_call(item, text) if each.name else {"function": {"arguments": text}}
                 delta.setdefault("tool_calls", []).append({"index": item.index, **told})
@@ -5196,7 +5116,7 @@ class _Delivery:
     def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
         for fragment in part._cut(texts):
             self._pace()
-            self.sink.write(self.encoder.say(fragment, fragment._as_given()))
+            self.sink.write(self.encoder.say(fragment, fragment._texts()))
 
     def _pace(self) -> None:
         """Waits for the time of the next token."""
@@ -5237,7 +5157,7 @@ class _Delivery:
             for part in self._source(content):
                 alone = isinstance(content, (str, _Part, Completion))
                 if isinstance(part, _Spoken):
-                    yield part, part._fragments() if alone else part._as_given()
+                    yield part, part._texts(cut=alone)
                 else:
                     yield part, ()
 
@@ -5360,10 +5280,8 @@ def _runs(parts: Sequence[_Part], given: bool, cut: bool) -> Generator[tuple[_Pa
                 at += 1
         if at - begin > 1:
             yield part, [cast(Text, each).text for each in parts[begin:at]]
-        elif given or not cut or goes_on or _is_continued(part, parts, at):
-            yield part, part._as_given()
         else:
-            yield part, part._fragments()
+            yield part, part._texts(cut=cut and not (given or goes_on or _is_continued(part, parts, at)))
 
 
 def _is_continued(part: _Spoken, parts: Sequence[_Part], at: int) -> bool:
@@ -8380,7 +8298,13 @@ def _part_text(part: object) -> str:
         return part.query
     if isinstance(part, Item):
         return f"{part.type} {_dumps(part.fields)}"
-    return part.summary if isinstance(part, Reasoning) else part._pieces[0] if isinstance(part, _Spoken) else repr(part)
+    return (
+        part.summary
+        if isinstance(part, Reasoning)
+        else "".join(part._texts())
+        if isinstance(part, _Spoken)
+        else repr(part)
+    )
 
 
 def _answer_text(parts: Sequence[object], mark: str = "<") -> str:

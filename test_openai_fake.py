@@ -450,6 +450,13 @@ class PartsAlgebraTest(unittest.TestCase):
             with self.subTest(name=name), self.assertRaises(error):
                 make()
 
+    def test_a_part_shows_what_makes_it(self) -> None:
+        """Its repr has what is not so by itself: what was left out, and what is private, is not shown."""
+        for shown in ("ToolCall(name='f', arguments='{}')", "CustomToolCall(name='f', input='a', choice=1)",
+                      "Text(text='a', phase='commentary')", "Refusal(text='a', id='msg_1')",
+                      "Usage(prompt_tokens=1, completion_tokens=2)"):  # fmt: skip
+            self.assertEqual(repr(eval(shown)), shown)
+
     def test_parts_are_values(self) -> None:
         """Parts are frozen, hashable, and equal where they say the same."""
         for name, part in SPOKEN.items():
@@ -1775,6 +1782,14 @@ class MoreOfPartsTest(unittest.TestCase):
         steps = ("part.added", "text.delta", "text.delta", "text.done", "part.done")
         self.assertEqual(told, [(step, index) for index in range(3) for step in steps])
 
+    def test_reasoning_that_begins_with_the_next_summary(self) -> None:
+        """Its first summary is empty, in the events as in the item, however it comes: nothing is told as another."""
+        for answer in ([Reasoning("", "So")], iter([Reasoning("", "So")]), [Reasoning(), Reasoning("", "So")]):
+            events = streamed("responses", answer)
+            done = [event["text"] for event in events if event["type"] == "response.reasoning_summary_text.done"]
+            self.assertEqual(done, ["", "So"])
+            self.assertEqual([each["text"] for each in events[-1]["response"]["output"][0]["summary"]], done)
+
     def test_reasoning_may_show_its_text(self) -> None:
         """The text of a Reasoning is a reasoning_text, told before its summaries."""
         body, events = both("responses", [Reasoning("Sum.", text="All thoughts.")])
@@ -1862,6 +1877,9 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual([e["delta"] for e in events if e["type"].endswith("text.delta")], ["It", "'s"])
         self.assertEqual(body["output"][0]["content"][0]["logprobs"][0]["logprob"], -0.123457)
         self.assertEqual(spoken("responses", [text])["output"][0]["content"][0]["logprobs"], [])
+        self.assertEqual(len(spoken("chat.completions", [Text("", logprobs=[])], n=2)["choices"]), 2)
+        chunks = streamed("chat.completions", [Refusal("It's", logprobs=given)], logprobs=True)
+        self.assertEqual([chunk["choices"][0]["logprobs"]["refusal"] for chunk in chunks[1:-2]], [[e] for e in given])
 
     def test_usage_tells_its_details(self) -> None:
         """Beside what the API always tells."""
