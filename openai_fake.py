@@ -789,8 +789,8 @@ def _estimate(items: Iterable[object]) -> int:
 # Each parameter is one entry of `_CHAT` or `_RESPONSES`; the entries stand in the API's order of checks (P). Beside the
 # marks of the module's docstring, I* is a public report that was not verified, B what this server could not bear.
 
-# A rule looks at a value, its path ("tools[0].type") and the object that holds it, and raises APIError for a fault.
-_Rule: TypeAlias = "Callable[[Any, str, dict[str, Any]], None]"
+# A rule looks at a value, its path ("tools[0].type") and the request's body, and raises APIError for a fault.
+_Rule: TypeAlias = "Callable[[Any, str, _JSON], None]"
 
 _KINDS: dict[type, str] = {
     dict: "an object", str: "a string", int: "an integer", float: "a decimal", bool: "a boolean", list: "an array",
@@ -799,7 +799,7 @@ _KINDS: dict[type, str] = {
 
 
 def _bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
-    return APIError(400, message, type="invalid_request_error", code=code, param=param)
+    return APIError(400, message, param=param, code=code)
 
 
 def _missing(path: str) -> APIError:
@@ -816,33 +816,30 @@ def _unsupported(path: str, value: str, supported: Iterable[str]) -> APIError:
     return _bad_request(f"Invalid value: '{value}'. Supported values are: {listed}.", path, "invalid_value")
 
 
-def _anything(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _anything(value: Any, path: str, body: _JSON) -> None:
     """What no source constrains."""
 
 
-def _either(expected: str, *rules: tuple[type, _Rule]) -> _Rule:
+def _either(expected: str, by_type: dict[type, _Rule]) -> _Rule:
     """A value of one of these exact types (to the API a boolean is no integer), by its type's rule."""
-    by_type = dict(rules)
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         further = by_type.get(value.__class__)
         if further is None:
-            got = _KINDS.get(value.__class__, "an object")
-            raise _bad_request(
-                f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type"
-            )
-        further(value, path, holder)
+            words = f"Invalid type for '{path}': expected {expected}, but got {_KINDS[value.__class__]} instead."
+            raise _bad_request(words, path, "invalid_type")
+        further(value, path, body)
 
     return rule
 
 
-_boolean, _any_object = _either("a boolean", (bool, _anything)), _either("an object", (dict, _anything))
+_boolean, _any_object = _either("a boolean", {bool: _anything}), _either("an object", {dict: _anything})
 
 
 def _length(kind: str, low: int, high: int) -> _Rule:
     noun = kind.split()[1]
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if len(value) < low:
             least = f"{kind} with minimum length {low}"
             raise _outside(path, f"empty {noun}", least, f"an empty {noun}", f"empty_{noun}")
@@ -853,83 +850,79 @@ def _length(kind: str, low: int, high: int) -> _Rule:
     return rule
 
 
-def _bounded_string(low: int = 0, high: int = sys.maxsize) -> _Rule:
-    return _either("a string", (str, _length("a string", low, high)))
+def _string_of(low: int, high: int = sys.maxsize) -> _Rule:
+    return _either("a string", {str: _length("a string", low, high)})
 
 
-_any_string, _name = _either("a string", (str, _anything)), _bounded_string(low=1)  # empty: I* 'tools[0].function.name'
+_any_string, _name = _either("a string", {str: _anything}), _string_of(1)  # empty: I* 'tools[0].function.name'
 
 
-def _between(word: str, low: float, high: float) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _number(kind: str, types: Iterable[type], low: float = -math.inf, high: float = math.inf) -> _Rule:
+    noun = kind.split()[1]
+
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if value < low:
-            raise _outside(path, f"{word} below minimum value", f"a value >= {low}", value, f"{word}_below_min_value")
+            raise _outside(path, f"{noun} below minimum value", f"a value >= {low}", value, f"{noun}_below_min_value")
         if value > high:
-            raise _outside(path, f"{word} above maximum value", f"a value <= {high}", value, f"{word}_above_max_value")
+            raise _outside(path, f"{noun} above maximum value", f"a value <= {high}", value, f"{noun}_above_max_value")
 
-    return rule
-
-
-def _integer(low: float = -math.inf, high: float = math.inf) -> _Rule:
-    return _either("an integer", (int, _between("integer", low, high)))
+    return _either(kind, dict.fromkeys(types, rule))
 
 
-def _decimal(low: float, high: float) -> _Rule:
-    between = _between("decimal", low, high)
-    return _either("a decimal", (float, between), (int, between))
+_integer, _decimal = partial(_number, "an integer", (int,)), partial(_number, "a decimal", (int, float))
 
 
 def _enum(*supported: str) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if value not in supported:
             raise _unsupported(path, value, supported)
 
-    return _either("a string", (str, rule))
+    return _either("a string", {str: rule})
 
 
 def _array(of: _Rule, expected: str = "an array of objects", low: int = 0, high: int = sys.maxsize) -> _Rule:
     length = _length("an array", low, high)
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        length(value, path, holder)
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        length(value, path, body)
         for i, member in enumerate(value):
-            of(member, f"{path}[{i}]", holder)
+            of(member, f"{path}[{i}]", body)
 
-    return _either(expected, (list, rule))
+    return _either(expected, {list: rule})
 
 
-def _object(required: dict[str, _Rule], optional: dict[str, _Rule] | None = None) -> _Rule:
+def _object(required: dict[str, _Rule], **optional: _Rule) -> _Rule:
     """Required members may not be null; optional ones may, as clients send explicit nulls."""
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         for name, member in required.items():
             if name not in value:
                 raise _missing(f"{path}.{name}")
-            member(value[name], f"{path}.{name}", value)
-        for name, member in (optional or {}).items():
+            member(value[name], f"{path}.{name}", body)
+        for name, member in optional.items():
             if value.get(name) is not None:
-                member(value[name], f"{path}.{name}", value)
+                member(value[name], f"{path}.{name}", body)
 
-    return _either("an object", (dict, rule))
+    return _either("an object", {dict: rule})
+
+
+def _strings(*names: str) -> _Rule:
+    return _object(dict.fromkeys(names, _any_string))
 
 
 def _tagged(tag: str, cases: dict[str, _Rule], closed: bool = True) -> _Rule:
     """An object whose `tag` names its rule; a tag that isn't in `cases` passes unless `closed`."""
-    tag_rule = _object({tag: _any_string})
+    tag_rule = _object({tag: _enum(*cases) if closed else _any_string})
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        tag_rule(value, path, holder)
-        case = cases.get(value[tag])
-        if case is not None:
-            case(value, path, holder)
-        elif closed:
-            raise _unsupported(f"{path}.{tag}", value[tag], cases)
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        tag_rule(value, path, body)
+        cases.get(value[tag], _anything)(value, path, body)
 
     return rule
 
 
 def _map(of: _Rule, properties: int = sys.maxsize, name_length: int = sys.maxsize) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if len(value) > properties:
             most, got = f"an object with at most {properties} properties", f"an object with {len(value)} properties"
             raise _outside(path, "too many properties", most, got, "object_above_max_properties")
@@ -937,192 +930,178 @@ def _map(of: _Rule, properties: int = sys.maxsize, name_length: int = sys.maxsiz
             if len(name) > name_length:  # the words are by analogy, the code is P
                 most, got = f"a property name with maximum length {name_length}", f"one with length {len(name)}"
                 raise _outside(path, "property name too long", most, got, "property_name_above_max_length")
-            of(member, f"{path}.{name}", value)
+            of(member, f"{path}.{name}", body)
 
-    return _either("an object", (dict, rule))
-
-
-def _string_or(*parts: tuple[type, _Rule]) -> _Rule:
-    return _either("one of a string or array of objects", (str, _anything), *parts)  # P
+    return _either("an object", {dict: rule})
 
 
-def _is_simple(item: Any) -> bool:
-    """Just a role and a text, as nearly all messages are: nothing more to look at."""
-    return (
+def _string_or_parts(of: _Rule) -> _Rule:
+    return _either("one of a string or array of objects", {str: _anything, list: _array(of)})  # P
+
+
+def _choice(of: _Rule, *words: str) -> _Rule:
+    return _either("one of a string or object", {str: _enum(*words), dict: of})
+
+
+def _needed(rule: _Rule, *instead: str) -> _Rule:
+    """A parameter that may lack, or be null, only where another stands for it."""
+
+    def needed(value: Any, path: str, body: _JSON) -> None:
+        if value is not None:
+            rule(value, path, body)
+        elif all(body.get(name) is None for name in instead):
+            raise _missing(path)
+
+    return needed
+
+
+def _are_plain(items: list[Any]) -> bool:
+    """Whether all are just a role and a text, as nearly all messages are: nothing more to look at."""
+    return all(
         item.__class__ is dict
         and len(item) == 2
-        and item.get("role") in _SIMPLE_ROLES
+        and item.get("role") in _PLAIN
         and item.get("content").__class__ is str
+        for item in items
     )
 
 
 # Chat's messages
 
-_SIMPLE_ROLES = ("user", "assistant", "system", "developer")
+_PLAIN = ("user", "assistant", "system", "developer")
 _chat_parts: dict[str, _Rule] = {  # S, order I*
-    "text": _object({"text": _any_string}),
-    "image_url": _object({"image_url": _object({"url": _any_string})}),
+    "text": _strings("text"),
+    "image_url": _object({"image_url": _strings("url")}),
     "input_audio": _object({"input_audio": _any_object}),
-    "refusal": _object({"refusal": _any_string}),
+    "refusal": _strings("refusal"),
     "audio": _any_object,
     "file": _object({"file": _any_object}),
 }
-_message_content = _string_or((list, _array(_tagged("type", _chat_parts))))
+_message_content = _string_or_parts(_tagged("type", _chat_parts))
 _chat_calls: dict[str, _Rule] = {  # S
-    "function": _object({"id": _any_string, "function": _object({"name": _any_string, "arguments": _any_string})}),
-    "custom": _object({"id": _any_string, "custom": _object({"name": _any_string, "input": _any_string})}),
+    "function": _object({"id": _any_string, "function": _strings("name", "arguments")}),
+    "custom": _object({"id": _any_string, "custom": _strings("name", "input")}),
 }
-_text_message = _object({"content": _message_content}, {"name": _any_string})
+_text_message = _object({"content": _message_content}, name=_any_string)
 _calling_message = _object(
     {},
-    {
-        "content": _message_content,
-        "name": _any_string,
-        "refusal": _any_string,
-        "tool_calls": _array(_tagged("type", _chat_calls), low=1),  # I*: Invalid 'messages[1].tool_calls': empty array.
-        "function_call": _object({"name": _any_string, "arguments": _any_string}),
-    },
+    content=_message_content,
+    name=_any_string,
+    refusal=_any_string,
+    tool_calls=_array(_tagged("type", _chat_calls), low=1),  # I*: Invalid 'messages[1].tool_calls': empty array.
+    function_call=_strings("name", "arguments"),
 )
 
 
-def _assistant_message(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _assistant_message(value: Any, path: str, body: _JSON) -> None:
     """S: an assistant's content may only lack where it said something else."""
-    otherwise = ("tool_calls", "function_call", "refusal", "audio")
-    rule = _text_message if all(value.get(name) is None for name in otherwise) else _calling_message
-    rule(value, path, holder)
+    otherwise = any(value.get(name) is not None for name in ("tool_calls", "function_call", "refusal", "audio"))
+    (_calling_message if otherwise else _text_message)(value, path, body)
 
 
 _roles: dict[str, _Rule] = {  # S, order I*
     "system": _text_message,
     "assistant": _assistant_message,
     "user": _text_message,
-    "function": _object({"name": _any_string}, {"content": _message_content}),
+    "function": _object({"name": _any_string}, content=_message_content),
     "tool": _object({"content": _message_content, "tool_call_id": _any_string}),
     "developer": _text_message,
 }
 _message_array = _array(_tagged("role", _roles), low=1)  # P, R (empty array)
 
 
-def _messages(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None:
-        raise _missing(path)
-    if value.__class__ is list and value and all(map(_is_simple, value)):
-        return
-    _message_array(value, path, holder)
-    _pairing(value)
+def _messages(value: Any, path: str, body: _JSON) -> None:
+    if not (value.__class__ is list and value and _are_plain(value)):
+        _message_array(value, path, body)
+        _check_answered(value)
 
 
-def _pairing(messages: list[Any]) -> None:
+def _check_answered(messages: list[Any]) -> None:
     """I: tool messages follow their call, and a call's answers come before anything else."""
-    answered: dict[str, bool] = {}  # by the id of the last message's calls
-    ended: list[Any] = [*messages, {"role": ""}]
-    for index, message in enumerate(ended):
+    waiting: dict[str, bool] = {}  # by the id of the last message's calls, whether it has no answer yet
+    for index, message in enumerate([*messages, {"role": ""}]):
         if message["role"] == "tool":
-            if message["tool_call_id"] not in answered:
+            if message["tool_call_id"] not in waiting:
                 words = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
                 raise _bad_request(f"Invalid parameter: {words}", f"messages.[{index}].role")
-            answered[message["tool_call_id"]] = True
-            continue
-        if lacking := [call for call, done in answered.items() if not done]:
+            waiting[message["tool_call_id"]] = False
+        elif lacking := [call for call, waits in waiting.items() if waits]:
             raise _bad_request(
                 "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
                 f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(lacking)}",
                 f"messages.[{min(index, len(messages) - 1)}].role",
             )
-        calls = message.get("tool_calls") if message["role"] == "assistant" else None
-        answered = {call["id"]: False for call in calls or ()}
+        else:
+            calls = message.get("tool_calls") if message["role"] == "assistant" else None
+            waiting = {call["id"]: True for call in calls or ()}
 
 
 # The Responses' input
 
 _input_parts = ("input_text", "input_image", "output_text", "refusal", "input_file", "computer_screenshot")  # S, I*
-_input_message = _object(
-    {"content": _string_or((list, _array(_tagged("type", dict.fromkeys(_input_parts, _anything)))))}
+_output_parts = ("output_text", "refusal")  # I*, S
+_input_message, _output_message = (
+    _object({"content": _string_or_parts(_tagged("type", dict.fromkeys(parts, _anything)))})
+    for parts in (_input_parts, _output_parts)
 )
-_output_parts: dict[str, _Rule] = {"output_text": _anything, "refusal": _anything}  # I*, S
-_output_message = _object({"content": _string_or((list, _array(_tagged("type", _output_parts))))})
-_call_output = _object({"call_id": _any_string, "output": _string_or((list, _array(_any_object)))})
-_item_roles: dict[str, _Rule] = {  # S
-    "assistant": _output_message,
-    "system": _input_message,
-    "developer": _input_message,
-    "user": _input_message,
-}
+_call_output = _object({"call_id": _any_string, "output": _string_or_parts(_any_object)})
+_item_roles = {"assistant": _output_message, **dict.fromkeys(("system", "developer", "user"), _input_message)}  # S
 _item_types: dict[str, _Rule] = {  # S; other types pass, as they grow
     "message": _tagged("role", _item_roles),
-    "function_call": _object({"call_id": _any_string, "name": _any_string, "arguments": _any_string}),
+    "function_call": _strings("call_id", "name", "arguments"),
     "function_call_output": _call_output,
-    "custom_tool_call": _object({"call_id": _any_string, "name": _any_string, "input": _any_string}),
+    "custom_tool_call": _strings("call_id", "name", "input"),
     "custom_tool_call_output": _call_output,
-    "item_reference": _object({"id": _any_string}),
+    "item_reference": _strings("id"),
 }
-_typed_item = _tagged("type", _item_types, closed=False)
+_named_item, _typed_item = _object({}, id=_any_string), _tagged("type", _item_types, closed=False)
 
 
-def _input_item(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if _is_simple(value):
-        return
-    if value.__class__ is dict:
-        if value.get("id") is not None:
-            _any_string(value["id"], f"{path}.id", value)
-        if value.get("type") is None:
-            value = {**value, "type": _item_type(value)}
-    _typed_item(value, path, holder)
+def _input_item(value: Any, path: str, body: _JSON) -> None:
+    _named_item(value, path, body)
+    _typed_item({**value, "type": _item_type(value)}, path, body)
 
 
-_item_array = _either("one of a string or array of input items", (str, _anything), (list, _array(_input_item)))  # P
+_item_array = _array(_input_item)
 
 
-def _input(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is not None:
-        _item_array(value, path, holder)
-        return
-    instead = ("previous_response_id", "prompt", "conversation")  # S: each can stand for it
-    if all(holder.get(name) is None for name in instead):
-        raise _missing(path)
+def _items(value: Any, path: str, body: _JSON) -> None:
+    if not _are_plain(value):
+        _item_array(value, path, body)
 
+
+_input = _either("one of a string or array of input items", {str: _anything, list: _items})  # P
 
 # Rules about more than one value
 
 
-def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None or value == "":
+def _chat_model(value: Any, path: str, body: _JSON) -> None:
+    if value in (None, ""):
         raise _bad_request("you must provide a model parameter", None)
-    if value.__class__ is not str:
-        _any_string(value, path, holder)
+    _any_string(value, path, body)
 
 
-def _responses_model(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None and holder.get("prompt") is not None:  # R: a prompt has its own
-        return
-    if value is None:
-        raise _missing(path)
-    if value.__class__ is not str:
-        _any_string(value, path, holder)
+_stream_flags = _object({}, include_usage=_boolean, include_obfuscation=_boolean)
 
 
-_stream_flags = _object({}, {"include_usage": _boolean, "include_obfuscation": _boolean})
-
-
-def _stream_options(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if holder.get("stream") is not True:
+def _stream_options(value: Any, path: str, body: _JSON) -> None:
+    if body.get("stream") is not True:
         raise _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
-    _stream_flags(value, path, holder)
+    _stream_flags(value, path, body)
 
 
-_conversation_id = _either("one of a string or object", (str, _anything), (dict, _object({"id": _any_string})))
+_conversation_id = _either("one of a string or object", {str: _anything, dict: _strings("id")})
 
 
-def _conversation_parameter(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if holder.get("previous_response_id") is not None:
-        words = (
-            "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'pre..._id' or 'conversation'."
-        )
-        raise _bad_request(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
-    _conversation_id(value, path, holder)
+def _conversation_parameter(value: Any, path: str, body: _JSON) -> None:
+    if body.get("previous_response_id") is not None:
+        words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: "
+        words += "'pre..._id' or 'conversation'."  # as the probe saw it, quotes and dots
+        raise _bad_request(words, None, "mutually_exclusive_parameters")
+    _conversation_id(value, path, body)
 
 
-def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
+def _check_closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
     """R, I*: in what is strict, objects are closed, and their properties all required."""
     node, fault = _dict(schema), ""
     if node.get("type") == "object" or not (context or "$ref" in node):
@@ -1137,29 +1116,26 @@ def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[s
     for key in filter(node.__contains__, ("properties", "$defs", "anyOf", "items")):
         inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
         for name, each in [((), node[key])] if key == "items" else [((str(name),), each) for name, each in inner]:
-            _closed(each, of, param, code, (*context, key, *name))
+            _check_closed(each, of, param, code, (*context, key, *name))
 
 
 def _strict(form: _Rule, of: str, key: str, code: str | None, param: str = "") -> _Rule:
     """A rule, and then the one that a schema is closed where it is strict."""
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        form(value, path, holder)
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        form(value, path, body)
         if value.get("strict") is True:
-            _closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
+            _check_closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
 
     return rule
 
 
 def _moved(new: str) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        raise _bad_request(
-            f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. Try again "
-            "with the new parameter. See the API documentation for more information: "
-            "https://platform.openai.com/docs/api-reference/responses/create.",
-            None,
-            "unsupported_parameter",
-        )
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        words = f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. "
+        words += "Try again with the new parameter. See the API documentation for more information: "
+        words += "https://platform.openai.com/docs/api-reference/responses/create."
+        raise _bad_request(words, None, "unsupported_parameter")
 
     return rule
 
@@ -1169,12 +1145,13 @@ def _moved(new: str) -> _Rule:
 _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
 _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
-_metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # P
+_metadata = _map(_string_of(0, 512), properties=16, name_length=64)  # P
+_safety_identifier = _string_of(0, 128)  # S
 _named = _object({"name": _name})
 _function = _strict(_named, "function", "parameters", "invalid_function_parameters")
 _chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
-_named_tools: dict[str, _Rule] = {"function": _function, "custom": _named}  # S; hosted tools pass, as they grow
+_tool_of = _tagged("type", {"function": _function, "custom": _named}, closed=False)  # S; hosted ones pass, as they grow
 _schema = _strict(_object({"name": _name, "schema": _any_object}), "response_format", "schema", "invalid_json_schema")
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
 _chat_schema = _strict(_named, "response_format", "schema", None, "response_format")
@@ -1186,14 +1163,9 @@ _includes = (  # S
     "reasoning.encrypted_content", "message.output_text.logprobs",
 )  # fmt: skip
 
-
-def _choice(of: _Rule, *words: str) -> _Rule:
-    return _either("one of a string or object", (str, _enum(*words)), (dict, of))
-
-
 _CHAT: dict[str, _Rule] = {
     "model": _chat_model,  # P; B
-    "messages": _messages,  # P, R, I; B
+    "messages": _needed(_messages),  # P, R, I; B
     "functions": _array(_named),  # S
     "function_call": _choice(_named, "none", "auto"),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
@@ -1216,13 +1188,13 @@ _CHAT: dict[str, _Rule] = {
     "prompt_cache_key": _any_string,  # S
     "prompt_cache_options": _any_object,  # S
     "prompt_cache_retention": _any_string,  # S; no enum: "in-memory" was once its spelling
-    "safety_identifier": _bounded_string(high=128),  # S
+    "safety_identifier": _safety_identifier,  # S
     "response_format": _tagged("type", _chat_formats),  # S
     "service_tier": _enum(*_SERVICE_TIERS),  # S
     "max_tokens": _integer(1),  # S
     "reasoning_effort": _EFFORTS,  # S
     "logit_bias": _map(_decimal(-100, 100)),  # S
-    "stop": _either("one of a string or array of strings", (str, _anything), (list, _stop)),  # S
+    "stop": _either("one of a string or array of strings", {str: _anything, list: _stop}),  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
     "store": _boolean,  # S
@@ -1232,31 +1204,31 @@ _CHAT: dict[str, _Rule] = {
 }
 
 _RESPONSES: dict[str, _Rule] = {
-    "model": _responses_model,  # P; B
+    "model": _needed(_any_string, "prompt"),  # P; B
     "messages": _moved("input"),  # P
     "response_format": _moved("text.format"),  # I*
     "reasoning_effort": _moved("reasoning.effort"),  # I*
     "moderation": _any_object,  # S
-    "input": _input,  # P; B
+    "input": _needed(_input, "previous_response_id", "prompt", "conversation"),  # P; B
     "include": _array(_enum(*_includes), "an array of strings"),  # S
-    "tools": _array(_tagged("type", _named_tools, closed=False), "an array of tools"),  # P; S
+    "tools": _array(_tool_of, "an array of tools"),  # P; S
     "metadata": _metadata,  # P
-    "text": _object({}, {"format": _tagged("type", _formats), "verbosity": _VERBOSITIES}),  # S
+    "text": _object({}, format=_tagged("type", _formats), verbosity=_VERBOSITIES),  # S
     "temperature": _decimal(0, 2),  # R, P; S
     "top_p": _decimal(0, 1),  # S
-    "tool_choice": _choice(_tagged("type", _named_tools, closed=False), "none", "auto", "required"),  # S
+    "tool_choice": _choice(_tool_of, "none", "auto", "required"),  # S
     "parallel_tool_calls": _boolean,  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
     "background": _boolean,  # S
     "max_output_tokens": _integer(16),  # P
     "max_tool_calls": _integer(),  # S
-    "reasoning": _object({}, {"effort": _EFFORTS, "summary": _enum("auto", "concise", "detailed")}),  # S
+    "reasoning": _object({}, effort=_EFFORTS, summary=_enum("auto", "concise", "detailed")),  # S
     "user": _any_string,  # S
     "prompt_cache_key": _any_string,  # S
     "prompt_cache_options": _any_object,  # S
     "prompt_cache_retention": _any_string,  # S
-    "safety_identifier": _bounded_string(high=128),  # S
+    "safety_identifier": _safety_identifier,  # S
     "truncation": _enum("auto", "disabled"),  # S
     "instructions": _any_string,  # S
     "store": _boolean,  # S
@@ -1265,23 +1237,23 @@ _RESPONSES: dict[str, _Rule] = {
     **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
     "client_metadata": _anything,  # R: Codex
     "conversation": _conversation_parameter,  # P
-    "prompt": _object({"id": _any_string}),  # S
+    "prompt": _strings("id"),  # S
     "previous_response_id": _any_string,  # S
 }
 
 
-def _token(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _token(value: Any, path: str, body: _JSON) -> None:
     if not 0 <= value <= 100257:  # R
         words = f"Invalid token in prompt: {value}. Minimum value is 0, maximum value is 100257 (inclusive)."
         raise _bad_request(words, None)
 
 
-_prompt_tokens = _array(_either("an integer", (int, _token)))
-_prompt = _either("a string or an array of integers", (str, _anything), (int, _token), (list, _prompt_tokens))
+_tokens_array = _array(_either("an integer", {int: _token}))
+_prompt = _either("a string or an array of integers", {str: _anything, int: _token, list: _tokens_array})
 _same = "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
 _COMPLETIONS: dict[str, _Rule] = {  # S; R
     **{name: _CHAT[name] for name in _same.split()},
-    "prompt": _either("one of a string or array", (str, _anything), (list, _array(_prompt))),
+    "prompt": _either("one of a string or array", {str: _anything, list: _array(_prompt)}),
     "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
     "echo": _boolean, "suffix": _any_string,
 }  # fmt: skip
@@ -1300,94 +1272,99 @@ _NO_FILE = (
     "plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai."
     "com/docs/assistants/tools/file-search#supported-files for supported file types."
 )
-# R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
-_REFUSALS: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
-    ("chat.completions", _INSTRUCT_MODELS, "model", "",
-     "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
-    ("chat.completions", r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "",
-     "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
-     None, "model_not_found", 404),
-    ("chat.completions", r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "",
-     _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
-    ("chat.completions", r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", _UNTAKEN, "{where}",
-     "unsupported_parameter", 400),
-    ("chat.completions", r"gpt-4(?!.*search).*", "web_search_options", "",
-     "Web search options not supported with this model.", "{where}", None, 400),
-    ("chat.completions", "o1-mini.*", "messages.[].role", "(system|developer)",
-     "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
-    ("chat.completions", f"(?!.*audio){_ANY_CHAT}", "messages.[].content.[].type", "input_audio",
-     "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value",
-     400),
-    ("chat.completions", ".*", "messages.[].content.[].image_url.url",
-     "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)", _NO_IMAGE, None, "invalid_image_format", 400),
-    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(none|minimal|xhigh|max)$",
-     _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(none|xhigh|max)$",
-     _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-    ("responses", ".*", "input.[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
-     _NO_FILE, "{where}", "invalid_value", 400),
-    ("responses", ".*", "input.[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
-     "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
-    ("completions", _ANY_CHAT, "model", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model",
-     None, 404),
-    ("completions", "text-embedding-.*", "model", "", "You are not allowed to sample from this model", None, None, 403),
-    ("embeddings", f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "",
-     "You are not allowed to generate embeddings from this model", None, None, 403),
-)  # fmt: skip
+# R. By API: models, what of a parameter they do not take, how that begins; the words, param, code, and status.
+_REFUSALS: dict[str, list[tuple[str, str, str, str, str, str | None, str | None, int]]] = {
+    "chat.completions": [
+        (_INSTRUCT_MODELS, "model", "", "",
+         "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
+        (r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "", "",
+         "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
+         None, "model_not_found", 404),
+        (r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "", "",
+         _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
+        (r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", "",
+         _UNTAKEN, "{where}", "unsupported_parameter", 400),
+        (r"gpt-4(?!.*search).*", "web_search_options", "", "",
+         "Web search options not supported with this model.", "{where}", None, 400),
+        ("o1-mini.*", "messages", "[].role", "(system|developer)",
+         "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
+        (f"(?!.*audio){_ANY_CHAT}", "messages", "[].content.[].type", "input_audio",
+         "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value", 400),
+        (".*", "messages", "[].content.[].image_url.url", "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)",
+         _NO_IMAGE, None, "invalid_image_format", 400),
+    ],
+    "responses": [
+        ("o[134].*|gpt-5-codex.*", "reasoning", "effort", "(none|minimal|xhigh|max)$",
+         _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+        ("gpt-5(-mini|-nano)?(-20.*)?", "reasoning", "effort", "(none|xhigh|max)$",
+         _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
+        (".*", "input", "[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
+         _NO_FILE, "{where}", "invalid_value", 400),
+        (".*", "input", "[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
+         "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
+    ],
+    "completions": [
+        (_ANY_CHAT, "model", "", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model", None, 404),
+        ("text-embedding-.*", "model", "", "", "You are not allowed to sample from this model", None, None, 403),
+    ],
+    "embeddings": [
+        (f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "", "",
+         "You are not allowed to generate embeddings from this model", None, None, 403),
+    ],
+}  # fmt: skip
 
 
-def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]:
-    """The values at a path below a value, ["[]", "role"], and where they are."""
-    if not path:
-        yield where, value
-    elif path[0] == "[]":
+def _found(value: Any, path: str, where: str) -> Iterator[tuple[str, Any]]:
+    """The values at a path below a value, "[].role", and where they are."""
+    key, _, rest = path.partition(".")
+    if key == "[]":
         for at, each in enumerate(_list(value)):
-            yield from _found(each, path[1:], f"{where}[{at}]")
-    elif (inner := _dict(value).get(path[0])) is not None:
-        yield from _found(inner, path[1:], f"{where}.{path[0]}")
+            yield from _found(each, rest, f"{where}[{at}]")
+    elif key:
+        yield from _found(_dict(value).get(key), rest, f"{where}.{key}")
+    elif value is not None:
+        yield where, value
 
 
-def _check_recorded(api: str, body: dict[str, Any]) -> None:
+def _check_recorded(api: str, body: _JSON) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    turns: Any = body.get("messages") or body.get("input")
-    turns = turns if turns.__class__ is list else ()
-    parts = [1 for each in turns if each.__class__ is dict and each.get("content").__class__ is list]
-    for of, models, path, begin, words, param, code, status in _REFUSALS:
-        if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
-            name, *rest = path.split(".")
-            model = _string(body.get("model"))
-            for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
-                if match := re.match(begin, value if isinstance(value, str) else ""):
+    model = _string(body.get("model"))
+    turns = _list(body.get("messages") or body.get("input"))
+    parts = any(each.__class__ is dict and each.get("content").__class__ is list for each in turns)
+    for models, name, path, begin, words, param, code, status in _REFUSALS[api]:
+        if name in body and (parts or "content" not in path) and re.fullmatch(models, model):
+            for where, value in _found(body[name], path, name):
+                if match := re.match(begin, _string(value)):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
                     told |= match.groupdict()
                     raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
 
 
-_ORDERS = {  # P. The rules; what is looked for before unknown parameters; and where null is as absent.
+# P. The rules; what is looked for before unknown parameters; and what is looked for at all.
+_ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...], tuple[str, ...]]] = {
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
     "responses": (_RESPONSES, ("model",), ("model", "input")),
     "completions": (_COMPLETIONS, ("model",), ("model",)),
 }
 
 
-def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
+def _check_request(api: str, body: _JSON, strict: bool) -> None:
     """Raises the first fault of a request, in the API's order of checks. `strict`: unknown parameters are faults."""
-    rules, first, required = _ORDERS[api]
+    rules, first, needed = _ORDERS[api]
     for name in first:
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
     _check_recorded(api, body)
-    if strict:
-        for name in body:
-            if name not in rules:
-                raise _unknown_parameter(name, body, rules)
-    for name in [name for name in rules if name in body or name in required]:
-        value = body.get(name)
-        if value is not None or name in required:
+    for name in body if strict else ():
+        if name not in rules:
+            raise _unknown_parameter(name, body, rules)
+    given = {**dict.fromkeys(needed), **body}
+    for name in filter(given.__contains__, rules):
+        if (value := given[name]) is not None or name in needed:
             rules[name](value, name, body)
 
 
-def _unknown_parameter(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
+def _unknown_parameter(name: str, body: _JSON, known: Iterable[str]) -> APIError:
     near = [(_distance(name, other), other) for other in known if other not in body and abs(len(other) - len(name)) < 3]
     distance, other = min(near, default=(3, ""))
     hint = f" Did you mean '{other}'?" if distance < 3 else ""
@@ -1422,25 +1399,17 @@ def _check_conversation(items: list[Any], start: int, reasons: bool = True, stor
     `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (R). `stored`:
     whether the response will be: then what belongs to reasoning must be named (R).
     """
-    facts = [
-        _ItemFacts(_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
-        for item in map(_dict, items)
-    ]
-    _check_ids(facts, start)
+    told = ((_item_type(item), item.get("id"), item.get("call_id"), item.get("role")) for item in map(_dict, items))
+    facts = [_ItemFacts(*map(_string, each)) for each in told]
+    seen = {item.id for item in facts[:start]}
+    for item in facts[start:]:  # I: no id comes twice
+        if item.id and item.id in seen:
+            words = f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again."
+            raise _bad_request(words, "input")
+        seen.add(item.id)
     if not any(item.type in _OPAQUE for item in facts):
         _check_calls(facts, start)
     _check_reasoning(facts, start, reasons, stored)
-
-
-def _check_ids(facts: list[_ItemFacts], start: int) -> None:
-    """I: no id comes twice."""
-    seen: set[str] = set()
-    for index, item in enumerate(facts):
-        if item.id in seen and index >= start:
-            words = f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again."
-            raise _bad_request(words, "input")
-        if item.id:
-            seen.add(item.id)
 
 
 def _check_calls(facts: list[_ItemFacts], start: int) -> None:
@@ -1449,8 +1418,7 @@ def _check_calls(facts: list[_ItemFacts], start: int) -> None:
     answered = {item.call_id for item in facts if item.type.endswith("_call_output")}
     for item in facts[start:]:
         if item.type == "function_call_output" and item.call_id not in called:
-            words = f"No tool call found for function call output with call_id {item.call_id}."
-            raise _bad_request(words, "input")
+            raise _bad_request(f"No tool call found for function call output with call_id {item.call_id}.", "input")
     for item in facts:
         if item.type == "function_call" and item.call_id not in answered:
             raise _bad_request(f"No tool output found for function call {item.call_id}.", "input")
@@ -1459,28 +1427,22 @@ def _check_calls(facts: list[_ItemFacts], start: int) -> None:
 def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored: bool) -> None:
     """R, I*: a reasoning item goes with what the model said after it. What has no id is new: nothing belongs to it."""
     before = False  # whether reasoning has come since the user spoke
-    for index, item in enumerate(facts):
+    for index, (item, after) in enumerate(pairwise([*facts, _ItemFacts("message", "", "", "user")])):
         if item.type == "reasoning" or item.type in _OPAQUE:
             before = True
         elif item.role not in ("", "assistant"):
             before = False
         if index < start or not item.id:
             continue
-        if item.type == "reasoning" and _ends_turn(facts, index, stored):
+        # A message without an id is none of the model's where it is to be stored.
+        nameless = stored and after.role == "assistant" and not after.id
+        ends = nameless or after.type.endswith("_output") or after.role not in ("", "assistant")
+        if item.type == "reasoning" and ends:
             words = f"Item '{item.id}' of type 'reasoning' was provided without its required following item."
             raise _bad_request(words, "input")
         if item.type == "web_search_call" and reasons and not before:  # the API adds the missing item's id
             words = f"Item '{item.id}' of type 'web_search_call' was provided without its required 'reasoning' item."
             raise _bad_request(words, "input")
-
-
-def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
-    """Whether nothing of the model's follows an item; a message without an id is none where it is to be stored."""
-    if index + 1 == len(facts):
-        return True
-    after = facts[index + 1]
-    nameless = stored and after.role == "assistant" and not after.id
-    return nameless or after.type.endswith("_output") or after.role not in ("", "assistant")
 
 
 # ---- What a handler answers ------------------------------------------------------------------------------------------
