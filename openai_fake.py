@@ -92,7 +92,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
 from typing import (
@@ -178,20 +178,21 @@ def _default(value: object) -> NoReturn:
     raise TypeError(f"cannot be sent as JSON: {value!r} is of type {type(value).__name__}")
 
 
+_quote: Callable[[str], str] = json.encoder.encode_basestring
+
+
 def _make_dumps() -> Callable[[object], str]:
     """Compact JSON that leaves non-ASCII alone, from CPython's C encoder made once, where there is one."""
     make: Any = getattr(json.encoder, "c_make_encoder", None)
-    quote: Any = getattr(json.encoder, "encode_basestring", None)
     if make is None:  # PyPy
         return json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default).encode
     # markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
     # RecursionError, and threads may encode one object at a time.
-    encode: Any = make(None, _default, quote, None, ":", ",", False, False, False)
+    encode: Any = make(None, _default, _quote, None, ":", ",", False, False, False)
     return lambda value: "".join(encode(value, 0))
 
 
 _dumps = _make_dumps()
-_quote: Callable[[str], str] = json.encoder.encode_basestring
 
 # Line readers of clients split at U+0085, U+2028 and U+2029; a lone surrogate has no UTF-8 form.
 _UNSENDABLE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
@@ -331,11 +332,8 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
     """Raises TypeError where a field is not of its type: the mistake shows where the value is made."""
     for name, (value, kind) in fields.items():
         if not isinstance(value, kind):
-            wanted = (
-                kind.__name__
-                if isinstance(kind, type)
-                else " or ".join(each.__name__ for each in kind if each is not type(None))
-            )
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(each.__name__ for each in kinds if each is not type(None))
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
         if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
@@ -385,8 +383,7 @@ def _text_of(content: object) -> str:
     """All the text of a message's content: a string, or a list of content parts."""
     if isinstance(content, str):
         return content
-    parts = (part if isinstance(part, str) else _dict(part).get("text") for part in _list(content))
-    return "".join(part for part in parts if isinstance(part, str))
+    return "".join(_string(part if isinstance(part, str) else _dict(part).get("text")) for part in _list(content))
 
 
 def _last_text(items: list[Any]) -> str:
@@ -439,22 +436,20 @@ def _tool(value: object) -> Tool:
 
 def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
     call = _dict(value)
-    for key, kind, text in (("function", ToolCall, "arguments"), ("custom", CustomToolCall, "input")):
-        if about := _dict(call.get(key)):
-            return kind(_string(about.get("name")), _string(about.get(text)), id=_string(call.get("id")))
+    for make in (ToolCall, CustomToolCall):
+        if about := _dict(call.get(make._key)):
+            return make(_string(about.get("name")), _string(about.get(make._grows)), id=_string(call.get("id")))
     return None
 
 
 def _chat_messages(value: object) -> list[Message]:
     """The messages of a Chat Completions request."""
     messages: list[Message] = []
-    for each in _list(value):
-        sent = _dict(each)
-        calls = sent.get("tool_calls")
-        made = [call for each in _list(calls) if (call := _chat_call(each)) is not None] if calls else ()
-        content = _own(sent.get("content"))
+    for sent in map(_dict, _list(value)):
+        calls = tuple(call for call in map(_chat_call, _list(sent.get("tool_calls"))) if call is not None)
         id = sent.get("tool_call_id")
-        messages.append(Message(_string(sent.get("role")), content, tuple(made), id if isinstance(id, str) else None))
+        content = _own(sent.get("content"))
+        messages.append(Message(_string(sent.get("role")), content, calls, id if isinstance(id, str) else None))
     return messages
 
 
@@ -466,21 +461,17 @@ def _item_type(item: _JSON) -> Any:
 
 def _items_messages(items: Iterable[object]) -> list[Message]:
     """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
+    calls = {make._type: make for make in (ToolCall, CustomToolCall)}
     messages: list[Message] = []
-    for each in items:
-        item = _dict(each)
-        kind = _item_type(item)
+    for item in map(_dict, items):
+        kind = _string(_item_type(item))
         if kind == "message":
             messages.append(Message(_string(item.get("role")), _own(item.get("content"))))
-        elif kind in ("function_call", "custom_tool_call"):
-            make, key = (ToolCall, "arguments") if kind == "function_call" else (CustomToolCall, "input")
-            call = make(_string(item.get("name")), _string(item.get(key)), id=_string(item.get("call_id")))
-            if messages and messages[-1].role == "assistant":
-                before = messages.pop()
-                messages.append(Message("assistant", before.content, (*before.tool_calls, call)))
-            else:
-                messages.append(Message("assistant", None, (call,)))
-        elif kind in ("function_call_output", "custom_tool_call_output"):
+        elif make := calls.get(kind):
+            call = make(_string(item.get("name")), _string(item.get(make._grows)), id=_string(item.get("call_id")))
+            before = messages.pop() if messages and messages[-1].role == "assistant" else Message("assistant")
+            messages.append(replace(before, tool_calls=(*before.tool_calls, call)))
+        elif kind.removesuffix("_output") in calls:
             messages.append(Message("tool", _own(item.get("output")), tool_call_id=_string(item.get("call_id"))))
     return messages
 
@@ -503,17 +494,11 @@ _NOT_JSON = {  # by whether it came to Chat Completions
 
 def _too_deep(value: Any) -> bool:
     """Whether JSON is nested deeper than what follows it recursively can bear."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
+    level, depth = [value], 0
+    while level and depth < _MAX_DEPTH:
+        inner = chain.from_iterable(_dict(each).values() or _list(each) for each in level)
+        level, depth = [each for each in inner if each.__class__ in (dict, list)], depth + 1
+    return bool(level)
 
 
 _OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
@@ -534,29 +519,20 @@ class Request:
     body of the same POST.
     """
 
-    __slots__ = (
-        "_before",
-        "_body",
-        "_connection",
-        "_deployment",
-        "_encoder",
-        "_gone",
-        "_messages",
-        "_note",
-        "_outcome",
-        "_remembered",
-        "_resolved",
-        "_said",
-        "_seconds",
-        "_shown",
-        "_status",
-        "api",
-        "headers",
-        "method",
-        "path",
-        "query",
-        "raw_body",
-    )
+    _deployment: str | None = None  # Azure names the model in the path
+    _body: _JSON | None = None  # the server's
+    _shown: _JSON | None = None  # the reader's
+    _messages: list[Message] | None = None
+    _resolved: list[Any] | None = None  # Responses: the input, where it referred to stored items
+    _connection: _Connection | None = None
+    _remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
+    _gone = False
+    # What became of it, for the transcript and the command line.
+    _status = 0  # 0: cut before any reply
+    _seconds = 0.0
+    _outcome = ""  # why the answer is not whole
+    _said: Sequence[_Utterance] = ()
+    _encoder: _Encoder | None = None  # that said it; the last few requests have it
 
     def __init__(
         self, api: str, method: str, path: str, query: str, headers: Mapping[str, str], raw_body: bytes = b""
@@ -567,21 +543,7 @@ class Request:
         self.query = query
         self.headers = headers
         self.raw_body = raw_body
-        self._deployment: str | None = None  # Azure names the model in the path
-        self._body: _JSON | None = None  # the server's
-        self._shown: _JSON | None = None  # the reader's
-        self._messages: list[Message] | None = None
         self._before: _History = _NO_HISTORY  # Responses: what is stored from before the input
-        self._resolved: list[Any] | None = None  # the input, where it referred to stored items
-        self._connection: _Connection | None = None
-        self._remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
-        self._gone = False
-        # What became of it, for the transcript and the command line.
-        self._status = 0  # 0: cut before any reply
-        self._seconds = 0.0
-        self._outcome = ""  # why the answer is not whole
-        self._encoder: _Encoder | None = None  # what was said; the last few requests have it
-        self._said: Sequence[_Utterance] = ()  # the same, without what the encoder holds beside it
         self._note: _JSON = {}  # what the control routes tell beside
 
     def _parse(self) -> _JSON:
@@ -755,13 +717,7 @@ class Request:
     @property
     def answer(self) -> list[_Spoken]:
         """What the model has said to it, each part whole."""
-        return [item.whole for item in (self._said if self._encoder is None else self._encoder.items)]
-
-    def _settle(self, encoder: _Encoder | None) -> None:
-        """Keeps what was said, and not the encoder that said it."""
-        if encoder is not None:
-            self._said = encoder.items
-        self._encoder = None
+        return [item.whole for item in self._said]
 
     @override
     def __repr__(self) -> str:
@@ -776,11 +732,7 @@ def _estimate(items: Iterable[object]) -> int:
     tokens = 3
     for item in items:
         sent = cast(_JSON, item) if isinstance(item, dict) else {}
-        content = sent.get("content")
-        text = content if isinstance(content, str) else _text_of(content)
-        for key in ("output", "arguments"):
-            if key in sent:
-                text += _text_of(sent[key])
+        text = "".join([_text_of(sent[key]) for key in ("content", "output", "arguments") if key in sent])
         tokens += 4 + (len(text) + 3) // 4
     return tokens
 
@@ -1019,7 +971,8 @@ def _messages(value: Any, path: str, body: _JSON) -> None:
 def _check_answered(messages: list[Any]) -> None:
     """I: tool messages follow their call, and a call's answers come before anything else."""
     waiting: dict[str, bool] = {}  # by the id of the last message's calls, whether it has no answer yet
-    for index, message in enumerate([*messages, {"role": ""}]):
+    ended: list[Any] = [*messages, {"role": ""}]
+    for index, message in enumerate(ended):
         if message["role"] == "tool":
             if message["tool_call_id"] not in waiting:
                 words = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
@@ -1263,53 +1216,49 @@ _INSTRUCT_MODELS = r"(gpt-3\.5-turbo-instruct|davinci-002|babbage-002).*"
 _UNTAKEN = "Unsupported parameter: '{where}' is not supported with this model."
 _EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' model. Supported values are: "
 _ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
-_NO_IMAGE = (
-    "You uploaded an unsupported image. Please make sure your image has of one the following formats: "
-    "['png', 'jpeg', 'gif', 'webp']."
-)
-_NO_FILE = (
-    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/"
-    "plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai."
-    "com/docs/assistants/tools/file-search#supported-files for supported file types."
-)
-# R. By API: models, what of a parameter they do not take, how that begins; the words, param, code, and status.
-_REFUSALS: dict[str, list[tuple[str, str, str, str, str, str | None, str | None, int]]] = {
+# R. By API: models, what of a parameter they do not take, how that begins; status, param, code, and words.
+_REFUSALS: dict[str, list[tuple[str, str, str, str, int, str | None, str | None, str]]] = {
     "chat.completions": [
-        (_INSTRUCT_MODELS, "model", "", "",
-         "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
-        (r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "", "",
-         "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
-         None, "model_not_found", 404),
-        (r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "", "",
-         _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
-        (r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", "",
-         _UNTAKEN, "{where}", "unsupported_parameter", 400),
-        (r"gpt-4(?!.*search).*", "web_search_options", "", "",
-         "Web search options not supported with this model.", "{where}", None, 400),
-        ("o1-mini.*", "messages", "[].role", "(system|developer)",
-         "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
-        (f"(?!.*audio){_ANY_CHAT}", "messages", "[].content.[].type", "input_audio",
-         "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value", 400),
+        (_INSTRUCT_MODELS, "model", "", "", 404, "model", None,
+         "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", "")),
+        (r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "", "", 404, None, "model_not_found",
+         "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations"),
+        (r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "", "", 400, "{where}", "unsupported_parameter",
+         _UNTAKEN + " Use 'max_completion_tokens' instead."),
+        ("o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", "", 400, "{where}",
+         "unsupported_parameter", _UNTAKEN),
+        ("gpt-4(?!.*search).*", "web_search_options", "", "", 400, "{where}", None,
+         "Web search options not supported with this model."),
+        ("o1-mini.*", "messages", "[].role", "(system|developer)", 400, "{where}", "unsupported_value",
+         "Unsupported value: '{where}' does not support '{value}' with this model."),
+        (f"(?!.*audio){_ANY_CHAT}", "messages", "[].content.[].type", "input_audio", 400, "{top}", "invalid_value",
+         "Invalid '{top}'. Content blocks are expected to be either text or image_url type."),
         (".*", "messages", "[].content.[].image_url.url", "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)",
-         _NO_IMAGE, None, "invalid_image_format", 400),
+         400, None, "invalid_image_format",
+         ("You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+          "['png', 'jpeg', 'gif', 'webp'].")),
     ],
     "responses": [
-        ("o[134].*|gpt-5-codex.*", "reasoning", "effort", "(none|minimal|xhigh|max)$",
-         _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-        ("gpt-5(-mini|-nano)?(-20.*)?", "reasoning", "effort", "(none|xhigh|max)$",
-         _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-        (".*", "input", "[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
-         _NO_FILE, "{where}", "invalid_value", 400),
-        (".*", "input", "[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
-         "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
+        ("o[134].*|gpt-5-codex.*", "reasoning", "effort", "(none|minimal|xhigh|max)$", 400, "{where}",
+         "unsupported_value", _EFFORT + "'low', 'medium', and 'high'."),
+        ("gpt-5(-mini|-nano)?(-20.*)?", "reasoning", "effort", "(none|xhigh|max)$", 400, "{where}",
+         "unsupported_value", _EFFORT + "'minimal', 'low', 'medium', and 'high'."),
+        (".*", "input", "[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)", 400, "{where}",
+         "invalid_value",
+         ("Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:"
+          "text/plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://"
+          "platform.openai.com/docs/assistants/tools/file-search#supported-files for supported file types.")),
+        (".*", "input", "[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)", 400, "input",
+         "unsupported_file", "The file type you uploaded is not supported. Please try again with a pdf"),
     ],
     "completions": [
-        (_ANY_CHAT, "model", "", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model", None, 404),
-        ("text-embedding-.*", "model", "", "", "You are not allowed to sample from this model", None, None, 403),
+        (_ANY_CHAT, "model", "", "", 404, "model", None,
+         "This is a chat model and not " + _ELSEWHERE.format("", "chat/")),
+        ("text-embedding-.*", "model", "", "", 403, None, None, "You are not allowed to sample from this model"),
     ],
     "embeddings": [
-        (f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "", "",
-         "You are not allowed to generate embeddings from this model", None, None, 403),
+        (f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "", "", 403, None, None,
+         "You are not allowed to generate embeddings from this model"),
     ],
 }  # fmt: skip
 
@@ -1331,7 +1280,7 @@ def _check_recorded(api: str, body: _JSON) -> None:
     model = _string(body.get("model"))
     turns = _list(body.get("messages") or body.get("input"))
     parts = any(each.__class__ is dict and each.get("content").__class__ is list for each in turns)
-    for models, name, path, begin, words, param, code, status in _REFUSALS[api]:
+    for models, name, path, begin, status, param, code, words in _REFUSALS[api]:
         if name in body and (parts or "content" not in path) and re.fullmatch(models, model):
             for where, value in _found(body[name], path, name):
                 if match := re.match(begin, _string(value)):
@@ -5163,7 +5112,7 @@ class _Delivery:
                     try:
                         self._carry(answer)
                     finally:
-                        self.request._settle(self.encoder)
+                        self.request._said = self.encoder.items
             except _Gone:
                 pass
             finally:
@@ -5202,7 +5151,7 @@ class _Delivery:
     def _begin(self, reply: Reply, log: _Log | None) -> None:
         self.encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
         if log is None:
-            self.request._encoder = self.encoder
+            self.request._encoder, self.request._said = self.encoder, self.encoder.items
         if self.store is not None:
             self.store(self.encoder, log)
 
@@ -8114,8 +8063,7 @@ class FakeOpenAI:
         """Keeps a request for the transcript, in place of the oldest one there."""
         if len(self._recent) == self._recent.maxlen:
             with suppress(IndexError):
-                oldest = self._recent[0]
-                oldest._settle(oldest._encoder)
+                self._recent[0]._encoder = None
         self._recent.append(request)
 
     def _depart(self, request: Request) -> None:
@@ -8171,7 +8119,7 @@ class FakeOpenAI:
             with suppress(Exception):
                 self._observe(request)
         if request not in tuple(self._recent):  # many came since: it is no more of the last
-            request._settle(request._encoder)
+            request._encoder = None
 
 
 _NOT_USERS = re.compile(  # where code is that is not the user's; a dataclass's __init__ is of <string>
