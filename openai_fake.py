@@ -72,17 +72,7 @@ import warnings
 import zlib
 from binascii import b2a_base64
 from collections import Counter, deque
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
@@ -95,19 +85,7 @@ from importlib.machinery import PathFinder
 from itertools import accumulate, chain, pairwise
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TextIO,
-    TypedDict,
-    TypeVar,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from weakref import WeakSet
 
@@ -115,8 +93,9 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import unittest
+    from collections.abc import AsyncIterator
     from types import TracebackType
-    from typing import TypeAlias
+    from typing import NoReturn, TextIO, TypeAlias
 
     from typing_extensions import Self, Unpack, override
 else:
@@ -624,13 +603,9 @@ class Request:
     @property
     def tool_results(self) -> list[Message]:
         """The tools' messages since the model's last answer, in order."""
-        results: list[Message] = []
-        for message in self.messages:
-            if message.role in ("tool", "function"):
-                results.append(message)
-            elif message.role == "assistant":
-                results = []
-        return results
+        messages = self.messages
+        begin = max((end for end, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
+        return [message for message in messages[begin:] if message.role in ("tool", "function")]
 
     def _told(self) -> tuple[list[Any], list[Any]]:
         """Instructions, and input, as items."""
@@ -663,10 +638,9 @@ class Request:
 
     def tool(self, name: str) -> Tool | None:
         """The tool of that name, or else of a name that ends so, as in "server__name"; None where none is offered."""
-        tools = self.tools
         ends = re.compile(f"(?:.*[^A-Za-z0-9])?{re.escape(name)}", re.DOTALL)
-        exact = [tool for tool in tools if tool.name == name]
-        return next(iter(exact or [tool for tool in tools if ends.fullmatch(tool.name)]), None)
+        found = [tool for tool in self.tools if ends.fullmatch(tool.name)]
+        return min(found, key=lambda tool: tool.name != name, default=None)
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -907,15 +881,21 @@ def _needed(rule: _Rule, *instead: str) -> _Rule:
     return needed
 
 
-def _are_plain(items: list[Any]) -> bool:
-    """Whether all are just a role and a text, as nearly all messages are: nothing more to look at."""
-    return all(
-        item.__class__ is dict
-        and len(item) == 2
-        and item.get("role") in _PLAIN
-        and item.get("content").__class__ is str
-        for item in items
-    )
+def _turns(further: _Rule) -> _Rule:
+    """A list by a further rule, unless all of it is just roles and texts, as nearly always: nothing more to look at."""
+
+    def turns(value: Any, path: str, body: _JSON) -> None:
+        plain = value.__class__ is list and all(
+            turn.__class__ is dict
+            and len(turn) == 2
+            and turn.get("role") in _PLAIN
+            and type(turn.get("content")) is str
+            for turn in value
+        )
+        if not (plain and value):
+            further(value, path, body)
+
+    return turns
 
 
 # Chat's messages
@@ -963,15 +943,10 @@ _message_array = _array(_tagged("role", _roles), low=1)  # P, R (empty array)
 
 
 def _messages(value: Any, path: str, body: _JSON) -> None:
-    if not (value.__class__ is list and value and _are_plain(value)):
-        _message_array(value, path, body)
-        _check_answered(value)
-
-
-def _check_answered(messages: list[Any]) -> None:
     """I: tool messages follow their call, and a call's answers come before anything else."""
+    _message_array(value, path, body)
     waiting: dict[str, bool] = {}  # by the id of the last message's calls, whether it has no answer yet
-    ended: list[Any] = [*messages, {"role": ""}]
+    ended: list[Any] = [*value, {"role": ""}]
     for index, message in enumerate(ended):
         if message["role"] == "tool":
             if message["tool_call_id"] not in waiting:
@@ -982,7 +957,7 @@ def _check_answered(messages: list[Any]) -> None:
             raise _bad_request(
                 "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
                 f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(lacking)}",
-                f"messages.[{min(index, len(messages) - 1)}].role",
+                f"messages.[{min(index, len(value) - 1)}].role",
             )
         else:
             calls = message.get("tool_calls") if message["role"] == "assistant" else None
@@ -1015,15 +990,7 @@ def _input_item(value: Any, path: str, body: _JSON) -> None:
     _typed_item({**value, "type": _item_type(value)}, path, body)
 
 
-_item_array = _array(_input_item)
-
-
-def _items(value: Any, path: str, body: _JSON) -> None:
-    if not _are_plain(value):
-        _item_array(value, path, body)
-
-
-_input = _either("one of a string or array of input items", {str: _anything, list: _items})  # P
+_input = _either("one of a string or array of input items", {str: _anything, list: _turns(_array(_input_item))})  # P
 
 # Rules about more than one value
 
@@ -1118,7 +1085,7 @@ _includes = (  # S
 
 _CHAT: dict[str, _Rule] = {
     "model": _chat_model,  # P; B
-    "messages": _needed(_messages),  # P, R, I; B
+    "messages": _needed(_turns(_messages)),  # P, R, I; B
     "functions": _array(_named),  # S
     "function_call": _choice(_named, "none", "auto"),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
@@ -1348,17 +1315,20 @@ def _check_conversation(items: list[Any], start: int, reasons: bool = True, stor
     `reasons` tells whether the model reasons: only such a model puts reasoning before its web searches (R). `stored`:
     whether the response will be: then what belongs to reasoning must be named (R).
     """
-    told = ((_item_type(item), item.get("id"), item.get("call_id"), item.get("role")) for item in map(_dict, items))
-    facts = [_ItemFacts(*map(_string, each)) for each in told]
+    facts = [
+        _ItemFacts(*map(_string, (_item_type(item), item.get("id"), item.get("call_id"), item.get("role"))))
+        for item in map(_dict, items)
+    ]
     seen = {item.id for item in facts[:start]}
-    for item in facts[start:]:  # I: no id comes twice
-        if item.id and item.id in seen:
+    for item in facts[start:]:
+        if item.id and item.id in seen:  # I
             words = f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again."
             raise _bad_request(words, "input")
         seen.add(item.id)
     if not any(item.type in _OPAQUE for item in facts):
         _check_calls(facts, start)
-    _check_reasoning(facts, start, reasons, stored)
+    if any(seen):  # what has no id is new: it belongs to no reasoning
+        _check_reasoning(facts, start, reasons, stored)
 
 
 def _check_calls(facts: list[_ItemFacts], start: int) -> None:
@@ -1374,23 +1344,21 @@ def _check_calls(facts: list[_ItemFacts], start: int) -> None:
 
 
 def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored: bool) -> None:
-    """R, I*: a reasoning item goes with what the model said after it. What has no id is new: nothing belongs to it."""
+    """R, I*: a reasoning item goes with what the model said after it."""
     before = False  # whether reasoning has come since the user spoke
     for index, (item, after) in enumerate(pairwise([*facts, _ItemFacts("message", "", "", "user")])):
         if item.type == "reasoning" or item.type in _OPAQUE:
             before = True
         elif item.role not in ("", "assistant"):
             before = False
-        if index < start or not item.id:
-            continue
-        # A message without an id is none of the model's where it is to be stored.
-        nameless = stored and after.role == "assistant" and not after.id
-        ends = nameless or after.type.endswith("_output") or after.role not in ("", "assistant")
-        if item.type == "reasoning" and ends:
-            words = f"Item '{item.id}' of type 'reasoning' was provided without its required following item."
-            raise _bad_request(words, "input")
-        if item.type == "web_search_call" and reasons and not before:  # the API adds the missing item's id
-            words = f"Item '{item.id}' of type 'web_search_call' was provided without its required 'reasoning' item."
+        # What follows is none of the model's, nor is a message without an id where it is to be stored.
+        ends = after.role not in ("", "assistant") or after.type.endswith("_output")
+        ends = ends or (stored and after.role == "assistant" and not after.id)
+        lacks = "following" if item.type == "reasoning" and ends else ""
+        if item.type == "web_search_call" and reasons and not before:
+            lacks = "'reasoning'"  # to which the API adds the missing item's id
+        if lacks and item.id and index >= start:
+            words = f"Item '{item.id}' of type '{item.type}' was provided without its required {lacks} item."
             raise _bad_request(words, "input")
 
 
