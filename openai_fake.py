@@ -910,18 +910,15 @@ _chat_parts: dict[str, _Rule] = {  # S, order I*
     "file": _object({"file": _any_object}),
 }
 _message_content = _string_or_parts(_tagged("type", _chat_parts))
+_function_call = _strings("name", "arguments")
 _chat_calls: dict[str, _Rule] = {  # S
-    "function": _object({"id": _any_string, "function": _strings("name", "arguments")}),
+    "function": _object({"id": _any_string, "function": _function_call}),
     "custom": _object({"id": _any_string, "custom": _strings("name", "input")}),
 }
+_calls = _array(_tagged("type", _chat_calls), low=1)  # I*: Invalid 'messages[1].tool_calls': empty array.
 _text_message = _object({"content": _message_content}, name=_any_string)
 _calling_message = _object(
-    {},
-    content=_message_content,
-    name=_any_string,
-    refusal=_any_string,
-    tool_calls=_array(_tagged("type", _chat_calls), low=1),  # I*: Invalid 'messages[1].tool_calls': empty array.
-    function_call=_strings("name", "arguments"),
+    {}, content=_message_content, name=_any_string, refusal=_any_string, tool_calls=_calls, function_call=_function_call
 )
 
 
@@ -967,11 +964,8 @@ def _messages(value: Any, path: str, body: _JSON) -> None:
 # The Responses' input
 
 _input_parts = ("input_text", "input_image", "output_text", "refusal", "input_file", "computer_screenshot")  # S, I*
-_output_parts = ("output_text", "refusal")  # I*, S
-_input_message, _output_message = (
-    _object({"content": _string_or_parts(_tagged("type", dict.fromkeys(parts, _anything)))})
-    for parts in (_input_parts, _output_parts)
-)
+_input_message = _object({"content": _string_or_parts(_object({"type": _enum(*_input_parts)}))})
+_output_message = _object({"content": _string_or_parts(_object({"type": _enum("output_text", "refusal")}))})  # I*, S
 _call_output = _object({"call_id": _any_string, "output": _string_or_parts(_any_object)})
 _item_roles = {"assistant": _output_message, **dict.fromkeys(("system", "developer", "user"), _input_message)}  # S
 _item_types: dict[str, _Rule] = {  # S; other types pass, as they grow
@@ -1066,7 +1060,6 @@ _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # 
 _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
 _metadata = _map(_string_of(0, 512), properties=16, name_length=64)  # P
-_safety_identifier = _string_of(0, 128)  # S
 _named = _object({"name": _name})
 _function = _strict(_named, "function", "parameters", "invalid_function_parameters")
 _chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
@@ -1108,7 +1101,7 @@ _CHAT: dict[str, _Rule] = {
     "prompt_cache_key": _any_string,  # S
     "prompt_cache_options": _any_object,  # S
     "prompt_cache_retention": _any_string,  # S; no enum: "in-memory" was once its spelling
-    "safety_identifier": _safety_identifier,  # S
+    "safety_identifier": _string_of(0, 128),  # S
     "response_format": _tagged("type", _chat_formats),  # S
     "service_tier": _enum(*_SERVICE_TIERS),  # S
     "max_tokens": _integer(1),  # S
@@ -1123,32 +1116,30 @@ _CHAT: dict[str, _Rule] = {
     "verbosity": _VERBOSITIES,  # P
 }
 
+
+def _as_in_chat(names: str) -> dict[str, _Rule]:
+    return {name: _CHAT[name] for name in names.split()}
+
+
 _RESPONSES: dict[str, _Rule] = {
-    "model": _needed(_any_string, "prompt"),  # P; B
+    "model": _needed(_any_string, "prompt"),  # P; B; R: a prompt has its own
     "messages": _moved("input"),  # P
     "response_format": _moved("text.format"),  # I*
     "reasoning_effort": _moved("reasoning.effort"),  # I*
     "moderation": _any_object,  # S
-    "input": _needed(_input, "previous_response_id", "prompt", "conversation"),  # P; B
+    "input": _needed(_input, "previous_response_id", "prompt", "conversation"),  # P; B; S: each can stand for it
     "include": _array(_enum(*_includes), "an array of strings"),  # S
     "tools": _array(_tool_of, "an array of tools"),  # P; S
     "metadata": _metadata,  # P
     "text": _object({}, format=_tagged("type", _formats), verbosity=_VERBOSITIES),  # S
-    "temperature": _decimal(0, 2),  # R, P; S
-    "top_p": _decimal(0, 1),  # S
+    **_as_in_chat("temperature top_p"),
     "tool_choice": _choice(_tool_of, "none", "auto", "required"),  # S
-    "parallel_tool_calls": _boolean,  # S
-    "stream": _boolean,  # B
-    "stream_options": _stream_options,  # S
+    **_as_in_chat("parallel_tool_calls stream stream_options"),
     "background": _boolean,  # S
     "max_output_tokens": _integer(16),  # P
     "max_tool_calls": _integer(),  # S
     "reasoning": _object({}, effort=_EFFORTS, summary=_enum("auto", "concise", "detailed")),  # S
-    "user": _any_string,  # S
-    "prompt_cache_key": _any_string,  # S
-    "prompt_cache_options": _any_object,  # S
-    "prompt_cache_retention": _any_string,  # S
-    "safety_identifier": _safety_identifier,  # S
+    **_as_in_chat("user prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier"),
     "truncation": _enum("auto", "disabled"),  # S
     "instructions": _any_string,  # S
     "store": _boolean,  # S
@@ -1170,9 +1161,9 @@ def _token(value: Any, path: str, body: _JSON) -> None:
 
 _tokens_array = _array(_either("an integer", {int: _token}))
 _prompt = _either("a string or an array of integers", {str: _anything, int: _token, list: _tokens_array})
-_same = "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
 _COMPLETIONS: dict[str, _Rule] = {  # S; R
-    **{name: _CHAT[name] for name in _same.split()},
+    **_as_in_chat("model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream"),
+    **_as_in_chat("stream_options"),
     "prompt": _either("one of a string or array", {str: _anything, list: _array(_prompt)}),
     "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
     "echo": _boolean, "suffix": _any_string,
@@ -1273,18 +1264,14 @@ def _check_request(api: str, body: _JSON, strict: bool) -> None:
     _check_recorded(api, body)
     for name in body if strict else ():
         if name not in rules:
-            raise _unknown_parameter(name, body, rules)
+            others = [other for other in rules if other not in body and abs(len(other) - len(name)) < 3]
+            distance, other = min(((_distance(name, other), other) for other in others), default=(3, ""))
+            hint = f" Did you mean '{other}'?" if distance < 3 else ""
+            raise _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
     given = {**dict.fromkeys(needed), **body}
     for name in filter(given.__contains__, rules):
         if (value := given[name]) is not None or name in needed:
             rules[name](value, name, body)
-
-
-def _unknown_parameter(name: str, body: _JSON, known: Iterable[str]) -> APIError:
-    near = [(_distance(name, other), other) for other in known if other not in body and abs(len(other) - len(name)) < 3]
-    distance, other = min(near, default=(3, ""))
-    hint = f" Did you mean '{other}'?" if distance < 3 else ""
-    return _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
 
 
 def _distance(left: str, right: str) -> int:
