@@ -329,8 +329,6 @@ _SECONDS = (int, float, type(None))
 class _Headers(Mapping[str, str]):
     """Header fields by name, in any case; a field sent several times is joined with commas (RFC 9110 5.3)."""
 
-    __slots__ = ("_fields",)
-
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._fields: dict[str, str] = {}
         for name, value in pairs:
@@ -886,10 +884,7 @@ def _turns(further: _Rule) -> _Rule:
 
     def turns(value: Any, path: str, body: _JSON) -> None:
         plain = value.__class__ is list and all(
-            turn.__class__ is dict
-            and len(turn) == 2
-            and turn.get("role") in _PLAIN
-            and type(turn.get("content")) is str
+            type(turn) is dict and len(turn) == 2 and turn.get("role") in _PLAIN and type(turn.get("content")) is str
             for turn in value
         )
         if not (plain and value):
