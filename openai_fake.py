@@ -78,7 +78,7 @@ from contextvars import Context
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from email.utils import formatdate
 from enum import IntEnum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -497,9 +497,6 @@ class Request:
     """
 
     _deployment: str | None = None  # Azure names the model in the path
-    _body: _JSON | None = None  # the server's
-    _shown: _JSON | None = None  # the reader's
-    _messages: list[Message] | None = None
     _resolved: list[Any] | None = None  # Responses: the input, where it referred to stored items
     _connection: _Connection | None = None
     _remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
@@ -533,36 +530,30 @@ class Request:
             found = None
         if not isinstance(found, dict):
             raise APIError(400, _NOT_JSON[self.api == "chat.completions"])
-        self._body = body = cast(_JSON, found)
+        self._json = body = cast(_JSON, found)
         if self._deployment is not None and not body.get("model"):
             body["model"] = self._deployment
         return body
 
-    @property
+    @cached_property
     def body(self) -> _JSON:
         """The JSON object that was sent; {} where there was none. It is the reader's own."""
-        shown = self._shown
-        if shown is None:
-            self._shown = shown = _own(self._json)
-        return shown
+        return cast(_JSON, _own(self._json))
 
-    @property
+    @cached_property
     def _json(self) -> _JSON:
         """The body as the server reads it."""
-        body = self._body
-        if body is None:
-            try:
-                body = self._parse()
-            except APIError:  # the client was told
-                body = self._body = {}
-        return body  # not the attribute: _forget() may clear it at any time
+        try:
+            return self._parse()
+        except APIError:  # the client was told
+            return {}
 
     def _forget(self) -> None:
         """Drops what can be made again from the bytes: the journal holds many requests."""
         if self._connection is not None:
             self._gone = self._connection.state is _State.GONE
-        self._body = self._shown = self._messages = self._connection = None
-        self._remembered = {}
+        for name in ("_json", "body", "messages", "_connection", "_remembered"):
+            self.__dict__.pop(name, None)
 
     @property
     def model(self) -> str:
@@ -574,23 +565,18 @@ class Request:
         """Whether the client wants server-sent events."""
         return self._json.get("stream") is True
 
-    @property
+    @cached_property
     def messages(self) -> list[Message]:
         """The conversation as the model sees it.
 
         For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`. For
         Completions: one user message for each prompt.
         """
-        messages = self._messages
-        if messages is None:
-            if self.api == "responses":
-                messages = _items_messages(self._items)
-            elif self.api == "completions":
-                messages = [Message("user", each) for each in _prompts(self.prompt)]
-            else:
-                messages = _chat_messages(self._json.get("messages"))
-            self._messages = messages
-        return messages
+        if self.api == "responses":
+            return _items_messages(self._items)
+        if self.api == "completions":
+            return [Message("user", each) for each in _prompts(self.prompt)]
+        return _chat_messages(self._json.get("messages"))
 
     @property
     def turn(self) -> int:
