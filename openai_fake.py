@@ -699,7 +699,8 @@ def _estimate(items: Iterable[object]) -> int:
 # Each parameter is one entry of `_CHAT` or `_RESPONSES`; the entries stand in the API's order of checks (P). Beside the
 # marks of the module's docstring, I* is a public report that was not verified, B what this server could not bear.
 
-# A rule looks at a value, its path ("tools[0].type") and the request's body, and raises APIError for a fault.
+# A rule looks at a value, its path ("tools[0].type") and the request's body, and raises APIError for a fault. What else
+# it has to know comes first: `partial` makes a rule of that.
 _Rule: TypeAlias = "Callable[[Any, str, _JSON], None]"
 
 _KINDS: dict[type, str] = {
@@ -746,22 +747,18 @@ def _either(expected: str, by_type: dict[type, _Rule]) -> _Rule:
 _boolean, _any_object = _either("a boolean", {bool: _anything}), _either("an object", {dict: _anything})
 
 
-def _length(kind: str, low: int, high: int) -> _Rule:
+def _length(kind: str, low: int, high: int, value: Any, path: str, body: _JSON) -> None:
     noun = kind.split()[1]
-
-    def rule(value: Any, path: str, body: _JSON) -> None:
-        if len(value) < low:
-            least = f"{kind} with minimum length {low}"
-            raise _outside(path, f"empty {noun}", least, f"an empty {noun}", f"empty_{noun}")
-        if len(value) > high:
-            most, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
-            raise _outside(path, f"{noun} too long", most, got, f"{noun}_above_max_length")
-
-    return rule
+    if len(value) < low:
+        expected = f"{kind} with minimum length {low}"
+        raise _outside(path, f"empty {noun}", expected, f"an empty {noun}", f"empty_{noun}")
+    if len(value) > high:
+        expected, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
+        raise _outside(path, f"{noun} too long", expected, got, f"{noun}_above_max_length")
 
 
 def _string_of(low: int, high: int = sys.maxsize) -> _Rule:
-    return _either("a string", {str: _length("a string", low, high)})
+    return _either("a string", {str: partial(_length, "a string", low, high)})
 
 
 _any_string, _name = _either("a string", {str: _anything}), _string_of(1)  # empty: I* 'tools[0].function.name'
@@ -791,10 +788,8 @@ def _enum(*supported: str) -> _Rule:
 
 
 def _array(of: _Rule, expected: str = "an array of objects", low: int = 0, high: int = sys.maxsize) -> _Rule:
-    length = _length("an array", low, high)
-
     def rule(value: Any, path: str, body: _JSON) -> None:
-        length(value, path, body)
+        _length("an array", low, high, value, path, body)
         for i, member in enumerate(value):
             of(member, f"{path}[{i}]", body)
 
@@ -831,18 +826,16 @@ def _tagged(tag: str, cases: dict[str, _Rule], closed: bool = True) -> _Rule:
     return rule
 
 
-def _map(of: _Rule, properties: int = sys.maxsize, name_length: int = sys.maxsize) -> _Rule:
-    def rule(value: Any, path: str, body: _JSON) -> None:
-        if len(value) > properties:
-            most, got = f"an object with at most {properties} properties", f"an object with {len(value)} properties"
-            raise _outside(path, "too many properties", most, got, "object_above_max_properties")
-        for name, member in value.items():
-            if len(name) > name_length:  # the words are by analogy, the code is P
-                most, got = f"a property name with maximum length {name_length}", f"one with length {len(name)}"
-                raise _outside(path, "property name too long", most, got, "property_name_above_max_length")
-            of(member, f"{path}.{name}", body)
-
-    return _either("an object", {dict: rule})
+def _map(of: _Rule, most: float, longest: float, value: Any, path: str, body: _JSON) -> None:
+    """An object of so many properties, with names of such a length."""
+    if len(value) > most:
+        expected, got = f"an object with at most {most} properties", f"an object with {len(value)} properties"
+        raise _outside(path, "too many properties", expected, got, "object_above_max_properties")
+    for name, member in value.items():
+        if len(name) > longest:  # the words are by analogy, the code is P
+            expected, got = f"a property name with maximum length {longest}", f"one with length {len(name)}"
+            raise _outside(path, "property name too long", expected, got, "property_name_above_max_length")
+        of(member, f"{path}.{name}", body)
 
 
 def _string_or_parts(of: _Rule) -> _Rule:
@@ -853,30 +846,22 @@ def _choice(of: _Rule, *words: str) -> _Rule:
     return _either("one of a string or object", {str: _enum(*words), dict: of})
 
 
-def _needed(rule: _Rule, *instead: str) -> _Rule:
+def _needed(rule: _Rule, instead: Iterable[str], value: Any, path: str, body: _JSON) -> None:
     """A parameter that may lack, or be null, only where another stands for it."""
-
-    def needed(value: Any, path: str, body: _JSON) -> None:
-        if value is not None:
-            rule(value, path, body)
-        elif all(body.get(name) is None for name in instead):
-            raise _missing(path)
-
-    return needed
+    if value is not None:
+        rule(value, path, body)
+    elif all(body.get(name) is None for name in instead):
+        raise _missing(path)
 
 
-def _turns(further: _Rule) -> _Rule:
+def _turns(further: _Rule, value: Any, path: str, body: _JSON) -> None:
     """A list by a further rule, unless all of it is just roles and texts, as nearly always: nothing more to look at."""
-
-    def turns(value: Any, path: str, body: _JSON) -> None:
-        plain = value.__class__ is list and all(
-            type(turn) is dict and len(turn) == 2 and turn.get("role") in _PLAIN and type(turn.get("content")) is str
-            for turn in value
-        )
-        if not (plain and value):
-            further(value, path, body)
-
-    return turns
+    plain = value.__class__ is list and all(
+        type(turn) is dict and len(turn) == 2 and turn.get("role") in _PLAIN and type(turn.get("content")) is str
+        for turn in value
+    )
+    if not (plain and value):
+        further(value, path, body)
 
 
 # Chat's messages
@@ -965,7 +950,9 @@ def _input_item(value: Any, path: str, body: _JSON) -> None:
     _typed_item({**value, "type": _item_type(value)}, path, body)
 
 
-_input = _either("one of a string or array of input items", {str: _anything, list: _turns(_array(_input_item))})  # P
+_input = _either(
+    "one of a string or array of input items", {str: _anything, list: partial(_turns, _array(_input_item))}
+)  # P
 
 # Rules about more than one value
 
@@ -1014,25 +1001,19 @@ def _check_closed(schema: Any, of: str, param: str, code: str | None, context: t
             _check_closed(each, of, param, code, (*context, key, *name))
 
 
-def _strict(form: _Rule, of: str, key: str, code: str | None, param: str = "") -> _Rule:
+def _strict(form: _Rule, of: str, key: str, code: str | None, value: Any, path: str, body: _JSON) -> None:
     """A rule, and then the one that a schema is closed where it is strict."""
-
-    def rule(value: Any, path: str, body: _JSON) -> None:
-        form(value, path, body)
-        if value.get("strict") is True:
-            _check_closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
-
-    return rule
+    form(value, path, body)
+    if value.get("strict") is True:
+        param = f"{path}.{key}" if code else of
+        _check_closed(value.get(key), f"{of} '{value['name']}'", param, code)
 
 
-def _moved(new: str) -> _Rule:
-    def rule(value: Any, path: str, body: _JSON) -> None:
-        words = f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. "
-        words += "Try again with the new parameter. See the API documentation for more information: "
-        words += "https://platform.openai.com/docs/api-reference/responses/create."
-        raise _bad_request(words, None, "unsupported_parameter")
-
-    return rule
+def _moved(new: str, value: Any, path: str, body: _JSON) -> None:
+    words = f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. "
+    words += "Try again with the new parameter. See the API documentation for more information: "
+    words += "https://platform.openai.com/docs/api-reference/responses/create."
+    raise _bad_request(words, None, "unsupported_parameter")
 
 
 # The tables
@@ -1040,15 +1021,16 @@ def _moved(new: str) -> _Rule:
 _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
 _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
-_metadata = _map(_string_of(0, 512), properties=16, name_length=64)  # P
+_metadata = _either("an object", {dict: partial(_map, _string_of(0, 512), 16, 64)})  # P
 _named = _object({"name": _name})
-_function = _strict(_named, "function", "parameters", "invalid_function_parameters")
+_function = partial(_strict, _named, "function", "parameters", "invalid_function_parameters")
 _chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
 _tool_of = _tagged("type", {"function": _function, "custom": _named}, closed=False)  # S; hosted ones pass, as they grow
-_schema = _strict(_object({"name": _name, "schema": _any_object}), "response_format", "schema", "invalid_json_schema")
+_schema_format = _object({"name": _name, "schema": _any_object})
+_schema = partial(_strict, _schema_format, "response_format", "schema", "invalid_json_schema")
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
-_chat_schema = _strict(_named, "response_format", "schema", None, "response_format")
+_chat_schema = partial(_strict, _named, "response_format", "schema", None)  # R: no code, and another param
 _chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
 _stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
@@ -1059,7 +1041,7 @@ _includes = (  # S
 
 _CHAT: dict[str, _Rule] = {
     "model": _chat_model,  # P; B
-    "messages": _needed(_turns(_messages)),  # P, R, I; B
+    "messages": partial(_needed, partial(_turns, _messages), ()),  # P, R, I; B
     "functions": _array(_named),  # S
     "function_call": _choice(_named, "none", "auto"),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
@@ -1087,7 +1069,7 @@ _CHAT: dict[str, _Rule] = {
     "service_tier": _enum(*_SERVICE_TIERS),  # S
     "max_tokens": _integer(1),  # S
     "reasoning_effort": _EFFORTS,  # S
-    "logit_bias": _map(_decimal(-100, 100)),  # S
+    "logit_bias": _either("an object", {dict: partial(_map, _decimal(-100, 100), math.inf, math.inf)}),  # S
     "stop": _either("one of a string or array of strings", {str: _anything, list: _stop}),  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
@@ -1103,12 +1085,12 @@ def _as_in_chat(names: str) -> dict[str, _Rule]:
 
 
 _RESPONSES: dict[str, _Rule] = {
-    "model": _needed(_any_string, "prompt"),  # P; B; R: a prompt has its own
-    "messages": _moved("input"),  # P
-    "response_format": _moved("text.format"),  # I*
-    "reasoning_effort": _moved("reasoning.effort"),  # I*
+    "model": partial(_needed, _any_string, ["prompt"]),  # P; B; R: a prompt has its own
+    "messages": partial(_moved, "input"),  # P
+    "response_format": partial(_moved, "text.format"),  # I*
+    "reasoning_effort": partial(_moved, "reasoning.effort"),  # I*
     "moderation": _any_object,  # S
-    "input": _needed(_input, "previous_response_id", "prompt", "conversation"),  # P; B; S: each can stand for it
+    "input": partial(_needed, _input, ["previous_response_id", "prompt", "conversation"]),  # P; B; S
     "include": _array(_enum(*_includes), "an array of strings"),  # S
     "tools": _array(_tool_of, "an array of tools"),  # P; S
     "metadata": _metadata,  # P
@@ -5626,7 +5608,7 @@ def _query(request: Request) -> dict[str, str]:
 
 
 _LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")  # S: of lists
-_INPUTS = _length("an array", 1, 2048)  # S: of embeddings; B: of moderations
+_INPUTS = partial(_length, "an array", 1, 2048)  # S: of embeddings; B: of moderations
 
 
 def _listing(
