@@ -158,20 +158,17 @@ def _default(value: object) -> NoReturn:
 
 
 _quote: Callable[[str], str] = json.encoder.encode_basestring
+_plain_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default)
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # PyPy has none
+# markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
+# RecursionError, and threads may encode one object at a time.
+_encode: Any = _make_encoder and _make_encoder(None, _default, _quote, None, ":", ",", False, False, False)
 
 
-def _make_dumps() -> Callable[[object], str]:
+def _dumps(value: object) -> str:
     """Compact JSON that leaves non-ASCII alone, from CPython's C encoder made once, where there is one."""
-    make: Any = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:  # PyPy
-        return json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default).encode
-    # markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
-    # RecursionError, and threads may encode one object at a time.
-    encode: Any = make(None, _default, _quote, None, ":", ",", False, False, False)
-    return lambda value: "".join(encode(value, 0))
+    return "".join(_encode(value, 0)) if _encode else _plain_encoder.encode(value)
 
-
-_dumps = _make_dumps()
 
 # Line readers of clients split at U+0085, U+2028 and U+2029; a lone surrogate has no UTF-8 form.
 _UNSENDABLE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
@@ -522,13 +519,12 @@ class Request:
 
     def _parse(self) -> _JSON:
         """The JSON object in the body. Raises APIError where there is none."""
+        data = self.raw_body
         try:
-            found: Any = _loads(self.raw_body.removeprefix(b"\xef\xbb\xbf").decode().strip(" \t\r\n"))
-            if self.raw_body.count(b"{") + self.raw_body.count(b"[") > _MAX_DEPTH and _too_deep(found):
-                raise RecursionError
+            found: Any = _loads(data.removeprefix(b"\xef\xbb\xbf").decode().strip(" \t\r\n"))
         except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or (data.count(b"{") + data.count(b"[") > _MAX_DEPTH and _too_deep(found)):
             raise APIError(400, _NOT_JSON[self.api == "chat.completions"])
         self._json = body = cast(_JSON, found)
         if self._deployment is not None and not body.get("model"):
@@ -854,6 +850,9 @@ def _needed(rule: _Rule, instead: Iterable[str], value: Any, path: str, body: _J
         raise _missing(path)
 
 
+_PLAIN = ("user", "assistant", "system", "developer")  # roles
+
+
 def _turns(further: _Rule, value: Any, path: str, body: _JSON) -> None:
     """A list by a further rule, unless all of it is just roles and texts, as nearly always: nothing more to look at."""
     plain = value.__class__ is list and all(
@@ -866,7 +865,6 @@ def _turns(further: _Rule, value: Any, path: str, body: _JSON) -> None:
 
 # Chat's messages
 
-_PLAIN = ("user", "assistant", "system", "developer")
 _chat_parts: dict[str, _Rule] = {  # S, order I*
     "text": _strings("text"),
     "image_url": _object({"image_url": _strings("url")}),
@@ -1137,6 +1135,7 @@ _INSTRUCT_MODELS = r"(gpt-3\.5-turbo-instruct|davinci-002|babbage-002).*"
 _UNTAKEN = "Unsupported parameter: '{where}' is not supported with this model."
 _EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' model. Supported values are: "
 _ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
+
 # R. By API: models, what of a parameter they do not take, how that begins; status, param, code, and words.
 _REFUSALS: dict[str, list[tuple[str, str, str, str, int, str | None, str | None, str]]] = {
     "chat.completions": [
@@ -1210,7 +1209,7 @@ def _check_recorded(api: str, body: _JSON) -> None:
                     raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
 
 
-# P. The rules; what is looked for before unknown parameters; and what is looked for at all.
+# P. The rules; what may not lack, and is looked for before unknown parameters; what is looked for where it lacks.
 _ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...], tuple[str, ...]]] = {
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
     "responses": (_RESPONSES, ("model",), ("model", "input")),
