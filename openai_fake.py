@@ -475,9 +475,6 @@ def _too_deep(value: Any) -> bool:
     return bool(level)
 
 
-_OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
-
-
 def _prompts(value: Any) -> list[Any]:
     """The prompts of a Completions request, each a string or a list of tokens; 2,048 at most (B)."""
     prompts = _list(value) if isinstance(value, list) else [value]
@@ -655,7 +652,8 @@ class Request:
     @property
     def options(self) -> dict[str, Any]:
         """Every key of the body that has no attribute of its own: `temperature`, `instructions`, ..."""
-        return {key: value for key, value in self.body.items() if key not in _OWN_KEYS}
+        own = ("model", "messages", "stream", "tools", "prompt", "input")
+        return {key: value for key, value in self.body.items() if key not in own}
 
     @property
     def disconnected(self) -> bool:
@@ -983,15 +981,14 @@ def _conversation_parameter(value: Any, path: str, body: _JSON) -> None:
 
 def _check_closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
     """R, I*: in what is strict, objects are closed, and their properties all required."""
-    node, fault = _dict(schema), ""
-    if node.get("type") == "object" or not (context or "$ref" in node):
-        lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
-        if node.get("additionalProperties") is not False:
-            fault = "'additionalProperties' is required to be supplied and to be false."
-        elif lacking:
+    node = _dict(schema)
+    closed = node.get("additionalProperties") is False
+    lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
+    if (lacking or not closed) and (node.get("type") == "object" or not (context or "$ref" in node)):
+        fault = "'additionalProperties' is required to be supplied and to be false."
+        if closed:
             fault = "'required' is required to be supplied and to be an array including every key in properties. "
             fault += f"Missing '{lacking[0]}'."
-    if fault:
         raise _bad_request(f"Invalid schema for {of}: In context={context!r}, {fault}", param, code)
     for key in filter(node.__contains__, ("properties", "$defs", "anyOf", "items")):
         inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
