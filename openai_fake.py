@@ -1178,6 +1178,7 @@ _REFUSALS: dict[str, list[tuple[str, str, str, str, int, str | None, str | None,
          "You are not allowed to generate embeddings from this model"),
     ],
 }  # fmt: skip
+_pattern = lru_cache(64)(re.compile)  # each is compiled when it is first asked for; re's own cache costs more
 
 
 def _found(value: Any, path: str, where: str) -> Iterator[tuple[str, Any]]:
@@ -1198,7 +1199,7 @@ def _check_recorded(api: str, body: _JSON) -> None:
     turns = _list(body.get("messages") or body.get("input"))
     parts = any(each.__class__ is dict and each.get("content").__class__ is list for each in turns)
     for models, name, path, begin, status, param, code, words in _REFUSALS[api]:
-        if name in body and (parts or "content" not in path) and re.fullmatch(models, model):
+        if name in body and (parts or "content" not in path) and _pattern(models).fullmatch(model):
             for where, value in _found(body[name], path, name):
                 if match := re.match(begin, _string(value)):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
