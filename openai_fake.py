@@ -72,42 +72,20 @@ import warnings
 import zlib
 from binascii import b2a_base64
 from collections import Counter, deque
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from email.utils import formatdate
 from enum import IntEnum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, pairwise, repeat, starmap
+from itertools import accumulate, chain, pairwise, repeat, starmap
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TextIO,
-    TypedDict,
-    TypeVar,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from weakref import WeakSet
 
@@ -115,8 +93,9 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import unittest
+    from collections.abc import AsyncIterator
     from types import TracebackType
-    from typing import TypeAlias
+    from typing import NoReturn, TextIO, TypeAlias
 
     from typing_extensions import Self, Unpack, override
 else:
@@ -178,20 +157,18 @@ def _default(value: object) -> NoReturn:
     raise TypeError(f"cannot be sent as JSON: {value!r} is of type {type(value).__name__}")
 
 
-def _make_dumps() -> Callable[[object], str]:
-    """Compact JSON that leaves non-ASCII alone, from CPython's C encoder made once, where there is one."""
-    make: Any = getattr(json.encoder, "c_make_encoder", None)
-    quote: Any = getattr(json.encoder, "encode_basestring", None)
-    if make is None:  # PyPy
-        return json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default).encode
-    # markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
-    # RecursionError, and threads may encode one object at a time.
-    encode: Any = make(None, _default, quote, None, ":", ",", False, False, False)
-    return lambda value: "".join(encode(value, 0))
-
-
-_dumps = _make_dumps()
 _quote: Callable[[str], str] = json.encoder.encode_basestring
+_plain_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default)
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # PyPy has none
+# markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
+# RecursionError, and threads may encode one object at a time.
+_encode: Any = _make_encoder and _make_encoder(None, _default, _quote, None, ":", ",", False, False, False)
+
+
+def _dumps(value: object) -> str:
+    """Compact JSON that leaves non-ASCII alone, from CPython's C encoder made once, where there is one."""
+    return "".join(_encode(value, 0)) if _encode else _plain_encoder.encode(value)
+
 
 # Line readers of clients split at U+0085, U+2028 and U+2029; a lone surrogate has no UTF-8 form.
 _UNSENDABLE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
@@ -331,11 +308,8 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
     """Raises TypeError where a field is not of its type: the mistake shows where the value is made."""
     for name, (value, kind) in fields.items():
         if not isinstance(value, kind):
-            wanted = (
-                kind.__name__
-                if isinstance(kind, type)
-                else " or ".join(each.__name__ for each in kind if each is not type(None))
-            )
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(each.__name__ for each in kinds if each is not type(None))
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
         if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
@@ -351,8 +325,6 @@ _SECONDS = (int, float, type(None))
 
 class _Headers(Mapping[str, str]):
     """Header fields by name, in any case; a field sent several times is joined with commas (RFC 9110 5.3)."""
-
-    __slots__ = ("_fields",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._fields: dict[str, str] = {}
@@ -385,8 +357,7 @@ def _text_of(content: object) -> str:
     """All the text of a message's content: a string, or a list of content parts."""
     if isinstance(content, str):
         return content
-    parts = (part if isinstance(part, str) else _dict(part).get("text") for part in _list(content))
-    return "".join(part for part in parts if isinstance(part, str))
+    return "".join(_string(part if isinstance(part, str) else _dict(part).get("text")) for part in _list(content))
 
 
 def _last_text(items: list[Any]) -> str:
@@ -439,22 +410,20 @@ def _tool(value: object) -> Tool:
 
 def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
     call = _dict(value)
-    for key, kind, text in (("function", ToolCall, "arguments"), ("custom", CustomToolCall, "input")):
-        if about := _dict(call.get(key)):
-            return kind(_string(about.get("name")), _string(about.get(text)), id=_string(call.get("id")))
+    for make in (ToolCall, CustomToolCall):
+        if about := _dict(call.get(make._key)):
+            return make(_string(about.get("name")), _string(about.get(make._grows)), id=_string(call.get("id")))
     return None
 
 
 def _chat_messages(value: object) -> list[Message]:
     """The messages of a Chat Completions request."""
     messages: list[Message] = []
-    for each in _list(value):
-        sent = _dict(each)
-        calls = sent.get("tool_calls")
-        made = [call for each in _list(calls) if (call := _chat_call(each)) is not None] if calls else ()
-        content = _own(sent.get("content"))
+    for sent in map(_dict, _list(value)):
+        calls = tuple(call for call in map(_chat_call, _list(sent.get("tool_calls"))) if call is not None)
         id = sent.get("tool_call_id")
-        messages.append(Message(_string(sent.get("role")), content, tuple(made), id if isinstance(id, str) else None))
+        content = _own(sent.get("content"))
+        messages.append(Message(_string(sent.get("role")), content, calls, id if isinstance(id, str) else None))
     return messages
 
 
@@ -466,21 +435,17 @@ def _item_type(item: _JSON) -> Any:
 
 def _items_messages(items: Iterable[object]) -> list[Message]:
     """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
+    calls = {make._type: make for make in (ToolCall, CustomToolCall)}
     messages: list[Message] = []
-    for each in items:
-        item = _dict(each)
-        kind = _item_type(item)
+    for item in map(_dict, items):
+        kind = _string(_item_type(item))
         if kind == "message":
             messages.append(Message(_string(item.get("role")), _own(item.get("content"))))
-        elif kind in ("function_call", "custom_tool_call"):
-            make, key = (ToolCall, "arguments") if kind == "function_call" else (CustomToolCall, "input")
-            call = make(_string(item.get("name")), _string(item.get(key)), id=_string(item.get("call_id")))
-            if messages and messages[-1].role == "assistant":
-                before = messages.pop()
-                messages.append(Message("assistant", before.content, (*before.tool_calls, call)))
-            else:
-                messages.append(Message("assistant", None, (call,)))
-        elif kind in ("function_call_output", "custom_tool_call_output"):
+        elif make := calls.get(kind):
+            call = make(_string(item.get("name")), _string(item.get(make._grows)), id=_string(item.get("call_id")))
+            before = messages.pop() if messages and messages[-1].role == "assistant" else Message("assistant")
+            messages.append(replace(before, tool_calls=(*before.tool_calls, call)))
+        elif kind.removesuffix("_output") in calls:
             messages.append(Message("tool", _own(item.get("output")), tool_call_id=_string(item.get("call_id"))))
     return messages
 
@@ -503,20 +468,11 @@ _NOT_JSON = {  # by whether it came to Chat Completions
 
 def _too_deep(value: Any) -> bool:
     """Whether JSON is nested deeper than what follows it recursively can bear."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
-_OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
+    level, depth = [value], 0
+    while level and depth < _MAX_DEPTH:
+        inner = chain.from_iterable(_dict(each).values() or _list(each) for each in level)
+        level, depth = [each for each in inner if each.__class__ in (dict, list)], depth + 1
+    return bool(level)
 
 
 def _prompts(value: Any) -> list[Any]:
@@ -534,29 +490,17 @@ class Request:
     body of the same POST.
     """
 
-    __slots__ = (
-        "_before",
-        "_body",
-        "_connection",
-        "_deployment",
-        "_encoder",
-        "_gone",
-        "_messages",
-        "_note",
-        "_outcome",
-        "_remembered",
-        "_resolved",
-        "_said",
-        "_seconds",
-        "_shown",
-        "_status",
-        "api",
-        "headers",
-        "method",
-        "path",
-        "query",
-        "raw_body",
-    )
+    _deployment: str | None = None  # Azure names the model in the path
+    _resolved: list[Any] | None = None  # Responses: the input, where it referred to stored items
+    _connection: _Connection | None = None
+    _remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
+    _gone = False
+    # What became of it, for the transcript and the command line.
+    _status = 0  # 0: cut before any reply
+    _seconds = 0.0
+    _outcome = ""  # why the answer is not whole
+    _said: Sequence[_Utterance] = ()
+    _encoder: _Encoder | None = None  # that said it; the last few requests have it
 
     def __init__(
         self, api: str, method: str, path: str, query: str, headers: Mapping[str, str], raw_body: bytes = b""
@@ -567,63 +511,42 @@ class Request:
         self.query = query
         self.headers = headers
         self.raw_body = raw_body
-        self._deployment: str | None = None  # Azure names the model in the path
-        self._body: _JSON | None = None  # the server's
-        self._shown: _JSON | None = None  # the reader's
-        self._messages: list[Message] | None = None
         self._before: _History = _NO_HISTORY  # Responses: what is stored from before the input
-        self._resolved: list[Any] | None = None  # the input, where it referred to stored items
-        self._connection: _Connection | None = None
-        self._remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
-        self._gone = False
-        # What became of it, for the transcript and the command line.
-        self._status = 0  # 0: cut before any reply
-        self._seconds = 0.0
-        self._outcome = ""  # why the answer is not whole
-        self._encoder: _Encoder | None = None  # what was said; the last few requests have it
-        self._said: Sequence[_Utterance] = ()  # the same, without what the encoder holds beside it
         self._note: _JSON = {}  # what the control routes tell beside
 
     def _parse(self) -> _JSON:
         """The JSON object in the body. Raises APIError where there is none."""
+        data = self.raw_body
         try:
-            found: Any = _loads(self.raw_body.removeprefix(b"\xef\xbb\xbf").decode().strip(" \t\r\n"))
-            if self.raw_body.count(b"{") + self.raw_body.count(b"[") > _MAX_DEPTH and _too_deep(found):
-                raise RecursionError
+            found: Any = _loads(data.removeprefix(b"\xef\xbb\xbf").decode().strip(" \t\r\n"))
         except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or (data.count(b"{") + data.count(b"[") > _MAX_DEPTH and _too_deep(found)):
             raise APIError(400, _NOT_JSON[self.api == "chat.completions"])
-        self._body = body = cast(_JSON, found)
+        self._json = body = cast(_JSON, found)
         if self._deployment is not None and not body.get("model"):
             body["model"] = self._deployment
         return body
 
-    @property
+    @cached_property
     def body(self) -> _JSON:
         """The JSON object that was sent; {} where there was none. It is the reader's own."""
-        shown = self._shown
-        if shown is None:
-            self._shown = shown = _own(self._json)
-        return shown
+        return cast(_JSON, _own(self._json))
 
-    @property
+    @cached_property
     def _json(self) -> _JSON:
         """The body as the server reads it."""
-        body = self._body
-        if body is None:
-            try:
-                body = self._parse()
-            except APIError:  # the client was told
-                body = self._body = {}
-        return body  # not the attribute: _forget() may clear it at any time
+        try:
+            return self._parse()
+        except APIError:  # the client was told
+            return {}
 
     def _forget(self) -> None:
         """Drops what can be made again from the bytes: the journal holds many requests."""
         if self._connection is not None:
             self._gone = self._connection.state is _State.GONE
-        self._body = self._shown = self._messages = self._connection = None
-        self._remembered = {}
+        for name in ("_json", "body", "messages", "_connection", "_remembered"):
+            self.__dict__.pop(name, None)
 
     @property
     def model(self) -> str:
@@ -635,23 +558,18 @@ class Request:
         """Whether the client wants server-sent events."""
         return self._json.get("stream") is True
 
-    @property
+    @cached_property
     def messages(self) -> list[Message]:
         """The conversation as the model sees it.
 
         For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`. For
         Completions: one user message for each prompt.
         """
-        messages = self._messages
-        if messages is None:
-            if self.api == "responses":
-                messages = _items_messages(self._items)
-            elif self.api == "completions":
-                messages = [Message("user", each) for each in _prompts(self.prompt)]
-            else:
-                messages = _chat_messages(self._json.get("messages"))
-            self._messages = messages
-        return messages
+        if self.api == "responses":
+            return _items_messages(self._items)
+        if self.api == "completions":
+            return [Message("user", each) for each in _prompts(self.prompt)]
+        return _chat_messages(self._json.get("messages"))
 
     @property
     def turn(self) -> int:
@@ -662,13 +580,9 @@ class Request:
     @property
     def tool_results(self) -> list[Message]:
         """The tools' messages since the model's last answer, in order."""
-        results: list[Message] = []
-        for message in self.messages:
-            if message.role in ("tool", "function"):
-                results.append(message)
-            elif message.role == "assistant":
-                results = []
-        return results
+        messages = self.messages
+        begin = max((end for end, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
+        return [message for message in messages[begin:] if message.role in ("tool", "function")]
 
     def _told(self) -> tuple[list[Any], list[Any]]:
         """Instructions, and input, as items."""
@@ -701,10 +615,9 @@ class Request:
 
     def tool(self, name: str) -> Tool | None:
         """The tool of that name, or else of a name that ends so, as in "server__name"; None where none is offered."""
-        tools = self.tools
         ends = re.compile(f"(?:.*[^A-Za-z0-9])?{re.escape(name)}", re.DOTALL)
-        exact = [tool for tool in tools if tool.name == name]
-        return next(iter(exact or [tool for tool in tools if ends.fullmatch(tool.name)]), None)
+        found = [tool for tool in self.tools if ends.fullmatch(tool.name)]
+        return min(found, key=lambda tool: tool.name != name, default=None)
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -739,7 +652,8 @@ class Request:
     @property
     def options(self) -> dict[str, Any]:
         """Every key of the body that has no attribute of its own: `temperature`, `instructions`, ..."""
-        return {key: value for key, value in self.body.items() if key not in _OWN_KEYS}
+        own = ("model", "messages", "stream", "tools", "prompt", "input")
+        return {key: value for key, value in self.body.items() if key not in own}
 
     @property
     def disconnected(self) -> bool:
@@ -755,13 +669,7 @@ class Request:
     @property
     def answer(self) -> list[_Spoken]:
         """What the model has said to it, each part whole."""
-        return [item.part._with(item.pieces) for item in (self._said if self._encoder is None else self._encoder.items)]
-
-    def _settle(self, encoder: _Encoder | None) -> None:
-        """Keeps what was said, and not the encoder that said it."""
-        if encoder is not None:
-            self._said = encoder.items
-        self._encoder = None
+        return [item.part._with(item.pieces) for item in self._said]
 
     @override
     def __repr__(self) -> str:
@@ -776,11 +684,7 @@ def _estimate(items: Iterable[object]) -> int:
     tokens = 3
     for item in items:
         sent = cast(_JSON, item) if isinstance(item, dict) else {}
-        content = sent.get("content")
-        text = content if isinstance(content, str) else _text_of(content)
-        for key in ("output", "arguments"):
-            if key in sent:
-                text += _text_of(sent[key])
+        text = "".join([_text_of(sent[key]) for key in ("content", "output", "arguments") if key in sent])
         tokens += 4 + (len(text) + 3) // 4
     return tokens
 
@@ -789,8 +693,9 @@ def _estimate(items: Iterable[object]) -> int:
 # Each parameter is one entry of `_CHAT` or `_RESPONSES`; the entries stand in the API's order of checks (P). Beside the
 # marks of the module's docstring, I* is a public report that was not verified, B what this server could not bear.
 
-# A rule looks at a value, its path ("tools[0].type") and the object that holds it, and raises APIError for a fault.
-_Rule: TypeAlias = "Callable[[Any, str, dict[str, Any]], None]"
+# A rule looks at a value, its path ("tools[0].type") and the request's body, and raises APIError for a fault. What else
+# it has to know comes first: `partial` makes a rule of that.
+_Rule: TypeAlias = "Callable[[Any, str, _JSON], None]"
 
 _KINDS: dict[type, str] = {
     dict: "an object", str: "a string", int: "an integer", float: "a decimal", bool: "a boolean", list: "an array",
@@ -799,7 +704,7 @@ _KINDS: dict[type, str] = {
 
 
 def _bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
-    return APIError(400, message, type="invalid_request_error", code=code, param=param)
+    return APIError(400, message, param=param, code=code)
 
 
 def _missing(path: str) -> APIError:
@@ -816,352 +721,294 @@ def _unsupported(path: str, value: str, supported: Iterable[str]) -> APIError:
     return _bad_request(f"Invalid value: '{value}'. Supported values are: {listed}.", path, "invalid_value")
 
 
-def _anything(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _anything(value: Any, path: str, body: _JSON) -> None:
     """What no source constrains."""
 
 
-def _either(expected: str, *rules: tuple[type, _Rule]) -> _Rule:
+def _either(expected: str, by_type: dict[type, _Rule]) -> _Rule:
     """A value of one of these exact types (to the API a boolean is no integer), by its type's rule."""
-    by_type = dict(rules)
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         further = by_type.get(value.__class__)
         if further is None:
-            got = _KINDS.get(value.__class__, "an object")
-            raise _bad_request(
-                f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type"
-            )
-        further(value, path, holder)
+            words = f"Invalid type for '{path}': expected {expected}, but got {_KINDS[value.__class__]} instead."
+            raise _bad_request(words, path, "invalid_type")
+        further(value, path, body)
 
     return rule
 
 
-_boolean, _any_object = _either("a boolean", (bool, _anything)), _either("an object", (dict, _anything))
+_boolean, _any_object = _either("a boolean", {bool: _anything}), _either("an object", {dict: _anything})
 
 
-def _length(kind: str, low: int, high: int) -> _Rule:
+def _length(kind: str, low: int, high: int, value: Any, path: str, body: _JSON) -> None:
+    noun = kind.split()[1]
+    if len(value) < low:
+        expected = f"{kind} with minimum length {low}"
+        raise _outside(path, f"empty {noun}", expected, f"an empty {noun}", f"empty_{noun}")
+    if len(value) > high:
+        expected, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
+        raise _outside(path, f"{noun} too long", expected, got, f"{noun}_above_max_length")
+
+
+def _string_of(low: int, high: int = sys.maxsize) -> _Rule:
+    return _either("a string", {str: partial(_length, "a string", low, high)})
+
+
+_any_string, _name = _either("a string", {str: _anything}), _string_of(1)  # empty: I* 'tools[0].function.name'
+
+
+def _number(kind: str, types: Iterable[type], low: float = -math.inf, high: float = math.inf) -> _Rule:
     noun = kind.split()[1]
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        if len(value) < low:
-            least = f"{kind} with minimum length {low}"
-            raise _outside(path, f"empty {noun}", least, f"an empty {noun}", f"empty_{noun}")
-        if len(value) > high:
-            most, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
-            raise _outside(path, f"{noun} too long", most, got, f"{noun}_above_max_length")
-
-    return rule
-
-
-def _bounded_string(low: int = 0, high: int = sys.maxsize) -> _Rule:
-    return _either("a string", (str, _length("a string", low, high)))
-
-
-_any_string, _name = _either("a string", (str, _anything)), _bounded_string(low=1)  # empty: I* 'tools[0].function.name'
-
-
-def _between(word: str, low: float, high: float) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if value < low:
-            raise _outside(path, f"{word} below minimum value", f"a value >= {low}", value, f"{word}_below_min_value")
+            raise _outside(path, f"{noun} below minimum value", f"a value >= {low}", value, f"{noun}_below_min_value")
         if value > high:
-            raise _outside(path, f"{word} above maximum value", f"a value <= {high}", value, f"{word}_above_max_value")
+            raise _outside(path, f"{noun} above maximum value", f"a value <= {high}", value, f"{noun}_above_max_value")
 
-    return rule
-
-
-def _integer(low: float = -math.inf, high: float = math.inf) -> _Rule:
-    return _either("an integer", (int, _between("integer", low, high)))
+    return _either(kind, dict.fromkeys(types, rule))
 
 
-def _decimal(low: float, high: float) -> _Rule:
-    between = _between("decimal", low, high)
-    return _either("a decimal", (float, between), (int, between))
+_integer, _decimal = partial(_number, "an integer", (int,)), partial(_number, "a decimal", (int, float))
 
 
 def _enum(*supported: str) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if value not in supported:
             raise _unsupported(path, value, supported)
 
-    return _either("a string", (str, rule))
+    return _either("a string", {str: rule})
 
 
 def _array(of: _Rule, expected: str = "an array of objects", low: int = 0, high: int = sys.maxsize) -> _Rule:
-    length = _length("an array", low, high)
-
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        length(value, path, holder)
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        _length("an array", low, high, value, path, body)
         for i, member in enumerate(value):
-            of(member, f"{path}[{i}]", holder)
+            of(member, f"{path}[{i}]", body)
 
-    return _either(expected, (list, rule))
+    return _either(expected, {list: rule})
 
 
-def _object(required: dict[str, _Rule], optional: dict[str, _Rule] | None = None) -> _Rule:
+def _object(required: dict[str, _Rule], **optional: _Rule) -> _Rule:
     """Required members may not be null; optional ones may, as clients send explicit nulls."""
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         for name, member in required.items():
             if name not in value:
                 raise _missing(f"{path}.{name}")
-            member(value[name], f"{path}.{name}", value)
-        for name, member in (optional or {}).items():
+            member(value[name], f"{path}.{name}", body)
+        for name, member in optional.items():
             if value.get(name) is not None:
-                member(value[name], f"{path}.{name}", value)
+                member(value[name], f"{path}.{name}", body)
 
-    return _either("an object", (dict, rule))
+    return _either("an object", {dict: rule})
+
+
+def _strings(*names: str) -> _Rule:
+    return _object(dict.fromkeys(names, _any_string))
 
 
 def _tagged(tag: str, cases: dict[str, _Rule], closed: bool = True) -> _Rule:
     """An object whose `tag` names its rule; a tag that isn't in `cases` passes unless `closed`."""
-    tag_rule = _object({tag: _any_string})
+    tag_rule = _object({tag: _enum(*cases) if closed else _any_string})
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        tag_rule(value, path, holder)
-        case = cases.get(value[tag])
-        if case is not None:
-            case(value, path, holder)
-        elif closed:
-            raise _unsupported(f"{path}.{tag}", value[tag], cases)
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        tag_rule(value, path, body)
+        cases.get(value[tag], _anything)(value, path, body)
 
     return rule
 
 
-def _map(of: _Rule, properties: int = sys.maxsize, name_length: int = sys.maxsize) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        if len(value) > properties:
-            most, got = f"an object with at most {properties} properties", f"an object with {len(value)} properties"
-            raise _outside(path, "too many properties", most, got, "object_above_max_properties")
-        for name, member in value.items():
-            if len(name) > name_length:  # the words are by analogy, the code is P
-                most, got = f"a property name with maximum length {name_length}", f"one with length {len(name)}"
-                raise _outside(path, "property name too long", most, got, "property_name_above_max_length")
-            of(member, f"{path}.{name}", value)
-
-    return _either("an object", (dict, rule))
+def _map(of: _Rule, most: float, longest: float, value: Any, path: str, body: _JSON) -> None:
+    """An object of so many properties, with names of such a length."""
+    if len(value) > most:
+        expected, got = f"an object with at most {most} properties", f"an object with {len(value)} properties"
+        raise _outside(path, "too many properties", expected, got, "object_above_max_properties")
+    for name, member in value.items():
+        if len(name) > longest:  # the words are by analogy, the code is P
+            expected, got = f"a property name with maximum length {longest}", f"one with length {len(name)}"
+            raise _outside(path, "property name too long", expected, got, "property_name_above_max_length")
+        of(member, f"{path}.{name}", body)
 
 
-def _string_or(*parts: tuple[type, _Rule]) -> _Rule:
-    return _either("one of a string or array of objects", (str, _anything), *parts)  # P
+def _string_or_parts(of: _Rule) -> _Rule:
+    return _either("one of a string or array of objects", {str: _anything, list: _array(of)})  # P
 
 
-def _is_simple(item: Any) -> bool:
-    """Just a role and a text, as nearly all messages are: nothing more to look at."""
-    return (
-        item.__class__ is dict
-        and len(item) == 2
-        and item.get("role") in _SIMPLE_ROLES
-        and item.get("content").__class__ is str
+def _choice(of: _Rule, *words: str) -> _Rule:
+    return _either("one of a string or object", {str: _enum(*words), dict: of})
+
+
+def _needed(rule: _Rule, instead: Iterable[str], value: Any, path: str, body: _JSON) -> None:
+    """A parameter that may lack, or be null, only where another stands for it."""
+    if value is not None:
+        rule(value, path, body)
+    elif all(body.get(name) is None for name in instead):
+        raise _missing(path)
+
+
+_PLAIN = ("user", "assistant", "system", "developer")  # roles
+
+
+def _turns(further: _Rule, value: Any, path: str, body: _JSON) -> None:
+    """A list by a further rule, unless all of it is just roles and texts, as nearly always: nothing more to look at."""
+    plain = value.__class__ is list and all(
+        type(turn) is dict and len(turn) == 2 and turn.get("role") in _PLAIN and type(turn.get("content")) is str
+        for turn in value
     )
+    if not (plain and value):
+        further(value, path, body)
 
 
 # Chat's messages
 
-_SIMPLE_ROLES = ("user", "assistant", "system", "developer")
 _chat_parts: dict[str, _Rule] = {  # S, order I*
-    "text": _object({"text": _any_string}),
-    "image_url": _object({"image_url": _object({"url": _any_string})}),
+    "text": _strings("text"),
+    "image_url": _object({"image_url": _strings("url")}),
     "input_audio": _object({"input_audio": _any_object}),
-    "refusal": _object({"refusal": _any_string}),
+    "refusal": _strings("refusal"),
     "audio": _any_object,
     "file": _object({"file": _any_object}),
 }
-_message_content = _string_or((list, _array(_tagged("type", _chat_parts))))
+_message_content = _string_or_parts(_tagged("type", _chat_parts))
+_function_call = _strings("name", "arguments")
 _chat_calls: dict[str, _Rule] = {  # S
-    "function": _object({"id": _any_string, "function": _object({"name": _any_string, "arguments": _any_string})}),
-    "custom": _object({"id": _any_string, "custom": _object({"name": _any_string, "input": _any_string})}),
+    "function": _object({"id": _any_string, "function": _function_call}),
+    "custom": _object({"id": _any_string, "custom": _strings("name", "input")}),
 }
-_text_message = _object({"content": _message_content}, {"name": _any_string})
+_calls = _array(_tagged("type", _chat_calls), low=1)  # I*: Invalid 'messages[1].tool_calls': empty array.
+_text_message = _object({"content": _message_content}, name=_any_string)
 _calling_message = _object(
-    {},
-    {
-        "content": _message_content,
-        "name": _any_string,
-        "refusal": _any_string,
-        "tool_calls": _array(_tagged("type", _chat_calls), low=1),  # I*: Invalid 'messages[1].tool_calls': empty array.
-        "function_call": _object({"name": _any_string, "arguments": _any_string}),
-    },
+    {}, content=_message_content, name=_any_string, refusal=_any_string, tool_calls=_calls, function_call=_function_call
 )
 
 
-def _assistant_message(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _assistant_message(value: Any, path: str, body: _JSON) -> None:
     """S: an assistant's content may only lack where it said something else."""
-    otherwise = ("tool_calls", "function_call", "refusal", "audio")
-    rule = _text_message if all(value.get(name) is None for name in otherwise) else _calling_message
-    rule(value, path, holder)
+    otherwise = any(value.get(name) is not None for name in ("tool_calls", "function_call", "refusal", "audio"))
+    (_calling_message if otherwise else _text_message)(value, path, body)
 
 
 _roles: dict[str, _Rule] = {  # S, order I*
     "system": _text_message,
     "assistant": _assistant_message,
     "user": _text_message,
-    "function": _object({"name": _any_string}, {"content": _message_content}),
+    "function": _object({"name": _any_string}, content=_message_content),
     "tool": _object({"content": _message_content, "tool_call_id": _any_string}),
     "developer": _text_message,
 }
 _message_array = _array(_tagged("role", _roles), low=1)  # P, R (empty array)
 
 
-def _messages(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None:
-        raise _missing(path)
-    if value.__class__ is list and value and all(map(_is_simple, value)):
-        return
-    _message_array(value, path, holder)
-    _pairing(value)
-
-
-def _pairing(messages: list[Any]) -> None:
+def _messages(value: Any, path: str, body: _JSON) -> None:
     """I: tool messages follow their call, and a call's answers come before anything else."""
-    answered: dict[str, bool] = {}  # by the id of the last message's calls
-    ended: list[Any] = [*messages, {"role": ""}]
+    _message_array(value, path, body)
+    waiting: dict[str, bool] = {}  # by the id of the last message's calls, whether it has no answer yet
+    ended: list[Any] = [*value, {"role": ""}]
     for index, message in enumerate(ended):
         if message["role"] == "tool":
-            if message["tool_call_id"] not in answered:
+            if message["tool_call_id"] not in waiting:
                 words = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
                 raise _bad_request(f"Invalid parameter: {words}", f"messages.[{index}].role")
-            answered[message["tool_call_id"]] = True
-            continue
-        if lacking := [call for call, done in answered.items() if not done]:
+            waiting[message["tool_call_id"]] = False
+        elif lacking := [call for call, waits in waiting.items() if waits]:
             raise _bad_request(
                 "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
                 f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(lacking)}",
-                f"messages.[{min(index, len(messages) - 1)}].role",
+                f"messages.[{min(index, len(value) - 1)}].role",
             )
-        calls = message.get("tool_calls") if message["role"] == "assistant" else None
-        answered = {call["id"]: False for call in calls or ()}
+        else:
+            calls = message.get("tool_calls") if message["role"] == "assistant" else None
+            waiting = {call["id"]: True for call in calls or ()}
 
 
 # The Responses' input
 
 _input_parts = ("input_text", "input_image", "output_text", "refusal", "input_file", "computer_screenshot")  # S, I*
-_input_message = _object(
-    {"content": _string_or((list, _array(_tagged("type", dict.fromkeys(_input_parts, _anything)))))}
-)
-_output_parts: dict[str, _Rule] = {"output_text": _anything, "refusal": _anything}  # I*, S
-_output_message = _object({"content": _string_or((list, _array(_tagged("type", _output_parts))))})
-_call_output = _object({"call_id": _any_string, "output": _string_or((list, _array(_any_object)))})
-_item_roles: dict[str, _Rule] = {  # S
-    "assistant": _output_message,
-    "system": _input_message,
-    "developer": _input_message,
-    "user": _input_message,
-}
+_input_message = _object({"content": _string_or_parts(_object({"type": _enum(*_input_parts)}))})
+_output_message = _object({"content": _string_or_parts(_object({"type": _enum("output_text", "refusal")}))})  # I*, S
+_call_output = _object({"call_id": _any_string, "output": _string_or_parts(_any_object)})
+_item_roles = {"assistant": _output_message, **dict.fromkeys(("system", "developer", "user"), _input_message)}  # S
 _item_types: dict[str, _Rule] = {  # S; other types pass, as they grow
     "message": _tagged("role", _item_roles),
-    "function_call": _object({"call_id": _any_string, "name": _any_string, "arguments": _any_string}),
+    "function_call": _strings("call_id", "name", "arguments"),
     "function_call_output": _call_output,
-    "custom_tool_call": _object({"call_id": _any_string, "name": _any_string, "input": _any_string}),
+    "custom_tool_call": _strings("call_id", "name", "input"),
     "custom_tool_call_output": _call_output,
-    "item_reference": _object({"id": _any_string}),
+    "item_reference": _strings("id"),
 }
-_typed_item = _tagged("type", _item_types, closed=False)
+_named_item, _typed_item = _object({}, id=_any_string), _tagged("type", _item_types, closed=False)
 
 
-def _input_item(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if _is_simple(value):
-        return
-    if value.__class__ is dict:
-        if value.get("id") is not None:
-            _any_string(value["id"], f"{path}.id", value)
-        if value.get("type") is None:
-            value = {**value, "type": _item_type(value)}
-    _typed_item(value, path, holder)
+def _input_item(value: Any, path: str, body: _JSON) -> None:
+    _named_item(value, path, body)
+    _typed_item({**value, "type": _item_type(value)}, path, body)
 
 
-_item_array = _either("one of a string or array of input items", (str, _anything), (list, _array(_input_item)))  # P
-
-
-def _input(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is not None:
-        _item_array(value, path, holder)
-        return
-    instead = ("previous_response_id", "prompt", "conversation")  # S: each can stand for it
-    if all(holder.get(name) is None for name in instead):
-        raise _missing(path)
-
+_input = _either(
+    "one of a string or array of input items", {str: _anything, list: partial(_turns, _array(_input_item))}
+)  # P
 
 # Rules about more than one value
 
 
-def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None or value == "":
+def _chat_model(value: Any, path: str, body: _JSON) -> None:
+    if value in (None, ""):
         raise _bad_request("you must provide a model parameter", None)
-    if value.__class__ is not str:
-        _any_string(value, path, holder)
+    _any_string(value, path, body)
 
 
-def _responses_model(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None and holder.get("prompt") is not None:  # R: a prompt has its own
-        return
-    if value is None:
-        raise _missing(path)
-    if value.__class__ is not str:
-        _any_string(value, path, holder)
+_stream_flags = _object({}, include_usage=_boolean, include_obfuscation=_boolean)
 
 
-_stream_flags = _object({}, {"include_usage": _boolean, "include_obfuscation": _boolean})
-
-
-def _stream_options(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if holder.get("stream") is not True:
+def _stream_options(value: Any, path: str, body: _JSON) -> None:
+    if body.get("stream") is not True:
         raise _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
-    _stream_flags(value, path, holder)
+    _stream_flags(value, path, body)
 
 
-_conversation_id = _either("one of a string or object", (str, _anything), (dict, _object({"id": _any_string})))
+_conversation_id = _either("one of a string or object", {str: _anything, dict: _strings("id")})
 
 
-def _conversation_parameter(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if holder.get("previous_response_id") is not None:
-        words = (
-            "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'pre..._id' or 'conversation'."
-        )
-        raise _bad_request(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
-    _conversation_id(value, path, holder)
+def _conversation_parameter(value: Any, path: str, body: _JSON) -> None:
+    if body.get("previous_response_id") is not None:
+        words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: "
+        words += "'pre..._id' or 'conversation'."  # as the probe saw it, quotes and dots
+        raise _bad_request(words, None, "mutually_exclusive_parameters")
+    _conversation_id(value, path, body)
 
 
-def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
+def _check_closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
     """R, I*: in what is strict, objects are closed, and their properties all required."""
-    node, fault = _dict(schema), ""
-    if node.get("type") == "object" or not (context or "$ref" in node):
-        lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
-        if node.get("additionalProperties") is not False:
-            fault = "'additionalProperties' is required to be supplied and to be false."
-        elif lacking:
+    node = _dict(schema)
+    closed = node.get("additionalProperties") is False
+    lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
+    if (lacking or not closed) and (node.get("type") == "object" or not (context or "$ref" in node)):
+        fault = "'additionalProperties' is required to be supplied and to be false."
+        if closed:
             fault = "'required' is required to be supplied and to be an array including every key in properties. "
             fault += f"Missing '{lacking[0]}'."
-    if fault:
         raise _bad_request(f"Invalid schema for {of}: In context={context!r}, {fault}", param, code)
     for key in filter(node.__contains__, ("properties", "$defs", "anyOf", "items")):
         inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
         for name, each in [((), node[key])] if key == "items" else [((str(name),), each) for name, each in inner]:
-            _closed(each, of, param, code, (*context, key, *name))
+            _check_closed(each, of, param, code, (*context, key, *name))
 
 
-def _strict(form: _Rule, of: str, key: str, code: str | None, param: str = "") -> _Rule:
+def _strict(form: _Rule, of: str, key: str, code: str | None, value: Any, path: str, body: _JSON) -> None:
     """A rule, and then the one that a schema is closed where it is strict."""
-
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        form(value, path, holder)
-        if value.get("strict") is True:
-            _closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
-
-    return rule
+    form(value, path, body)
+    if value.get("strict") is True:
+        param = f"{path}.{key}" if code else of
+        _check_closed(value.get(key), f"{of} '{value['name']}'", param, code)
 
 
-def _moved(new: str) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        raise _bad_request(
-            f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. Try again "
-            "with the new parameter. See the API documentation for more information: "
-            "https://platform.openai.com/docs/api-reference/responses/create.",
-            None,
-            "unsupported_parameter",
-        )
-
-    return rule
+def _moved(new: str, value: Any, path: str, body: _JSON) -> None:
+    words = f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. "
+    words += "Try again with the new parameter. See the API documentation for more information: "
+    words += "https://platform.openai.com/docs/api-reference/responses/create."
+    raise _bad_request(words, None, "unsupported_parameter")
 
 
 # The tables
@@ -1169,15 +1016,16 @@ def _moved(new: str) -> _Rule:
 _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
 _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
-_metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # P
+_metadata = _either("an object", {dict: partial(_map, _string_of(0, 512), 16, 64)})  # P
 _named = _object({"name": _name})
-_function = _strict(_named, "function", "parameters", "invalid_function_parameters")
+_function = partial(_strict, _named, "function", "parameters", "invalid_function_parameters")
 _chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
-_named_tools: dict[str, _Rule] = {"function": _function, "custom": _named}  # S; hosted tools pass, as they grow
-_schema = _strict(_object({"name": _name, "schema": _any_object}), "response_format", "schema", "invalid_json_schema")
+_tool_of = _tagged("type", {"function": _function, "custom": _named}, closed=False)  # S; hosted ones pass, as they grow
+_schema_format = _object({"name": _name, "schema": _any_object})
+_schema = partial(_strict, _schema_format, "response_format", "schema", "invalid_json_schema")
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
-_chat_schema = _strict(_named, "response_format", "schema", None, "response_format")
+_chat_schema = partial(_strict, _named, "response_format", "schema", None)  # R: no code, and another param
 _chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
 _stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
@@ -1186,14 +1034,9 @@ _includes = (  # S
     "reasoning.encrypted_content", "message.output_text.logprobs",
 )  # fmt: skip
 
-
-def _choice(of: _Rule, *words: str) -> _Rule:
-    return _either("one of a string or object", (str, _enum(*words)), (dict, of))
-
-
 _CHAT: dict[str, _Rule] = {
     "model": _chat_model,  # P; B
-    "messages": _messages,  # P, R, I; B
+    "messages": partial(_needed, partial(_turns, _messages), ()),  # P, R, I; B
     "functions": _array(_named),  # S
     "function_call": _choice(_named, "none", "auto"),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
@@ -1216,13 +1059,13 @@ _CHAT: dict[str, _Rule] = {
     "prompt_cache_key": _any_string,  # S
     "prompt_cache_options": _any_object,  # S
     "prompt_cache_retention": _any_string,  # S; no enum: "in-memory" was once its spelling
-    "safety_identifier": _bounded_string(high=128),  # S
+    "safety_identifier": _string_of(0, 128),  # S
     "response_format": _tagged("type", _chat_formats),  # S
     "service_tier": _enum(*_SERVICE_TIERS),  # S
     "max_tokens": _integer(1),  # S
     "reasoning_effort": _EFFORTS,  # S
-    "logit_bias": _map(_decimal(-100, 100)),  # S
-    "stop": _either("one of a string or array of strings", (str, _anything), (list, _stop)),  # S
+    "logit_bias": _either("an object", {dict: partial(_map, _decimal(-100, 100), math.inf, math.inf)}),  # S
+    "stop": _either("one of a string or array of strings", {str: _anything, list: _stop}),  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
     "store": _boolean,  # S
@@ -1231,32 +1074,30 @@ _CHAT: dict[str, _Rule] = {
     "verbosity": _VERBOSITIES,  # P
 }
 
+
+def _as_in_chat(names: str) -> dict[str, _Rule]:
+    return {name: _CHAT[name] for name in names.split()}
+
+
 _RESPONSES: dict[str, _Rule] = {
-    "model": _responses_model,  # P; B
-    "messages": _moved("input"),  # P
-    "response_format": _moved("text.format"),  # I*
-    "reasoning_effort": _moved("reasoning.effort"),  # I*
+    "model": partial(_needed, _any_string, ["prompt"]),  # P; B; R: a prompt has its own
+    "messages": partial(_moved, "input"),  # P
+    "response_format": partial(_moved, "text.format"),  # I*
+    "reasoning_effort": partial(_moved, "reasoning.effort"),  # I*
     "moderation": _any_object,  # S
-    "input": _input,  # P; B
+    "input": partial(_needed, _input, ["previous_response_id", "prompt", "conversation"]),  # P; B; S
     "include": _array(_enum(*_includes), "an array of strings"),  # S
-    "tools": _array(_tagged("type", _named_tools, closed=False), "an array of tools"),  # P; S
+    "tools": _array(_tool_of, "an array of tools"),  # P; S
     "metadata": _metadata,  # P
-    "text": _object({}, {"format": _tagged("type", _formats), "verbosity": _VERBOSITIES}),  # S
-    "temperature": _decimal(0, 2),  # R, P; S
-    "top_p": _decimal(0, 1),  # S
-    "tool_choice": _choice(_tagged("type", _named_tools, closed=False), "none", "auto", "required"),  # S
-    "parallel_tool_calls": _boolean,  # S
-    "stream": _boolean,  # B
-    "stream_options": _stream_options,  # S
+    "text": _object({}, format=_tagged("type", _formats), verbosity=_VERBOSITIES),  # S
+    **_as_in_chat("temperature top_p"),
+    "tool_choice": _choice(_tool_of, "none", "auto", "required"),  # S
+    **_as_in_chat("parallel_tool_calls stream stream_options"),
     "background": _boolean,  # S
     "max_output_tokens": _integer(16),  # P
     "max_tool_calls": _integer(),  # S
-    "reasoning": _object({}, {"effort": _EFFORTS, "summary": _enum("auto", "concise", "detailed")}),  # S
-    "user": _any_string,  # S
-    "prompt_cache_key": _any_string,  # S
-    "prompt_cache_options": _any_object,  # S
-    "prompt_cache_retention": _any_string,  # S
-    "safety_identifier": _bounded_string(high=128),  # S
+    "reasoning": _object({}, effort=_EFFORTS, summary=_enum("auto", "concise", "detailed")),  # S
+    **_as_in_chat("user prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier"),
     "truncation": _enum("auto", "disabled"),  # S
     "instructions": _any_string,  # S
     "store": _boolean,  # S
@@ -1265,23 +1106,23 @@ _RESPONSES: dict[str, _Rule] = {
     **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
     "client_metadata": _anything,  # R: Codex
     "conversation": _conversation_parameter,  # P
-    "prompt": _object({"id": _any_string}),  # S
+    "prompt": _strings("id"),  # S
     "previous_response_id": _any_string,  # S
 }
 
 
-def _token(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _token(value: Any, path: str, body: _JSON) -> None:
     if not 0 <= value <= 100257:  # R
         words = f"Invalid token in prompt: {value}. Minimum value is 0, maximum value is 100257 (inclusive)."
         raise _bad_request(words, None)
 
 
-_prompt_tokens = _array(_either("an integer", (int, _token)))
-_prompt = _either("a string or an array of integers", (str, _anything), (int, _token), (list, _prompt_tokens))
-_same = "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
+_tokens_array = _array(_either("an integer", {int: _token}))
+_prompt = _either("a string or an array of integers", {str: _anything, int: _token, list: _tokens_array})
 _COMPLETIONS: dict[str, _Rule] = {  # S; R
-    **{name: _CHAT[name] for name in _same.split()},
-    "prompt": _either("one of a string or array", (str, _anything), (list, _array(_prompt))),
+    **_as_in_chat("model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream"),
+    **_as_in_chat("stream_options"),
+    "prompt": _either("one of a string or array", {str: _anything, list: _array(_prompt)}),
     "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
     "echo": _boolean, "suffix": _any_string,
 }  # fmt: skip
@@ -1291,107 +1132,106 @@ _INSTRUCT_MODELS = r"(gpt-3\.5-turbo-instruct|davinci-002|babbage-002).*"
 _UNTAKEN = "Unsupported parameter: '{where}' is not supported with this model."
 _EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' model. Supported values are: "
 _ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
-_NO_IMAGE = (
-    "You uploaded an unsupported image. Please make sure your image has of one the following formats: "
-    "['png', 'jpeg', 'gif', 'webp']."
-)
-_NO_FILE = (
-    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/"
-    "plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai."
-    "com/docs/assistants/tools/file-search#supported-files for supported file types."
-)
-# R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
-_REFUSALS: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
-    ("chat.completions", _INSTRUCT_MODELS, "model", "",
-     "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
-    ("chat.completions", r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "",
-     "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
-     None, "model_not_found", 404),
-    ("chat.completions", r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "",
-     _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
-    ("chat.completions", r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", _UNTAKEN, "{where}",
-     "unsupported_parameter", 400),
-    ("chat.completions", r"gpt-4(?!.*search).*", "web_search_options", "",
-     "Web search options not supported with this model.", "{where}", None, 400),
-    ("chat.completions", "o1-mini.*", "messages.[].role", "(system|developer)",
-     "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
-    ("chat.completions", f"(?!.*audio){_ANY_CHAT}", "messages.[].content.[].type", "input_audio",
-     "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value",
-     400),
-    ("chat.completions", ".*", "messages.[].content.[].image_url.url",
-     "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)", _NO_IMAGE, None, "invalid_image_format", 400),
-    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(none|minimal|xhigh|max)$",
-     _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(none|xhigh|max)$",
-     _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-    ("responses", ".*", "input.[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
-     _NO_FILE, "{where}", "invalid_value", 400),
-    ("responses", ".*", "input.[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
-     "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
-    ("completions", _ANY_CHAT, "model", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model",
-     None, 404),
-    ("completions", "text-embedding-.*", "model", "", "You are not allowed to sample from this model", None, None, 403),
-    ("embeddings", f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "",
-     "You are not allowed to generate embeddings from this model", None, None, 403),
-)  # fmt: skip
+
+# R. By API: models, what of a parameter they do not take, how that begins; status, param, code, and words.
+_REFUSALS: dict[str, list[tuple[str, str, str, str, int, str | None, str | None, str]]] = {
+    "chat.completions": [
+        (_INSTRUCT_MODELS, "model", "", "", 404, "model", None,
+         "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", "")),
+        (r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "", "", 404, None, "model_not_found",
+         "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations"),
+        (r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "", "", 400, "{where}", "unsupported_parameter",
+         _UNTAKEN + " Use 'max_completion_tokens' instead."),
+        ("o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", "", 400, "{where}",
+         "unsupported_parameter", _UNTAKEN),
+        ("gpt-4(?!.*search).*", "web_search_options", "", "", 400, "{where}", None,
+         "Web search options not supported with this model."),
+        ("o1-mini.*", "messages", "[].role", "(system|developer)", 400, "{where}", "unsupported_value",
+         "Unsupported value: '{where}' does not support '{value}' with this model."),
+        (f"(?!.*audio){_ANY_CHAT}", "messages", "[].content.[].type", "input_audio", 400, "{top}", "invalid_value",
+         "Invalid '{top}'. Content blocks are expected to be either text or image_url type."),
+        (".*", "messages", "[].content.[].image_url.url", "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)",
+         400, None, "invalid_image_format",
+         ("You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+          "['png', 'jpeg', 'gif', 'webp'].")),
+    ],
+    "responses": [
+        ("o[134].*|gpt-5-codex.*", "reasoning", "effort", "(none|minimal|xhigh|max)$", 400, "{where}",
+         "unsupported_value", _EFFORT + "'low', 'medium', and 'high'."),
+        ("gpt-5(-mini|-nano)?(-20.*)?", "reasoning", "effort", "(none|xhigh|max)$", 400, "{where}",
+         "unsupported_value", _EFFORT + "'minimal', 'low', 'medium', and 'high'."),
+        (".*", "input", "[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)", 400, "{where}",
+         "invalid_value",
+         ("Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:"
+          "text/plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://"
+          "platform.openai.com/docs/assistants/tools/file-search#supported-files for supported file types.")),
+        (".*", "input", "[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)", 400, "input",
+         "unsupported_file", "The file type you uploaded is not supported. Please try again with a pdf"),
+    ],
+    "completions": [
+        (_ANY_CHAT, "model", "", "", 404, "model", None,
+         "This is a chat model and not " + _ELSEWHERE.format("", "chat/")),
+        ("text-embedding-.*", "model", "", "", 403, None, None, "You are not allowed to sample from this model"),
+    ],
+    "embeddings": [
+        (f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "", "", 403, None, None,
+         "You are not allowed to generate embeddings from this model"),
+    ],
+}  # fmt: skip
+_pattern = lru_cache(64)(re.compile)  # each is compiled when it is first asked for; re's own cache costs more
 
 
-def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]:
-    """The values at a path below a value, ["[]", "role"], and where they are."""
-    if not path:
-        yield where, value
-    elif path[0] == "[]":
+def _found(value: Any, path: str, where: str) -> Iterator[tuple[str, Any]]:
+    """The values at a path below a value, "[].role", and where they are."""
+    key, _, rest = path.partition(".")
+    if key == "[]":
         for at, each in enumerate(_list(value)):
-            yield from _found(each, path[1:], f"{where}[{at}]")
-    elif (inner := _dict(value).get(path[0])) is not None:
-        yield from _found(inner, path[1:], f"{where}.{path[0]}")
+            yield from _found(each, rest, f"{where}[{at}]")
+    elif key:
+        yield from _found(_dict(value).get(key), rest, f"{where}.{key}")
+    elif value is not None:
+        yield where, value
 
 
-def _check_recorded(api: str, body: dict[str, Any]) -> None:
+def _check_recorded(api: str, body: _JSON) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    turns: Any = body.get("messages") or body.get("input")
-    turns = turns if turns.__class__ is list else ()
-    parts = [1 for each in turns if each.__class__ is dict and each.get("content").__class__ is list]
-    for of, models, path, begin, words, param, code, status in _REFUSALS:
-        if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
-            name, *rest = path.split(".")
-            model = _string(body.get("model"))
-            for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
-                if match := re.match(begin, value if isinstance(value, str) else ""):
+    model = _string(body.get("model"))
+    turns = _list(body.get("messages") or body.get("input"))
+    parts = any(each.__class__ is dict and each.get("content").__class__ is list for each in turns)
+    for models, name, path, begin, status, param, code, words in _REFUSALS[api]:
+        if name in body and (parts or "content" not in path) and _pattern(models).fullmatch(model):
+            for where, value in _found(body[name], path, name):
+                if match := re.match(begin, _string(value)):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
                     told |= match.groupdict()
                     raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
 
 
-_ORDERS = {  # P. The rules; what is looked for before unknown parameters; and where null is as absent.
+# P. The rules; what may not lack, and is looked for before unknown parameters; what is looked for where it lacks.
+_ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...], tuple[str, ...]]] = {
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
     "responses": (_RESPONSES, ("model",), ("model", "input")),
     "completions": (_COMPLETIONS, ("model",), ("model",)),
 }
 
 
-def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
+def _check_request(api: str, body: _JSON, strict: bool) -> None:
     """Raises the first fault of a request, in the API's order of checks. `strict`: unknown parameters are faults."""
-    rules, first, required = _ORDERS[api]
+    rules, first, needed = _ORDERS[api]
     for name in first:
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
     _check_recorded(api, body)
-    if strict:
-        for name in body:
-            if name not in rules:
-                raise _unknown_parameter(name, body, rules)
-    for name in [name for name in rules if name in body or name in required]:
-        value = body.get(name)
-        if value is not None or name in required:
+    for name in body if strict else ():
+        if name not in rules:
+            others = [other for other in rules if other not in body and abs(len(other) - len(name)) < 3]
+            distance, other = min(((_distance(name, other), other) for other in others), default=(3, ""))
+            hint = f" Did you mean '{other}'?" if distance < 3 else ""
+            raise _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
+    given = {**dict.fromkeys(needed), **body}
+    for name in filter(given.__contains__, rules):
+        if (value := given[name]) is not None or name in needed:
             rules[name](value, name, body)
-
-
-def _unknown_parameter(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
-    near = [(_distance(name, other), other) for other in known if other not in body and abs(len(other) - len(name)) < 3]
-    distance, other = min(near, default=(3, ""))
-    hint = f" Did you mean '{other}'?" if distance < 3 else ""
-    return _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
 
 
 def _distance(left: str, right: str) -> int:
@@ -1423,24 +1263,19 @@ def _check_conversation(items: list[Any], start: int, reasons: bool = True, stor
     whether the response will be: then what belongs to reasoning must be named (R).
     """
     facts = [
-        _ItemFacts(_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
+        _ItemFacts(*map(_string, (_item_type(item), item.get("id"), item.get("call_id"), item.get("role"))))
         for item in map(_dict, items)
     ]
-    _check_ids(facts, start)
-    if not any(item.type in _OPAQUE for item in facts):
-        _check_calls(facts, start)
-    _check_reasoning(facts, start, reasons, stored)
-
-
-def _check_ids(facts: list[_ItemFacts], start: int) -> None:
-    """I: no id comes twice."""
-    seen: set[str] = set()
-    for index, item in enumerate(facts):
-        if item.id in seen and index >= start:
+    seen = {item.id for item in facts[:start]}
+    for item in facts[start:]:
+        if item.id and item.id in seen:  # I
             words = f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again."
             raise _bad_request(words, "input")
-        if item.id:
-            seen.add(item.id)
+        seen.add(item.id)
+    if not any(item.type in _OPAQUE for item in facts):
+        _check_calls(facts, start)
+    if any(seen):  # what has no id is new: it belongs to no reasoning
+        _check_reasoning(facts, start, reasons, stored)
 
 
 def _check_calls(facts: list[_ItemFacts], start: int) -> None:
@@ -1449,38 +1284,29 @@ def _check_calls(facts: list[_ItemFacts], start: int) -> None:
     answered = {item.call_id for item in facts if item.type.endswith("_call_output")}
     for item in facts[start:]:
         if item.type == "function_call_output" and item.call_id not in called:
-            words = f"No tool call found for function call output with call_id {item.call_id}."
-            raise _bad_request(words, "input")
+            raise _bad_request(f"No tool call found for function call output with call_id {item.call_id}.", "input")
     for item in facts:
         if item.type == "function_call" and item.call_id not in answered:
             raise _bad_request(f"No tool output found for function call {item.call_id}.", "input")
 
 
 def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored: bool) -> None:
-    """R, I*: a reasoning item goes with what the model said after it. What has no id is new: nothing belongs to it."""
+    """R, I*: a reasoning item goes with what the model said after it."""
     before = False  # whether reasoning has come since the user spoke
-    for index, item in enumerate(facts):
+    for index, (item, after) in enumerate(pairwise([*facts, _ItemFacts("message", "", "", "user")])):
         if item.type == "reasoning" or item.type in _OPAQUE:
             before = True
         elif item.role not in ("", "assistant"):
             before = False
-        if index < start or not item.id:
-            continue
-        if item.type == "reasoning" and _ends_turn(facts, index, stored):
-            words = f"Item '{item.id}' of type 'reasoning' was provided without its required following item."
+        # What follows is none of the model's, nor is a message without an id where it is to be stored.
+        ends = after.role not in ("", "assistant") or after.type.endswith("_output")
+        ends = ends or (stored and after.role == "assistant" and not after.id)
+        lacks = "following" if item.type == "reasoning" and ends else ""
+        if item.type == "web_search_call" and reasons and not before:
+            lacks = "'reasoning'"  # to which the API adds the missing item's id
+        if lacks and item.id and index >= start:
+            words = f"Item '{item.id}' of type '{item.type}' was provided without its required {lacks} item."
             raise _bad_request(words, "input")
-        if item.type == "web_search_call" and reasons and not before:  # the API adds the missing item's id
-            words = f"Item '{item.id}' of type 'web_search_call' was provided without its required 'reasoning' item."
-            raise _bad_request(words, "input")
-
-
-def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
-    """Whether nothing of the model's follows an item; a message without an id is none where it is to be stored."""
-    if index + 1 == len(facts):
-        return True
-    after = facts[index + 1]
-    nameless = stored and after.role == "assistant" and not after.id
-    return nameless or after.type.endswith("_output") or after.role not in ("", "assistant")
 
 
 # ---- What a handler answers ------------------------------------------------------------------------------------------
@@ -5001,7 +4827,7 @@ class _Delivery:
                     try:
                         self._carry(answer)
                     finally:
-                        self.request._settle(self.encoder)
+                        self.request._said = self.encoder.items
             except _Gone:
                 pass
             finally:
@@ -5040,7 +4866,7 @@ class _Delivery:
     def _begin(self, reply: Reply, log: _Log | None) -> None:
         self.encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
         if log is None:
-            self.request._encoder = self.encoder
+            self.request._encoder, self.request._said = self.encoder, self.encoder.items
         if self.store is not None:
             self.store(self.encoder, log)
 
@@ -5592,7 +5418,7 @@ def _query(request: Request) -> dict[str, str]:
 
 
 _LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")  # S: of lists
-_INPUTS = _length("an array", 1, 2048)  # S: of embeddings; B: of moderations
+_INPUTS = partial(_length, "an array", 1, 2048)  # S: of embeddings; B: of moderations
 
 
 def _listing(
@@ -7919,8 +7745,7 @@ class FakeOpenAI:
         """Keeps a request for the transcript, in place of the oldest one there."""
         if len(self._recent) == self._recent.maxlen:
             with suppress(IndexError):
-                oldest = self._recent[0]
-                oldest._settle(oldest._encoder)
+                self._recent[0]._encoder = None
         self._recent.append(request)
 
     def _check_page(self, request: Request, path: str) -> None:
@@ -7973,7 +7798,7 @@ class FakeOpenAI:
             with suppress(Exception):
                 self._observe(request)
         if request not in tuple(self._recent):  # many came since: it is no more of the last
-            request._settle(request._encoder)
+            request._encoder = None
 
 
 _NOT_USERS = re.compile(  # where code is that is not the user's; a dataclass's __init__ is of <string>
