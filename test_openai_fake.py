@@ -1812,6 +1812,10 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual(" ".join(item), "id type status arguments call_id caller name namespace")
         self.assertEqual(item["caller"], {"type": "program", "caller_id": "call_1"})
         self.assertEqual(item["status"], "in_progress")
+        call: Any = ToolCall("f", id="call_1", namespace="n")
+        whole = Completion([CompletionChoice(Message("assistant", tool_calls=(call,)))])
+        for answer in (whole, Chunk([ChunkChoice(tool_calls=[call])])):
+            self.assertEqual(spoken("responses", answer)["output"][0]["namespace"], "n")
 
     def test_annotations_come_where_they_belong(self) -> None:
         """A url_citation after the delta that ends it, a file_citation before the character it names, files last."""
@@ -2127,6 +2131,20 @@ class RecordedTest(unittest.TestCase):
             sent = self.sent(api, iter(["It's", " not", " cut here."]), True)
             with self.subTest(api=api):
                 self.assertEqual(text_deltas(api, streamed(api, recorded(sent))), ["It's", " not", " cut here."])
+
+    def test_a_stream_that_failed(self) -> None:
+        """What was said before the error, whole or in part, is said again, and the error as it was told."""
+        for said in (
+            [],
+            ["Let me see"],
+            [Reasoning("One two", "three")],
+            [ToolCall("f", {"a": 1})],
+            [Refusal("No way")],
+        ):
+            for api, error in itertools.product(PATHS, (StreamError("bad", code="c"), StreamError("bad", event=False))):
+                with self.subTest(api=api, said=said, error=error):
+                    sent = self.sent(api, [*said, error], True)
+                    self.assertEqual(self.plain(self.sent(api, recorded(sent), True)), self.plain(sent))
 
     def test_every_form_of_it(self) -> None:
         """Bytes, text, dicts, lists of events, objects with model_dump: returned as they are, or by `recorded`."""
