@@ -2588,14 +2588,14 @@ class Reply:
         if isinstance(inner, Mapping) or hasattr(inner, "model_dump"):
             inner = recorded(cast(object, inner))
         if not isinstance(inner, Reply):
-            inner = None
             for part in parts:
                 if type(part) is not str:
                     _check_content(part)
-        self.parts = cast("Sequence[_Content]", parts if inner is None else inner.parts)
-        self.id: str | None = id or getattr(inner, "id", None)
-        self.model: str | None = model or getattr(inner, "model", None)
-        self.created: int | None = getattr(inner, "created", None) if created is None else created
+            inner = inner if isinstance(inner, Completion) else None
+        self.parts = cast("Sequence[_Content]", getattr(inner, "parts", parts))
+        self.id: str | None = id or getattr(inner, "id", None) or None
+        self.model: str | None = model or getattr(inner, "model", None) or None
+        self.created: int | None = getattr(inner, "created", None) or None if created is None else created
         self.headers: Mapping[str, str] = _header_fields(headers) if headers else getattr(inner, "headers", {})
         self.extra: Mapping[str, Any] = {**getattr(inner, "extra", {}), **(extra or {})}
         self.only = only
@@ -2607,12 +2607,10 @@ class Reply:
         """The parts, where they are all known before anything is sent; None where they come in time."""
         known: list[_Part] = []
         for content in self.parts:
-            if isinstance(content, (str, _Part)):
-                known.append(_part(content))
-            elif isinstance(content, Completion):
-                known.extend(content._parts())
-            elif isinstance(content, (list, tuple)):
-                known.extend(map(_part, content))
+            if isinstance(content, Completion):
+                known += content._parts()
+            elif isinstance(content, (str, _Part, list, tuple)):
+                known += map(_part, content if isinstance(content, (list, tuple)) else [content])
             else:
                 return None
         return known
@@ -2626,8 +2624,6 @@ def _reply(answer: Any) -> Reply:
         raise answer
     if answer is None:
         raise ValueError("handler returned empty response: None (forgot `return`?)")
-    if isinstance(answer, Completion):
-        return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
     try:
         return Reply(answer)
     except (TypeError, ValueError) as error:
@@ -2931,13 +2927,11 @@ class _Sample:
         return float(low + high) / 2
 
     def string(self, schema: _JSON, depth: int) -> str:
-        least, most = schema.get("minLength", 0), schema.get("maxLength", _LARGE)
-        words = (
-            _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
-        )
+        least, most, form = schema.get("minLength", 0), schema.get("maxLength", _LARGE), schema.get("format", "")
+        words = _FORMATS.get(form) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
         texts = [words.ljust(least, "s"), *_FORMATS.values()]
         if "pattern" in schema:
-            if schema.get("format") in _FORMATS:
+            if form in _FORMATS:
                 self.fail(schema, "a text of a format and a pattern")
             try:
                 texts = [*_matching(schema["pattern"], least, min(most, _LARGE))]
@@ -3262,8 +3256,12 @@ def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, p
         if text or (text is not None and not opens):  # else it opens the choice, and says nothing yet
             logprobs = _dict(choice.get("logprobs")).get(key) or None
             parts.append(say(text, choice=index, logprobs=logprobs))
-    if delta.get("annotations"):
-        _read_annotations(_list(delta["annotations"]), index, parts, path)
+    if delta.get("annotations"):  # their places are in all that the choice has said
+        at = next((at for at, each in enumerate(parts) if isinstance(each, Text) and each.choice == index), None)
+        if at is None:
+            raise ValueError(f"{path}.annotations come before any text")
+        first = cast(Text, parts[at])
+        parts[at] = replace(first, annotations=(*first.annotations, *map(_dict, _list(delta["annotations"]))))
     for key, value in _dict(delta.get("audio")).items():
         audio[key] = audio[key] + value if key in ("data", "transcript") and key in audio else value
     calls = _list(delta.get("tool_calls"))
@@ -3276,25 +3274,6 @@ def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, p
         parts.append(make(name, text, id=call.get("id"), choice=index))
     if choice.get("finish_reason"):
         parts.append(Finish(choice["finish_reason"], choice=index))
-
-
-def _read_annotations(annotations: list[Any], choice: int, parts: list[_Part], path: str) -> None:
-    """Gives annotations to the texts in which they stand: their places are in all that the choice has said."""
-    texts: dict[int, int] = {}  # by where it begins: the position of the last fragment of each text
-    begin = length = 0
-    for at, part in enumerate(parts):
-        if isinstance(part, Text) and part.choice == choice:
-            texts[begin] = at
-            length += len(part.text)
-        elif isinstance(part, _Spoken) and part.choice == choice:
-            begin = length  # a text after it is another
-    if not texts:
-        raise ValueError(f"{path}.annotations come before any text")
-    for annotation in map(_annotation, map(_dict, annotations)):
-        begin = max(each for each in texts if each <= annotation.get("start_index", 0))
-        moved: _JSON = {key: annotation[key] - begin for key in ("start_index", "end_index") if key in annotation}
-        text = cast(Text, parts[texts[begin]])
-        parts[texts[begin]] = replace(text, annotations=(*text.annotations, {**annotation, **moved}))
 
 
 def _recorded_error(error: Any, event: bool) -> StreamError:
@@ -3315,18 +3294,19 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
     if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
-    extra = {key: value for key, value in body.items() if key not in _ECHOED and value is not None}
+    echoed = _ECHO.split()
+    extra = {key: value for key, value in body.items() if key not in echoed and value is not None}
     created = body.get("created_at")  # of the SDK a float
     return Reply(*parts, id=body.get("id"), model=body.get("model"), created=created and int(created), extra=extra)
 
 
 # Keys of a response that come from its request, or from what is said. All others are told as they were.
-_ECHOED = """
+_ECHO = """
     id object created_at status background billing completed_at conversation error frequency_penalty incomplete_details
     instructions max_output_tokens max_tool_calls metadata model output output_text parallel_tool_calls presence_penalty
     previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning safety_identifier
     temperature text tool_choice tools top_logprobs top_p truncation usage user
-""".split()
+"""
 
 
 def _recorded_item(value: Any, path: str) -> _Spoken:

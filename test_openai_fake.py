@@ -7464,9 +7464,11 @@ class AnswersTest(unittest.TestCase):
                 self.assertEqual(text_streamed(api, events), "Hello you")
 
     def test_a_reply_has_its_envelope(self) -> None:
-        """A Reply's id, model, time and headers are the answer's, in all four encodings."""
-        reply = Reply("Hi", id="my-id", model="my-model", created=7, headers={"X-Own": "yes", "openai-version": "mine"})
-        for api, stream in itertools.product(PATHS, (False, True)):
+        """A Reply's id, model, time and headers are the answer's, in all four encodings; so are a Completion's in one."""
+        headers = {"X-Own": "yes", "openai-version": "mine"}
+        said = Completion([CompletionChoice(Message("assistant", "Hi"))], id="my-id", model="my-model", created=7)
+        replies = (Reply("Hi", id="my-id", model="my-model", created=7, headers=headers), Reply(said, headers=headers))
+        for reply, api, stream in itertools.product(replies, PATHS, (False, True)):
             with self.subTest(name=api, stream=stream), FakeOpenAI(always(reply)) as server:
                 answer = call(server, BODIES[api](stream=stream))
                 body = answer.events[0] if stream else answer.json
