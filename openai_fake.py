@@ -2595,12 +2595,10 @@ class Reply:
         self.parts = cast("Sequence[_Content]", getattr(inner, "parts", parts))
         self.id: str | None = id or getattr(inner, "id", None) or None
         self.model: str | None = model or getattr(inner, "model", None) or None
-        self.created: int | None = getattr(inner, "created", None) or None if created is None else created
+        self.created: int | None = (getattr(inner, "created", None) or None) if created is None else created
         self.headers: Mapping[str, str] = _header_fields(headers) if headers else getattr(inner, "headers", {})
         self.extra: Mapping[str, Any] = {**getattr(inner, "extra", {}), **(extra or {})}
-        self.only = only
-        self.ttft = ttft
-        self.itl = itl
+        self.only, self.ttft, self.itl = only, ttft, itl
         self._fragments: bool = getattr(inner, "_fragments", False)  # whether all parts are fragments, sent as given
 
     def _known(self) -> list[_Part] | None:
@@ -2650,16 +2648,17 @@ _WAKE: Any = object()  # in a Stream's queue: look whether the client has left
 class Stream:
     """A live answer: a test sends its parts, from any thread, while the client reads.
 
-    It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops,
-    unless the test was told that the client has left, or when its client has waited for the next part for `timeout`
-    seconds (None: for ever). The waits block their thread: in a coroutine, `await asyncio.to_thread(stream.flush)`.
+    It serves one request, which is `request` once it came; a second one is an error. A Stream that is never closed is
+    an error when the server stops, unless the test was told that the client has left, or when its client has waited for
+    the next part for `timeout` seconds (None: for ever). The waits block their thread: in a coroutine, `await
+    asyncio.to_thread(stream.flush)`.
     """
 
     def __init__(self, *, timeout: float | None = 30.0) -> None:
         self._timeout = timeout
         self._queue: queue.SimpleQueue[_Part] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the fields below, and tells when they change
-        self._request: Request | None = None
+        self.request: Request | None = None
         self._sent = 0  # parts, and the end
         self._taken = 0  # parts, by the answer
         self._written = 0  # of what was sent, on the wire
@@ -2703,20 +2702,15 @@ class Stream:
         """
         if not _wait(self._changed, lambda: self._gone or self._written >= self._sent, timeout, "stream.flush"):
             missing = self._sent - self._written
-            why = "no request has come" if self._request is None else "the client does not read"
+            why = "no request has come" if self.request is None else "the client does not read"
             raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
         return self._written >= self._sent or not self.disconnected
 
-    @property
-    def request(self) -> Request | None:
-        """The request that this Stream answers; None until it came."""
-        return self._request
-
     def wait_request(self, timeout: float = 5.0) -> Request:
         """Waits for the request that this Stream answers. Raises TimeoutError after `timeout` seconds."""
-        if not _wait(self._changed, lambda: self._request is not None, timeout, "stream.wait_request"):
+        if not _wait(self._changed, lambda: self.request is not None, timeout, "stream.wait_request"):
             raise TimeoutError(f"no request came for this Stream in {timeout} s")
-        return cast(Request, self._request)
+        return cast(Request, self.request)
 
     @property
     def disconnected(self) -> bool:
@@ -2731,17 +2725,15 @@ class Stream:
     def _check_closed(self) -> None:
         if not self._ended and not self._noticed:
             raise RuntimeError(
-                f"a Stream was never closed, for {self._request!r}: close() ends it; where the client is to leave "
+                f"a Stream was never closed, for {self.request!r}: close() ends it; where the client is to leave "
                 "first, look whether it has, by wait_disconnected() or `disconnected`"
             )
 
     def _serve(self, request: Request) -> None:
         with self._changed:
-            if self._request is not None:
-                raise RuntimeError(
-                    f"a Stream serves one request: it has served {self._request!r}, now came {request!r}"
-                )
-            self._request = request
+            if self.request is not None:
+                raise RuntimeError(f"a Stream serves one request: it has served {self.request!r}, now came {request!r}")
+            self.request = request
             self._changed.notify_all()
 
     def _on_wire(self, count: int) -> None:
@@ -2771,10 +2763,9 @@ class Script:
         if (when is None) != (otherwise is None):
             raise TypeError("a Script takes when=function and otherwise=answer together, or neither")
         for answer in answers if otherwise is None else (*answers, otherwise):
-            if not (
-                callable(answer) or isinstance(answer, (APIError, Reply, Mapping)) or hasattr(answer, "model_dump")
-            ):
-                _check_content(answer)
+            if callable(answer) or isinstance(answer, (APIError, Reply, Mapping)) or hasattr(answer, "model_dump"):
+                continue
+            _check_content(answer)
         self._answers = answers
         self._when = when
         self._otherwise = otherwise
@@ -2877,12 +2868,9 @@ class _Sample:
 
     def choose(self, options: list[Any], depth: int) -> list[Any]:
         """The first of some schemas that is not null; below, the first that ends."""
-
-        def avoided(option: _JSON) -> bool:
-            kind = option.get("type")
-            return kind == "null" if depth < _DEEP else "$ref" in option or kind in ("object", "array")
-
-        return sorted(options, key=avoided)[:1]
+        if depth < _DEEP:
+            return sorted(options, key=lambda each: each.get("type") == "null")[:1]
+        return sorted(options, key=lambda each: "$ref" in each or each.get("type") in ("object", "array"))[:1]
 
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
@@ -2966,10 +2954,8 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
                 made += chr(value) if kind == "LITERAL" else next(each for each in "ab" if value != ord(each))
             elif kind in ("MAX_REPEAT", "MIN_REPEAT"):
                 made += text(value[2], more, False, False) * (value[0] + min(more, value[1] - value[0]))
-            elif kind == "SUBPATTERN":
-                made += text(value[-1], more, begins, ends)
-            elif kind == "BRANCH":
-                made += text(value[1][0], more, begins, ends)
+            elif kind in ("SUBPATTERN", "BRANCH"):
+                made += text(value[-1] if kind == "SUBPATTERN" else value[1][0], more, begins, ends)
             elif kind != "AT" or not {"AT_BEGINNING": begins, "AT_END": ends}.get(str(value)):
                 raise ValueError(f"{kind.lower()} is in it")
         return made[: _LARGE + 1]  # of repeats in repeats, which may be too long to hold
@@ -3227,16 +3213,16 @@ def _recorded_chunks(chunks: list[_JSON], holder: str) -> Reply:
         if "error" in chunk:
             parts.append(_recorded_error(chunk["error"], True))
             continue
-        envelope = {**_only(chunk, _CHAT_KEYS, path), **envelope}
-        envelope["moderation"] = chunk.get("moderation", envelope.get("moderation"))
+        envelope = {
+            **_only(chunk, _CHAT_KEYS, path),
+            **{key: each for key, each in envelope.items() if each is not None},
+        }
         for number, choice in enumerate(_list(chunk.get("choices"))):
             where = f"{path}.choices[{number}]"
             _read_choice(_only(choice, f"index {holder} logprobs finish_reason", where), holder, parts, audio, where)
         parts += _recorded_usage(chunk.get("usage"), ("prompt", "completion"))
     if audio:
         parts.insert(0, Item("audio", **audio))
-    if envelope.get("moderation") is None:
-        envelope.pop("moderation", None)
     extra: _JSON = {
         key: envelope[key] for key in ("service_tier", "system_fingerprint", "moderation") if key in envelope
     }

@@ -7464,7 +7464,7 @@ class AnswersTest(unittest.TestCase):
                 self.assertEqual(text_streamed(api, events), "Hello you")
 
     def test_a_reply_has_its_envelope(self) -> None:
-        """A Reply's id, model, time and headers are the answer's, in all four encodings; so is a Completion's id in one."""
+        """A Reply's id, model, time and headers are the answer's, in all four encodings; so are a Completion's."""
         headers = {"X-Own": "yes", "openai-version": "mine"}
         said = Completion([CompletionChoice(Message("assistant", "Hi"))], id="my-id", model="my-model", created=7)
         replies = (Reply("Hi", id="my-id", model="my-model", created=7, headers=headers), Reply(said, headers=headers))
