@@ -2549,14 +2549,6 @@ def _copy_hint(value: object) -> str:
     return f"; it is of another copy of openai_fake, {other}, than this server, {__file__}: import one of them only"
 
 
-def _check_content(value: object) -> None:
-    """Raises TypeError for what says nothing; an answer that has an envelope is for the callers."""
-    kind, iterable_too = type(value), (bytes, bytearray, Mapping)
-    if issubclass(kind, iterable_too) or not issubclass(kind, (_Part, Stream, Completion, Iterable, AsyncIterable)):
-        known = "a str, a part, a list or generator of parts, a Stream, a Reply, a recorded answer or an APIError"
-        raise TypeError(f"{_short(repr(value))} is no answer; an answer is {known}{_copy_hint(value)}")
-
-
 class Reply:
     """An answer with its envelope: what is said, and the id, model, time and headers around it.
 
@@ -2589,8 +2581,12 @@ class Reply:
             inner = recorded(cast(object, inner))
         if not isinstance(inner, Reply):
             for part in parts:
-                if type(part) is not str:
-                    _check_content(part)
+                kind, known = type(part), (_Part, Stream, Completion, Iterable, AsyncIterable)
+                if kind is not str and (not issubclass(kind, known) or issubclass(kind, (bytes, bytearray, Mapping))):
+                    raise TypeError(
+                        f"{_short(repr(part))} is no answer; an answer is a str, a part, a list or generator of parts, "
+                        f"a Stream, a Reply, a recorded answer or an APIError{_copy_hint(part)}"
+                    )
             inner = inner if isinstance(inner, Completion) else None
         self.parts = cast("Sequence[_Content]", getattr(inner, "parts", parts))
         self.id: str | None = id or getattr(inner, "id", None) or None
@@ -2763,9 +2759,8 @@ class Script:
         if (when is None) != (otherwise is None):
             raise TypeError("a Script takes when=function and otherwise=answer together, or neither")
         for answer in answers if otherwise is None else (*answers, otherwise):
-            if callable(answer) or isinstance(answer, (APIError, Reply, Mapping)) or hasattr(answer, "model_dump"):
-                continue
-            _check_content(answer)
+            if not (callable(answer) or isinstance(answer, (APIError, Mapping)) or hasattr(answer, "model_dump")):
+                Reply(answer)  # raises TypeError for what is no answer
         self._answers = answers
         self._when = when
         self._otherwise = otherwise
