@@ -2779,9 +2779,8 @@ class Script:
         return answer(request) if callable(answer) else answer
 
     def _check_used(self) -> None:
-        unused, known = self._answers[self._next :], len(self._answers)
-        if unused:
-            raise AssertionError(f"unused answers of the Script, {len(unused)} of {known}: {unused!r}")
+        if unused := self._answers[self._next :]:
+            raise AssertionError(f"unused answers of the Script, {len(unused)} of {len(self._answers)}: {unused!r}")
 
 
 def echo(request: Request) -> str:

@@ -2146,6 +2146,20 @@ class RecordedTest(unittest.TestCase):
                     sent = self.sent(api, [*said, error], True)
                     self.assertEqual(self.plain(self.sent(api, recorded(sent), True)), self.plain(sent))
 
+    def test_an_item_that_was_never_done(self) -> None:
+        """Of an item of a stream that broke off, texts and calls are said as far as they came, others not at all."""
+        call: dict[str, Any] = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": ""}
+        for item, name, said in (
+            ({"type": "message", "id": "msg_1", "content": []}, "output_text", ["One", " two"]),
+            (call, "function_call_arguments", ["One", " two"]),
+            ({"type": "code_interpreter_call", "id": "ci_1", "code": ""}, "code_interpreter_call_code", []),
+        ):
+            added = {"type": "response.output_item.added", "output_index": 0, "item": item}
+            deltas = [{"type": f"response.{name}.delta", "output_index": 0, "delta": text} for text in ("One", " two")]
+            with self.subTest(name=name):
+                parts: Any = recorded([added, *deltas]).parts
+                self.assertEqual([getattr(part, part._grows) for part in parts], said)
+
     def test_every_form_of_it(self) -> None:
         """Bytes, text, dicts, lists of events, objects with model_dump: returned as they are, or by `recorded`."""
         for api in PATHS:
