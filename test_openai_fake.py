@@ -2090,6 +2090,7 @@ class RecordedTest(unittest.TestCase):
         parts = {**SPOKEN, **{name: row[0] for name, row in ITEMS.items()}}
         parts["thoughts"] = Reasoning("One two", "three four", text="All of it", encrypted_content="s")
         parts["commentary"] = Text("Wait a bit", phase="commentary")
+        parts["audio"] = Item("audio", id="audio_1", data="QUJD" * 20, transcript="One two three", expires_at=4)
         for name, part in parts.items():
             with self.subTest(name=name):
                 self.check([part, "After it."])
@@ -2126,11 +2127,13 @@ class RecordedTest(unittest.TestCase):
         self.assertEqual(*map(self.plain, told))
 
     def test_deltas_are_kept(self) -> None:
-        """A recorded stream is said again with its own deltas."""
+        """A recorded stream is said again with its own deltas; what was recorded whole is cut into words."""
         for api in PATHS:
             sent = self.sent(api, iter(["It's", " not", " cut here."]), True)
+            body = spoken(api, "One two")
             with self.subTest(api=api):
                 self.assertEqual(text_deltas(api, streamed(api, recorded(sent))), ["It's", " not", " cut here."])
+                self.assertEqual(text_deltas(api, streamed(api, recorded(body))), ["One", " two"])
 
     def test_a_stream_that_failed(self) -> None:
         """What was said before the error, whole or in part, is said again, and the error as it was told."""
@@ -2207,10 +2210,13 @@ class RecordedTest(unittest.TestCase):
         message = {"role": "assistant", "content": "Hi", "new_key": {"a": 1}}
         chat = {"object": "chat.completion", "choices": [{"index": 0, "message": message}]}
         event = {"type": "response.dream.told", "output_index": 0}
+        added = {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message"}}
         item = {"type": "message", "role": "assistant", "content": []}
         for value, words in (
-            (chat, r"choices\[0\]\.message\.new_key"),
+            (chat, r"the completion\.choices\[0\]\.message\.new_key"),
+            ([{"choices": [{"index": 0, "delta": message}]}], r"chunk 0\.choices\[0\]\.delta\.new_key"),
             ([event], "event 0 .*response.dream.told"),
+            ([added, event], "event 1 .*response.dream.told"),
             ({"object": "response", "output": [item]}, r"output\[0\]\.content has 0 parts"),
             ({"object": "response", "output": [5]}, r"output\[0\]"),
             ({"object": "list"}, "no chat.completion"),
