@@ -3207,19 +3207,15 @@ def _recorded_chunks(chunks: list[_JSON], holder: str) -> Reply:
         if "error" in chunk:
             parts.append(_recorded_error(chunk["error"], True))
             continue
-        envelope = {
-            **_only(chunk, _CHAT_KEYS, path),
-            **{key: each for key, each in envelope.items() if each is not None},
-        }
+        envelope |= {key: each for key, each in _only(chunk, _CHAT_KEYS, path).items() if envelope.get(key) is None}
         for number, choice in enumerate(_list(chunk.get("choices"))):
             where = f"{path}.choices[{number}]"
             _read_choice(_only(choice, f"index {holder} logprobs finish_reason", where), holder, parts, audio, where)
         parts += _recorded_usage(chunk.get("usage"), ("prompt", "completion"))
     if audio:
         parts.insert(0, Item("audio", **audio))
-    extra: _JSON = {
-        key: envelope[key] for key in ("service_tier", "system_fingerprint", "moderation") if key in envelope
-    }
+    kept = ("service_tier", "system_fingerprint", "moderation")
+    extra = {key: each for key, each in envelope.items() if key in kept}
     id, model, created = envelope.get("id"), envelope.get("model"), envelope.get("created")
     reply = Reply(*parts, id=id, model=model, created=created, extra=extra)
     reply._fragments = holder == "delta"
