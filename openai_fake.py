@@ -3254,9 +3254,8 @@ def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, p
 
 def _recorded_error(error: Any, event: bool) -> StreamError:
     told = _dict(error)
-    code = told.get("code")
-    kind = told.get("type") or "server_error"
-    return StreamError(_string(told.get("message")), type=kind, code=code, param=told.get("param"), event=event)
+    about = {"type": told.get("type") or "server_error", "code": told.get("code"), "param": told.get("param")}
+    return StreamError(_string(told.get("message")), **about, event=event)
 
 
 def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
