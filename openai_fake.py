@@ -2291,18 +2291,6 @@ def _copy_hint(value: object) -> str:
     return f"; it is of another copy of openai_fake, {other}, than this server, {__file__}: import one of them only"
 
 
-def _is_content(value: object) -> bool:
-    iterable = isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping))
-    return iterable or isinstance(value, (str, _Part, Stream, Completion, AsyncIterable))
-
-
-def _check_content(value: object, whole: bool = False) -> None:
-    """Raises TypeError for what is no answer. `whole`: it may be one that has an envelope."""
-    if not (_is_content(value) or (whole and (isinstance(value, (Reply, Mapping)) or hasattr(value, "model_dump")))):
-        known = "a str, a part, a list or generator of parts, a Stream, a Reply, a recorded answer or an APIError"
-        raise TypeError(f"{_short(repr(value))} is no answer; an answer is {known}{_copy_hint(value)}")
-
-
 class Reply:
     """An answer with its envelope: what is said, and the id, model, time and headers around it.
 
@@ -2335,31 +2323,31 @@ class Reply:
         if isinstance(inner, Mapping) or hasattr(inner, "model_dump"):
             inner = recorded(cast(object, inner))
         if not isinstance(inner, Reply):
-            inner = None
             for part in parts:
-                if type(part) is not str:
-                    _check_content(part)
-        self.parts = cast("Sequence[_Content]", parts if inner is None else inner.parts)
-        self.id: str | None = id or getattr(inner, "id", None)
-        self.model: str | None = model or getattr(inner, "model", None)
-        self.created: int | None = getattr(inner, "created", None) if created is None else created
+                kind, known = type(part), (_Part, Stream, Completion, Iterable, AsyncIterable)
+                if kind is not str and (not issubclass(kind, known) or issubclass(kind, (bytes, bytearray, Mapping))):
+                    raise TypeError(
+                        f"{_short(repr(part))} is no answer; an answer is a str, a part, a list or generator of parts, "
+                        f"a Stream, a Reply, a recorded answer or an APIError{_copy_hint(part)}"
+                    )
+            inner = inner if isinstance(inner, Completion) else None
+        self.parts = cast("Sequence[_Content]", getattr(inner, "parts", parts))
+        self.id: str | None = id or getattr(inner, "id", None) or None
+        self.model: str | None = model or getattr(inner, "model", None) or None
+        self.created: int | None = (getattr(inner, "created", None) or None) if created is None else created
         self.headers: Mapping[str, str] = _header_fields(headers) if headers else getattr(inner, "headers", {})
         self.extra: Mapping[str, Any] = {**getattr(inner, "extra", {}), **(extra or {})}
-        self.only = only
-        self.ttft = ttft
-        self.itl = itl
+        self.only, self.ttft, self.itl = only, ttft, itl
         self._fragments: bool = getattr(inner, "_fragments", False)  # whether all parts are fragments, sent as given
 
     def _known(self) -> list[_Part] | None:
         """The parts, where they are all known before anything is sent; None where they come in time."""
         known: list[_Part] = []
         for content in self.parts:
-            if isinstance(content, (str, _Part)):
-                known.append(_part(content))
-            elif isinstance(content, Completion):
-                known.extend(content._parts())
-            elif isinstance(content, (list, tuple)):
-                known.extend(map(_part, content))
+            if isinstance(content, Completion):
+                known += content._parts()
+            elif isinstance(content, (str, _Part, list, tuple)):
+                known += map(_part, content if isinstance(content, (list, tuple)) else [content])
             else:
                 return None
         return known
@@ -2373,8 +2361,6 @@ def _reply(answer: Any) -> Reply:
         raise answer
     if answer is None:
         raise ValueError("handler returned empty response: None (forgot `return`?)")
-    if isinstance(answer, Completion):
-        return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
     try:
         return Reply(answer)
     except (TypeError, ValueError) as error:
@@ -2385,12 +2371,13 @@ def _wait(changed: threading.Condition, ready: Callable[[], bool], timeout: floa
     """Whether `ready` within so many seconds. Raises RuntimeError where this wait is itself what it waits for."""
     loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", bool)()
     patience = min(timeout, _LOOP_PATIENCE) if loop else timeout
-    if not changed.wait_for(ready, patience) and patience < timeout:
-        raise RuntimeError(
-            f"{call}() blocks the event loop that runs on this thread, so that the loop's client cannot go on: "
-            f"use `await asyncio.to_thread({call})`"
-        )
-    return ready()
+    with changed:
+        if not changed.wait_for(ready, patience) and patience < timeout:
+            raise RuntimeError(
+                f"{call}() blocks the event loop that runs on this thread, so that the loop's client cannot go on: "
+                f"use `await asyncio.to_thread({call})`"
+            )
+        return ready()
 
 
 _END: Any = object()  # in a Stream's queue: close() was called
@@ -2400,16 +2387,17 @@ _WAKE: Any = object()  # in a Stream's queue: look whether the client has left
 class Stream:
     """A live answer: a test sends its parts, from any thread, while the client reads.
 
-    It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops,
-    unless the test was told that the client has left, or when its client has waited for the next part for `timeout`
-    seconds (None: for ever). The waits block their thread: in a coroutine, `await asyncio.to_thread(stream.flush)`.
+    It serves one request, which is `request` once it came; a second one is an error. A Stream that is never closed is
+    an error when the server stops, unless the test was told that the client has left, or when its client has waited for
+    the next part for `timeout` seconds (None: for ever). The waits block their thread: in a coroutine, `await
+    asyncio.to_thread(stream.flush)`.
     """
 
     def __init__(self, *, timeout: float | None = 30.0) -> None:
         self._timeout = timeout
         self._queue: queue.SimpleQueue[_Part] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the fields below, and tells when they change
-        self._request: Request | None = None
+        self.request: Request | None = None
         self._sent = 0  # parts, and the end
         self._taken = 0  # parts, by the answer
         self._written = 0  # of what was sent, on the wire
@@ -2426,7 +2414,7 @@ class Stream:
         with self._changed:
             if self._ended:
                 raise RuntimeError("send() on a Stream that has ended: close() or fail() was called before")
-            if self._left_early():
+            if self.disconnected:
                 return False
             self._sent += len(checked)
             for part in checked:
@@ -2451,54 +2439,40 @@ class Stream:
 
         Raises TimeoutError after `timeout` seconds.
         """
-        with self._changed:
-            if not _wait(self._changed, lambda: self._gone or self._written >= self._sent, timeout, "stream.flush"):
-                missing = self._sent - self._written
-                why = "no request has come" if self._request is None else "the client does not read"
-                raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
-            return self._written >= self._sent or not self._left_early()
-
-    @property
-    def request(self) -> Request | None:
-        """The request that this Stream answers; None until it came."""
-        return self._request
+        if not _wait(self._changed, lambda: self._gone or self._written >= self._sent, timeout, "stream.flush"):
+            missing = self._sent - self._written
+            why = "no request has come" if self.request is None else "the client does not read"
+            raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
+        return self._written >= self._sent or not self.disconnected
 
     def wait_request(self, timeout: float = 5.0) -> Request:
         """Waits for the request that this Stream answers. Raises TimeoutError after `timeout` seconds."""
-        with self._changed:
-            if not _wait(self._changed, lambda: self._request is not None, timeout, "stream.wait_request"):
-                raise TimeoutError(f"no request came for this Stream in {timeout} s")
-            return cast(Request, self._request)
+        if not _wait(self._changed, lambda: self.request is not None, timeout, "stream.wait_request"):
+            raise TimeoutError(f"no request came for this Stream in {timeout} s")
+        return cast(Request, self.request)
 
     @property
     def disconnected(self) -> bool:
         """Whether the client has left before the end."""
-        return self._left_early()
+        self._noticed = self._noticed or self._gone
+        return self._gone
 
     def wait_disconnected(self, timeout: float = 5.0) -> bool:
         """Waits until the client has left. Returns False if it has not after `timeout` seconds, or never came."""
-        with self._changed:
-            return _wait(self._changed, self._left_early, timeout, "stream.wait_disconnected")
-
-    def _left_early(self) -> bool:
-        """Whether the client has left, as the test is told."""
-        self._noticed = self._noticed or self._gone
-        return self._gone
+        return _wait(self._changed, lambda: self.disconnected, timeout, "stream.wait_disconnected")
 
     def _check_closed(self) -> None:
         if not self._ended and not self._noticed:
             raise RuntimeError(
-                f"a Stream was never closed, for {self._request!r}: close() ends it; where the client is to leave "
+                f"a Stream was never closed, for {self.request!r}: close() ends it; where the client is to leave "
                 "first, look whether it has, by wait_disconnected() or `disconnected`"
             )
 
     def _serve(self, request: Request) -> None:
         with self._changed:
-            if self._request is not None:
-                raise RuntimeError(
-                    f"a Stream serves one request: it has served {self._request!r}, now came {request!r}"
-                )
-            self._request = request
+            if self.request is not None:
+                raise RuntimeError(f"a Stream serves one request: it has served {self.request!r}, now came {request!r}")
+            self.request = request
             self._changed.notify_all()
 
     def _on_wire(self, count: int) -> None:
@@ -2508,8 +2482,7 @@ class Stream:
 
     def _left(self) -> None:
         with self._changed:
-            if not (self._ended and self._written >= self._sent):
-                self._gone = True
+            self._gone = not (self._ended and self._written >= self._sent)
             self._changed.notify_all()
 
 
@@ -2529,8 +2502,8 @@ class Script:
         if (when is None) != (otherwise is None):
             raise TypeError("a Script takes when=function and otherwise=answer together, or neither")
         for answer in answers if otherwise is None else (*answers, otherwise):
-            if not (callable(answer) or isinstance(answer, APIError)):
-                _check_content(answer, whole=True)
+            if not (callable(answer) or isinstance(answer, (APIError, Mapping)) or hasattr(answer, "model_dump")):
+                Reply(answer)  # raises TypeError for what is no answer
         self._answers = answers
         self._when = when
         self._otherwise = otherwise
@@ -2549,9 +2522,8 @@ class Script:
         return answer(request) if callable(answer) else answer
 
     def _check_used(self) -> None:
-        unused, known = self._answers[self._next :], len(self._answers)
-        if unused:
-            raise AssertionError(f"unused answers of the Script, {len(unused)} of {known}: {unused!r}")
+        if unused := self._answers[self._next :]:
+            raise AssertionError(f"unused answers of the Script, {len(unused)} of {len(self._answers)}: {unused!r}")
 
 
 def echo(request: Request) -> str:
@@ -2586,12 +2558,7 @@ class _Sample:
         """A value that fits. Raises ValueError where it cannot make one."""
         try:
             return self.make(schema)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-        ) as error:  # it is no schema, or of huge numbers
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # no schema, or one of huge numbers
             self.fail(schema, f"an instance ({error})")
 
     def make(self, schema: Any, depth: int = 0) -> Any:
@@ -2638,9 +2605,9 @@ class _Sample:
 
     def choose(self, options: list[Any], depth: int) -> list[Any]:
         """The first of some schemas that is not null; below, the first that ends."""
-        nested = [each for each in options if "$ref" in each or each.get("type") in ("object", "array")]
-        rather = [each for each in options if each.get("type") != "null"] if depth < _DEEP else []
-        return [*rather, *(each for each in options if each not in nested), *options][:1]
+        if depth < _DEEP:
+            return sorted(options, key=lambda each: each.get("type") == "null")[:1]
+        return sorted(options, key=lambda each: "$ref" in each or each.get("type") in ("object", "array"))[:1]
 
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
@@ -2685,13 +2652,11 @@ class _Sample:
         return float(low + high) / 2
 
     def string(self, schema: _JSON, depth: int) -> str:
-        least, most = schema.get("minLength", 0), schema.get("maxLength", _LARGE)
-        given = (
-            _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
-        )
-        texts = [given.ljust(least, "s"), *_FORMATS.values()]
+        least, most, form = schema.get("minLength", 0), schema.get("maxLength", _LARGE), schema.get("format", "")
+        words = _FORMATS.get(form) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
+        texts = [words.ljust(least, "s"), *_FORMATS.values()]
         if "pattern" in schema:
-            if schema.get("format") in _FORMATS:
+            if form in _FORMATS:
                 self.fail(schema, "a text of a format and a pattern")
             try:
                 texts = [*_matching(schema["pattern"], least, min(most, _LARGE))]
@@ -2709,6 +2674,7 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
     By construction: to search them, with a pattern that a client sent, could take for ever.
     """
     parsed = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse").parse(pattern)
+    compiler = import_module("re._compiler" if sys.version_info >= (3, 11) else "sre_compile")
 
     def text(tree: Any, more: int, first: bool, last: bool) -> str:
         made = ""
@@ -2717,7 +2683,7 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
             if kind == "IN":
                 lows: list[Any] = [each[0] if isinstance(each, tuple) else each for _, each in value]
                 own = [chr(each) for each in lows if type(each) is int]
-                fitting = [each for each in (*own, *_PRINTABLE) if is_in(value, each)]
+                fitting = [*filter(compiler.compile(tree[at : at + 1]).match, (*own, *_PRINTABLE))]
                 if not fitting:
                     raise ValueError("no printable character is in a class of it")
                 made += fitting[0]
@@ -2725,24 +2691,11 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
                 made += chr(value) if kind == "LITERAL" else next(each for each in "ab" if value != ord(each))
             elif kind in ("MAX_REPEAT", "MIN_REPEAT"):
                 made += text(value[2], more, False, False) * (value[0] + min(more, value[1] - value[0]))
-            elif kind == "SUBPATTERN":
-                made += text(value[-1], more, begins, ends)
-            elif kind == "BRANCH":
-                made += text(value[1][0], more, begins, ends)
+            elif kind in ("SUBPATTERN", "BRANCH"):
+                made += text(value[-1] if kind == "SUBPATTERN" else value[1][0], more, begins, ends)
             elif kind != "AT" or not {"AT_BEGINNING": begins, "AT_END": ends}.get(str(value)):
                 raise ValueError(f"{kind.lower()} is in it")
         return made[: _LARGE + 1]  # of repeats in repeats, which may be too long to hold
-
-    def is_in(items: Any, character: str) -> bool:
-        found, negated = False, str(items[0][0]) == "NEGATE"
-        for code, value in items[negated:]:
-            if str(code) == "CATEGORY":
-                sign = str(value).rpartition("_")[2][0].lower()  # CATEGORY_NOT_DIGIT
-                found |= bool(re.match("\\" + (sign.upper() if "NOT" in str(value) else sign), character))
-            else:
-                low, high = value if str(code) == "RANGE" else (value, value)
-                found |= low <= ord(character) <= high
-        return found != negated
 
     for more in (1, 0, *range(2, 21), least, most):
         yield text(parsed, min(more, 1_000), True, True)
@@ -2786,9 +2739,8 @@ def auto(request: Request, *, tokens: int = 32) -> list[Text | ToolCall | Custom
     if tool is not None and tool.type == "custom":
         return [CustomToolCall(tool.name, _Sample(None, rng).words(4))]
     if tool is not None:
-        return [
-            ToolCall(tool.name, _Sample(tool.parameters, rng).instance({"type": "object", **_dict(tool.parameters)}))
-        ]
+        schema = {"type": "object", **_dict(tool.parameters)}
+        return [ToolCall(tool.name, _Sample(schema, rng).instance(schema))]
     options = request.options
     wanted = _dict(options.get("response_format") or _dict(options.get("text")).get("format"))
     if wanted.get("type") in ("json_schema", "json_object"):
@@ -2841,9 +2793,7 @@ class Chunk(_Part):
         for choice in self.choices:
             if choice.delta:
                 parts.append(Text(choice.delta, choice=choice.index))
-            parts += [
-                ToolCall(call.name, call.arguments, id=call.id, choice=choice.index) for call in choice.tool_calls
-            ]
+            parts += [replace(call, choice=choice.index) for call in choice.tool_calls]
             if choice.finish_reason:
                 parts.append(Finish(choice.finish_reason, choice=choice.index))
         return parts + ([self.usage] if self.usage else [])
@@ -2875,9 +2825,7 @@ class Completion:
             message = choice.message
             if message.text or not message.tool_calls:
                 parts.append(Text(message.text, choice=choice.index))
-            for call in message.tool_calls:
-                text = call.arguments if isinstance(call, ToolCall) else call.input
-                parts.append(type(call)(call.name, text, id=call.id, choice=choice.index))
+            parts += [replace(call, choice=choice.index) for call in message.tool_calls]
             parts.append(Finish(choice.finish_reason, choice=choice.index))
         return parts + ([self.usage] if self.usage else [])
 
@@ -2917,11 +2865,9 @@ def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
 
 def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     """A chunk that calls a function: choice 0, call index 0, id `call_...`."""
-    ids = _Ids(random.getrandbits)
+    ids, created = _Ids(random.getrandbits), int(_Clock.time())
     call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
-    return Chunk(
-        [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(_Clock.time()), model="gpt-4"
-    )
+    return Chunk([ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=created, model="gpt-4")
 
 
 # ---- Answers in the API's own JSON -----------------------------------------------------------------------------------
@@ -2939,12 +2885,14 @@ def recorded(data: object) -> Reply:
     try:
         if isinstance(value, list):
             events = [_dict(event) for event in _list(value)]
-            chat = any("choices" in event for event in events)
-            return _recorded_chunks(events) if chat else _recorded_events(events)
-        read = _RECORDED.get(_string(_dict(value).get("object")))
-        if read is None:
-            raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
-        return read(_dict(value))
+            chat = any("choices" in event or [*event] == ["error"] for event in events)
+            return _recorded_chunks(events, "delta") if chat else _recorded_events(events)
+        kind = _dict(value).get("object")
+        if kind == "chat.completion":
+            return _recorded_chunks([value], "message")
+        if kind == "response":
+            return _recorded_events([{"type": "response.completed", "response": value}])
+        raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         missing = "a key is missing: " if isinstance(error, KeyError) else ""
         raise ValueError(f"recorded(...) cannot say this again: {missing}{error}") from None
@@ -2964,20 +2912,18 @@ def _plain_json(data: Any) -> Any:
         return [json.loads(line) for line in lines if line != "[DONE]"]
     if isinstance(data, (list, tuple)):
         return [_plain_json(each) for each in cast("Sequence[Any]", data)]
-    dump = getattr(data, "model_dump", None)
-    return dump(mode="json", exclude_unset=True) if callable(dump) else data
+    return data.model_dump(mode="json", exclude_unset=True) if hasattr(data, "model_dump") else data
 
 
 def _only(value: Any, known: str, path: str) -> _JSON:
     """A JSON object with no other keys than these that say something. Raises ValueError for others."""
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no object: {_short(repr(value))}")
-    found = cast(_JSON, value)
     said = (*known.split(), "parsed", "parsed_arguments")  # these the SDK makes of what came
-    for key, each in found.items():
+    for key, each in _dict(value).items():
         if key not in said and each not in (None, [], {}):
             raise ValueError(f"{path}.{key} is nothing that an answer is known to say: {_short(repr(each))}")
-    return found
+    return _dict(value)
 
 
 def _recorded_usage(usage: Any, names: Sequence[str]) -> list[_Part]:
@@ -2997,18 +2943,8 @@ _CHAT_KEYS = "id object created model choices usage service_tier system_fingerpr
 _MESSAGE_KEYS = "role content refusal annotations audio tool_calls function_call"
 
 
-def _recorded_chat(body: _JSON) -> Reply:
-    """Reads a completion: a stream of one chunk, whose deltas are the messages."""
-    choices: list[Any] = []
-    for choice in map(_dict, _list(body.get("choices"))):
-        said = {key: value for key, value in _dict(choice.get("message")).items() if key != "role"}
-        choices.append({**{key: value for key, value in choice.items() if key != "message"}, "delta": said})
-    reply = _recorded_chunks([{**body, "choices": choices}], "message")
-    reply._fragments = False
-    return reply
-
-
-def _recorded_chunks(chunks: list[_JSON], holder: str = "delta") -> Reply:
+def _recorded_chunks(chunks: list[_JSON], holder: str) -> Reply:
+    """Reads a stream of chunks, or a completion, which is one chunk with a "message" in the place of the "delta"."""
     envelope: _JSON = {}
     parts: list[_Part] = []
     audio: _JSON = {}
@@ -3017,79 +2953,55 @@ def _recorded_chunks(chunks: list[_JSON], holder: str = "delta") -> Reply:
         if "error" in chunk:
             parts.append(_recorded_error(chunk["error"], True))
             continue
-        envelope = {**_only(chunk, _CHAT_KEYS, path), **envelope}
-        envelope["moderation"] = chunk.get("moderation", envelope.get("moderation"))
-        for number, each in enumerate(_list(chunk.get("choices"))):
+        envelope |= {key: each for key, each in _only(chunk, _CHAT_KEYS, path).items() if envelope.get(key) is None}
+        for number, choice in enumerate(_list(chunk.get("choices"))):
             where = f"{path}.choices[{number}]"
-            choice = _only(each, "index delta logprobs finish_reason", where)
-            _only(choice.get("delta", {}), _MESSAGE_KEYS, f"{where}.{holder}")
-            _read_delta(choice, parts, audio, f"{where}.{holder}")
+            _read_choice(_only(choice, f"index {holder} logprobs finish_reason", where), holder, parts, audio, where)
         parts += _recorded_usage(chunk.get("usage"), ("prompt", "completion"))
     if audio:
         parts.insert(0, Item("audio", **audio))
     kept = ("service_tier", "system_fingerprint", "moderation")
-    extra = {
-        key: value for key, value in envelope.items() if key in kept and (value is not None or key != "moderation")
-    }
+    extra = {key: each for key, each in envelope.items() if key in kept}
     id, model, created = envelope.get("id"), envelope.get("model"), envelope.get("created")
     reply = Reply(*parts, id=id, model=model, created=created, extra=extra)
-    reply._fragments = True
+    reply._fragments = holder == "delta"
     return reply
 
 
-def _read_delta(choice: _JSON, parts: list[_Part], audio: _JSON, path: str) -> None:
-    """Adds to the parts what a delta, or a message, says."""
-    delta, index = _dict(choice.get("delta")), choice.get("index", 0)
+def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, path: str) -> None:
+    """Adds to the parts what the delta, or the message, of a choice says."""
+    path = f"{path}.{holder}"
+    delta, index = _only(choice.get(holder, {}), _MESSAGE_KEYS, path), choice.get("index", 0)
+    opens = holder == "delta" and "role" in delta
     for key, say in (("content", Text), ("refusal", Refusal)):
         text = delta.get(key)
-        if text or (text is not None and "role" not in delta):  # else it opens the choice, and says nothing yet
+        if text or (text is not None and not opens):  # else it opens the choice, and says nothing yet
             logprobs = _dict(choice.get("logprobs")).get(key) or None
             parts.append(say(text, choice=index, logprobs=logprobs))
-    if delta.get("annotations"):
-        _read_annotations(_list(delta["annotations"]), index, parts, path)
+    if delta.get("annotations"):  # their places are in all that the choice has said
+        at = next((at for at, each in enumerate(parts) if isinstance(each, Text) and each.choice == index), None)
+        if at is None:
+            raise ValueError(f"{path}.annotations come before any text")
+        first = cast(Text, parts[at])
+        parts[at] = replace(first, annotations=(*first.annotations, *map(_dict, _list(delta["annotations"]))))
     for key, value in _dict(delta.get("audio")).items():
         audio[key] = audio[key] + value if key in ("data", "transcript") and key in audio else value
     calls = _list(delta.get("tool_calls"))
     for call in [*calls, {"function": delta["function_call"]}] if delta.get("function_call") else calls:
-        kind, key, make = (
-            ("custom", "input", CustomToolCall) if "custom" in call else ("function", "arguments", ToolCall)
-        )
-        about = call.get(kind)
+        make = CustomToolCall if "custom" in call else ToolCall
+        about = call.get(make._key)
         if not isinstance(about, dict):
             raise ValueError(f"{path}.tool_calls has what is no call: {_short(repr(call))}")
-        name, text = _dict(about).get("name") or "", _dict(about).get(key) or ""
+        name, text = _dict(about).get("name") or "", _dict(about).get(make._grows) or ""
         parts.append(make(name, text, id=call.get("id"), choice=index))
     if choice.get("finish_reason"):
         parts.append(Finish(choice["finish_reason"], choice=index))
 
 
-def _read_annotations(annotations: list[Any], choice: int, parts: list[_Part], path: str) -> None:
-    """Gives annotations to the texts in which they stand: their places are in all that the choice has said."""
-    texts: list[tuple[int, int]] = []  # of each text: where it begins, and the position of its last fragment
-    length, goes_on = 0, False
-    for at, part in enumerate(parts):
-        if isinstance(part, Text) and part.choice == choice:
-            texts = [*texts[:-1], (texts[-1][0], at)] if goes_on else [*texts, (length, at)]
-            length += len(part.text)
-        if isinstance(part, _Spoken) and part.choice == choice:
-            goes_on = isinstance(part, Text)
-    for annotation in map(_annotation, map(_dict, annotations)):
-        begin = annotation.get("start_index", 0)
-        base, at = max((text for text in texts if text[0] <= begin), default=(0, -1))
-        if at < 0:
-            raise ValueError(f"{path}.annotations come before any text")
-        moved = {
-            key: value - base if key in ("start_index", "end_index") else value for key, value in annotation.items()
-        }
-        text = cast(Text, parts[at])
-        parts[at] = replace(text, annotations=(*text.annotations, moved))
-
-
 def _recorded_error(error: Any, event: bool) -> StreamError:
     told = _dict(error)
-    code = told.get("code")
-    kind = told.get("type") or "server_error"
-    return StreamError(_string(told.get("message")), type=kind, code=code, param=told.get("param"), event=event)
+    about = {"type": told.get("type") or "server_error", "code": told.get("code"), "param": told.get("param")}
+    return StreamError(_string(told.get("message")), **about, event=event)
 
 
 def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
@@ -3103,7 +3015,8 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
     if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
-    extra = {key: value for key, value in body.items() if key not in _ECHOED and value is not None}
+    echoed = _ECHO.split()
+    extra = {key: value for key, value in body.items() if key not in echoed and value is not None}
     created = body.get("created_at")  # of the SDK a float
     return Reply(*parts, id=body.get("id"), model=body.get("model"), created=created and int(created), extra=extra)
 
@@ -3115,18 +3028,10 @@ _ECHO = """
     previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning safety_identifier
     temperature text tool_choice tools top_logprobs top_p truncation usage user
 """
-_ECHOED = frozenset(_ECHO.split())
 
 
-def _recorded_response(body: _JSON) -> Reply:
-    parts = [
-        part for at, item in enumerate(_list(body.get("output"))) for part in _recorded_item(item, f"output[{at}]")
-    ]
-    return _response_reply(body, parts)
-
-
-def _recorded_item(value: Any, path: str) -> list[_Part]:
-    """The parts of a whole output item."""
+def _recorded_item(value: Any, path: str) -> _Spoken:
+    """The part that a whole output item is."""
     item = _dict(value)
     kind = item.get("type")
     if kind == "message":
@@ -3137,130 +3042,108 @@ def _recorded_item(value: Any, path: str) -> list[_Part]:
             raise ValueError(f"{path}.content has {len(contents)} parts, where the API's messages have one")
         content = _dict(contents[0])
         if content.get("type") == "refusal":
-            return [Refusal(content.get("refusal", ""), **about)]
+            return Refusal(content.get("refusal", ""), **about)
         _only(content, "type annotations logprobs text", f"{path}.content[0]")
         notes = content.get("annotations") or ()
-        return [Text(content.get("text", ""), annotations=notes, logprobs=content.get("logprobs") or None, **about)]
+        return Text(content.get("text", ""), annotations=notes, logprobs=content.get("logprobs") or None, **about)
     if kind == "reasoning":
         _only(item, "id type status content encrypted_content summary", path)
         summaries = [_dict(each).get("text", "") for each in _list(item.get("summary"))]
         thought = "".join(_dict(each).get("text", "") for each in _list(item.get("content")))
-        return [Reasoning(*summaries, encrypted_content=item.get("encrypted_content"), text=thought, id=item.get("id"))]
+        return Reasoning(*summaries, encrypted_content=item.get("encrypted_content"), text=thought, id=item.get("id"))
     if kind in _CALL_TYPES:
-        make, key = _CALL_TYPES[kind]
-        _only(item, f"id type status call_id name namespace caller {key}", path)
-        call_id, caller = item.get("call_id"), item.get("caller")
-        return [make(item["name"], item[key], id=call_id, namespace=item.get("namespace"), caller=caller)]
+        make = _CALL_TYPES[kind]
+        about = {"id": item.get("call_id"), "namespace": item.get("namespace"), "caller": item.get("caller")}
+        _only(item, f"id type status call_id name namespace caller {make._grows}", path)
+        return make(item["name"], item[make._grows], **about)
     if not isinstance(kind, str):
         raise ValueError(f"{path} is no output item: {_short(repr(value))}")
-    return [Item(**item)]
+    return Item(**item)
 
 
-_CALL_TYPES: dict[Any, tuple[type[ToolCall | CustomToolCall], str]] = {
-    "function_call": (ToolCall, "arguments"),
-    "custom_tool_call": (CustomToolCall, "input"),
-}
+_CALL_TYPES: dict[Any, type[ToolCall | CustomToolCall]] = {each._type: each for each in (ToolCall, CustomToolCall)}
 # Events that repeat what others say, or only tell how far an item has come.
 _REPEATS = re.compile(
-    r"response\.(created|queued|in_progress|completed|incomplete|failed|content_part\.(added|done)"
-    r"|reasoning_summary_part\.(added|done)|\w+\.done|\w+\.(in_progress|searching|generating|interpreting|completed|failed)|shell_call_command\.added)"
+    r"response\.(created|queued|in_progress|completed|incomplete|failed|reasoning_text\.delta"
+    r"|(content_part|reasoning_summary_part|shell_call_command)\.added"
+    r"|\w+\.(done|in_progress|searching|generating|interpreting|completed|failed))"
 )
 
 
-class _RecordedItem:
-    """An item of a recorded stream, as its events tell it."""
+def _streamed_item(item: _JSON, events: list[_JSON], done: _Spoken | None) -> list[Any]:
+    """The parts of an item of a stream, which is given as it was told last: its fragments, as the events have them."""
+    if isinstance(done, Item):
+        return [_in_pieces(done, events)]
+    if not events:
+        return [] if done is None else [done]
+    if item["type"] == "message":
+        item = {**item, "content": [{"type": events[0]["type"].split(".")[1]}]}  # as it opens
+    opening: Any = _recorded_item(item, "output_item.added")
+    if isinstance(opening, Item):  # it was never done, and cannot be said in part
+        return []
+    parts: list[Any] = []
+    section = None
+    for event in events:
+        if "annotation" in event:  # of what was said before it
+            last = parts.pop() if parts else opening
+            parts.append(replace(last, annotations=(*last.annotations, event["annotation"])))
+            continue
+        begins = bool(parts) and event.get("summary_index") != section
+        section = event.get("summary_index")
+        text = _Next(event["delta"]) if begins else event["delta"]
+        part = opening._more(text) if parts else opening._with([text])
+        parts.append(replace(part, logprobs=event["logprobs"]) if event.get("logprobs") else part)
+    return parts
 
-    def __init__(self, item: _JSON) -> None:
-        self.item = item
-        self.parts: list[_Part] = []
-        self.pieces: dict[str, list[Any]] = {}  # of texts that grow, by the event's name
 
-    def grow(self, event: _JSON, name: str) -> None:
-        """Takes in a delta."""
-        kind, delta = self.item.get("type"), event["delta"]
-        opens = not self.parts
-        if kind == "message":
-            make = Refusal if name == "refusal" else Text
-            part = make(delta, logprobs=event.get("logprobs") or None)
-            self.parts.append(replace(part, **self._about()) if opens else part)
-        elif kind == "reasoning" and name == "reasoning_summary_text":
-            begins_next = not opens and event.get("summary_index") != self.item.get("section")
-            self.item["section"] = event.get("summary_index")
-            secret, id = (self.item.get("encrypted_content"), self.item.get("id")) if opens else (None, None)
-            self.parts.append(Reasoning(*([""] if begins_next else []), delta, encrypted_content=secret, id=id))
-        elif kind in _CALL_TYPES:
-            if opens:
-                self.parts += _recorded_item({**self.item, _CALL_TYPES[kind][1]: ""}, "output_item.added")
-            self.parts.append(_CALL_TYPES[kind][0]("", delta))
-        elif kind != "reasoning":  # its text is told whole
-            self.pieces.setdefault(name, []).append((event.get("command_index"), delta))
-
-    def _about(self) -> _JSON:
-        return {"id": self.item.get("id"), "phase": self.item.get("phase")}
-
-    def annotate(self, annotation: _JSON) -> None:
-        """Takes in an annotation, where it belongs: behind what was said."""
-        if not self.parts:
-            self.parts.append(replace(Text(""), **self._about()))
-        last = cast(Text, self.parts[-1])
-        self.parts[-1] = replace(last, annotations=(*last.annotations, annotation))
-
-    def done(self, item: _JSON, path: str) -> None:
-        """Takes in the whole item."""
-        whole = _recorded_item(item, path)
-        if not self.parts:
-            self.parts = whole
-        elif isinstance(whole[0], Reasoning) and whole[0].text:
-            first = cast(Reasoning, self.parts[0])
-            rest = {"encrypted_content": first.encrypted_content, "id": first.id}
-            self.parts[0] = Reasoning(*first.summaries, text=whole[0].text, **rest)
-        for name, pieces in self.pieces.items():
-            fields = dict(cast(Item, self.parts[0]).fields)
-            if name == "shell_call_command":
-                commands = [
-                    [text for index, text in pieces if index == at] for at in range(len(fields["action"]["commands"]))
-                ]
-                fields = _put(fields, "action.commands", commands)
-            for path in re.findall(rf"{name}\.delta <<? ([\w.]+)", cast(Item, self.parts[0])._row.steps):
-                fields = _put(fields, path, [text for _, text in pieces])
-            if name == "partial_image":
-                fields["partial_images"] = [image for _, image in pieces]
-            self.parts = [Item(item["type"], **fields)]
+def _in_pieces(item: Item, events: list[_JSON]) -> Item:
+    """An item with its texts in the pieces that a stream told."""
+    told: dict[str, list[_JSON]] = {}  # by the event's name
+    for event in events:
+        told.setdefault(event["type"].split(".")[1], []).append(event)
+    fields = dict(item.fields)
+    for name, path in re.findall(r"(\w+)\.delta <<? ([\w.]+)", item._row.steps):
+        if name in told:
+            fields = _put(fields, path, [event["delta"] for event in told[name]])
+    if commands := told.get("shell_call_command"):
+        count = len(fields["action"]["commands"])
+        pieces = [[each["delta"] for each in commands if each.get("command_index") == at] for at in range(count)]
+        fields = _put(fields, "action.commands", pieces)
+    if images := told.get("image_generation_call"):
+        keys = (*_IMAGE_KEYS, "partial_image_b64")
+        fields["partial_images"] = [{key: image[key] for key in keys if key in image} for image in images]
+    return Item(item.type, **fields)
 
 
 def _recorded_events(events: list[_JSON]) -> Reply:
-    items: dict[Any, _RecordedItem] = {}
+    """Reads a stream of events; a response is a stream of the one that has it."""
+    items: dict[Any, _JSON] = {}  # by output_index: as they were added, then as they were done
+    told: dict[Any, list[_JSON]] = {}  # what the events between say of them
+    done: dict[Any, _Spoken] = {}
     response: _JSON = {}
     errors: list[_Part] = []
     for at, event in enumerate(events):
-        kind, path = _string(event.get("type")), f"event {at}"
-        name = kind.removeprefix("response.").rpartition(".")[0]
+        kind, index = _string(event.get("type")), event.get("output_index")
         response = event.get("response") or response
-        item = items.get(event.get("output_index"))
         if kind == "response.output_item.added":
-            items[event["output_index"]] = _RecordedItem(dict(event["item"]))
+            items[event["output_index"]], told[index] = event["item"], []
         elif kind == "response.output_item.done":
-            items.setdefault(event["output_index"], _RecordedItem({})).done(event["item"], f"{path}.item")
+            items[event["output_index"]] = event["item"]
+            done[index] = _recorded_item(event["item"], f"event {at}.item")
         elif kind == "error":
             errors.append(_recorded_error(event.get("error", event), True))
-        elif item is not None and kind == "response.output_text.annotation.added":
-            item.annotate(event["annotation"])
-        elif item is not None and kind == "response.image_generation_call.partial_image":
-            told = {key: event[key] for key in (*_IMAGE_KEYS, "partial_image_b64") if key in event}
-            item.pieces.setdefault("partial_image", []).append((None, told))
-        elif item is not None and kind.endswith(".delta"):
-            item.grow(event, name)
         elif not _REPEATS.fullmatch(kind):
-            raise ValueError(f"{path} is of a type that is not known here: {kind!r}")
+            if index not in told or not kind.endswith((".delta", ".annotation.added", ".partial_image")):
+                raise ValueError(f"event {at} is of a type that is not known here: {kind!r}")
+            told[index].append(event)
+    parts: list[_Part] = []
+    for index in sorted(items):
+        parts += _streamed_item(items[index], told.get(index, []), done.get(index))
     if not items:
-        return _recorded_response(response)
-    parts = [part for index in sorted(items) for part in items[index].parts]
+        parts += [_recorded_item(item, f"output[{at}]") for at, item in enumerate(_list(response.get("output")))]
     reply = _response_reply(response, [*parts, *errors])
-    reply._fragments = True
+    reply._fragments = bool(items)
     return reply
-
-
-_RECORDED: dict[str, Callable[[_JSON], Reply]] = {"chat.completion": _recorded_chat, "response": _recorded_response}
 
 
 # ---- What both encoders share ----------------------------------------------------------------------------------------

@@ -1834,6 +1834,10 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual(" ".join(item), "id type status arguments call_id caller name namespace")
         self.assertEqual(item["caller"], {"type": "program", "caller_id": "call_1"})
         self.assertEqual(item["status"], "in_progress")
+        call: Any = ToolCall("f", id="call_1", namespace="n")
+        whole = Completion([CompletionChoice(Message("assistant", tool_calls=(call,)))])
+        for answer in (whole, Chunk([ChunkChoice(tool_calls=[call])])):
+            self.assertEqual(spoken("responses", answer)["output"][0]["namespace"], "n")
 
     def test_annotations_come_where_they_belong(self) -> None:
         """A url_citation after the delta that ends it, a file_citation before the character it names, files last."""
@@ -2113,6 +2117,7 @@ class RecordedTest(unittest.TestCase):
         parts = {**SPOKEN, **{name: row[0] for name, row in ITEMS.items()}}
         parts["thoughts"] = Reasoning("One two", "three four", text="All of it", encrypted_content="s")
         parts["commentary"] = Text("Wait a bit", phase="commentary")
+        parts["audio"] = Item("audio", id="audio_1", data="QUJD" * 20, transcript="One two three", expires_at=4)
         for name, part in parts.items():
             with self.subTest(name=name):
                 self.check([part, "After it."])
@@ -2149,11 +2154,41 @@ class RecordedTest(unittest.TestCase):
         self.assertEqual(*map(self.plain, told))
 
     def test_deltas_are_kept(self) -> None:
-        """A recorded stream is said again with its own deltas."""
+        """A recorded stream is said again with its own deltas; what was recorded whole is cut into words."""
         for api in PATHS:
             sent = self.sent(api, iter(["It's", " not", " cut here."]), True)
+            body = spoken(api, "One two")
             with self.subTest(api=api):
                 self.assertEqual(text_deltas(api, streamed(api, recorded(sent))), ["It's", " not", " cut here."])
+                self.assertEqual(text_deltas(api, streamed(api, recorded(body))), ["One", " two"])
+
+    def test_a_stream_that_failed(self) -> None:
+        """What was said before the error, whole or in part, is said again, and the error as it was told."""
+        for said in (
+            [],
+            ["Let me see"],
+            [Reasoning("One two", "three")],
+            [ToolCall("f", {"a": 1})],
+            [Refusal("No way")],
+        ):
+            for api, error in itertools.product(PATHS, (StreamError("bad", code="c"), StreamError("bad", event=False))):
+                with self.subTest(api=api, said=said, error=error):
+                    sent = self.sent(api, [*said, error], True)
+                    self.assertEqual(self.plain(self.sent(api, recorded(sent), True)), self.plain(sent))
+
+    def test_an_item_that_was_never_done(self) -> None:
+        """Of an item of a stream that broke off, texts and calls are said as far as they came, others not at all."""
+        call: dict[str, Any] = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": ""}
+        for item, name, said in (
+            ({"type": "message", "id": "msg_1", "content": []}, "output_text", ["One", " two"]),
+            (call, "function_call_arguments", ["One", " two"]),
+            ({"type": "code_interpreter_call", "id": "ci_1", "code": ""}, "code_interpreter_call_code", []),
+        ):
+            added = {"type": "response.output_item.added", "output_index": 0, "item": item}
+            deltas = [{"type": f"response.{name}.delta", "output_index": 0, "delta": text} for text in ("One", " two")]
+            with self.subTest(name=name):
+                parts: Any = recorded([added, *deltas]).parts
+                self.assertEqual([getattr(part, part._grows) for part in parts], said)
 
     def test_every_form_of_it(self) -> None:
         """Bytes, text, dicts, lists of events, objects with model_dump: returned as they are, or by `recorded`."""
@@ -2202,10 +2237,13 @@ class RecordedTest(unittest.TestCase):
         message = {"role": "assistant", "content": "Hi", "new_key": {"a": 1}}
         chat = {"object": "chat.completion", "choices": [{"index": 0, "message": message}]}
         event = {"type": "response.dream.told", "output_index": 0}
+        added = {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message"}}
         item = {"type": "message", "role": "assistant", "content": []}
         for value, words in (
-            (chat, r"choices\[0\]\.message\.new_key"),
+            (chat, r"the completion\.choices\[0\]\.message\.new_key"),
+            ([{"choices": [{"index": 0, "delta": message}]}], r"chunk 0\.choices\[0\]\.delta\.new_key"),
             ([event], "event 0 .*response.dream.told"),
+            ([added, event], "event 1 .*response.dream.told"),
             ({"object": "response", "output": [item]}, r"output\[0\]\.content has 0 parts"),
             ({"object": "response", "output": [5]}, r"output\[0\]"),
             ({"object": "list"}, "no chat.completion"),
@@ -7473,9 +7511,11 @@ class AnswersTest(unittest.TestCase):
                 self.assertEqual(text_streamed(api, events), "Hello you")
 
     def test_a_reply_has_its_envelope(self) -> None:
-        """A Reply's id, model, time and headers are the answer's, in all four encodings."""
-        reply = Reply("Hi", id="my-id", model="my-model", created=7, headers={"X-Own": "yes", "openai-version": "mine"})
-        for api, stream in itertools.product(PATHS, (False, True)):
+        """A Reply's id, model, time and headers are the answer's, in all four encodings; so are a Completion's."""
+        headers = {"X-Own": "yes", "openai-version": "mine"}
+        said = Completion([CompletionChoice(Message("assistant", "Hi"))], id="my-id", model="my-model", created=7)
+        replies = (Reply("Hi", id="my-id", model="my-model", created=7, headers=headers), Reply(said, headers=headers))
+        for reply, api, stream in itertools.product(replies, PATHS, (False, True)):
             with self.subTest(name=api, stream=stream), FakeOpenAI(always(reply)) as server:
                 answer = call(server, BODIES[api](stream=stream))
                 body = answer.events[0] if stream else answer.json
