@@ -7086,7 +7086,7 @@ class _MessageSink(_StreamSink):
         self.fail(error)  # other lanes go on
 
     def _finish(self) -> None:
-        self.websocket.fake._depart(self.request)
+        self.websocket.fake._flying.pop(id(self.request), None)
         self.flush()
 
 
@@ -7316,7 +7316,7 @@ class _WebSocket:
             told["headers"] = error.headers
         if turn is not None:
             turn.request._status, turn.request._outcome = error.status, error.message
-            self.fake._depart(turn.request)
+            self.fake._flying.pop(id(turn.request), None)
         self._tell({"type": "error", "status": error.status, "error": told}, turn)
 
     def _tell(self, event: _JSON, turn: _LaneTurn | None) -> None:
@@ -7455,7 +7455,7 @@ class _Connection(BaseRequestHandler):
         if self.state < _State.SENDING:
             self.state = _State.SENDING
         if last:
-            self.server.fake._depart(self.asked)
+            self.server.fake._flying.pop(id(self.asked), None)
         rest = memoryview(data)
         try:
             with suppress(BlockingIOError):
@@ -7881,6 +7881,7 @@ class Options(TypedDict, total=False):
     embeddings: Callable[[str], Sequence[float]] | None
 
 
+@dataclass(eq=False)
 class FakeOpenAI:
     """A server that answers like OpenAI's API, with what `handler` says. Use it in `with`, or `start` and `stop` it.
 
@@ -7903,62 +7904,45 @@ class FakeOpenAI:
     "METHOD /path".
     """
 
-    _server: _Server | None = None
-    _control: _Control | None = None
-    _reuse_port = False
+    handler: Handler = echo
+    _: KW_ONLY
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_key: str | None = None
+    validate: bool = True
+    strict: bool = False
+    ttft: float = 0.0
+    itl: float = 0.0
+    models: Sequence[str] | None = None
+    routes: Mapping[str, Callable[[Request], object]] | None = None
+    keep: int | None = None
+    cors: bool = False
+    seed: int | None = None
+    clock: Callable[[], float] = time.time
+    embeddings: Callable[[str], Sequence[float]] | None = None
+    _server: _Server | None = field(default=None, init=False)
+    _control: _Control | None = field(default=None, init=False)
+    _reuse_port: bool = field(default=False, init=False)
 
-    def __init__(
-        self,
-        handler: Handler = echo,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        api_key: str | None = None,
-        validate: bool = True,
-        strict: bool = False,
-        ttft: float = 0.0,
-        itl: float = 0.0,
-        models: Sequence[str] | None = None,
-        routes: Mapping[str, Callable[[Request], object]] | None = None,
-        keep: int | None = None,
-        cors: bool = False,
-        seed: int | None = None,
-        clock: Callable[[], float] = time.time,
-        embeddings: Callable[[str], Sequence[float]] | None = None,
-    ) -> None:
-        if not callable(handler):
+    def __post_init__(self) -> None:
+        if not callable(self.handler):
             raise TypeError(
-                f"a handler is a function that takes a Request, not {handler!r}; Script(...) makes one of answers"
+                f"a handler is a function that takes a Request, not {self.handler!r}; Script(...) makes one of answers"
             )
-        _check_fields(self, host=(host, str), port=(port, int), api_key=(api_key, _WORD), keep=(keep, _NUMBER))
-        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
-        if isinstance(models, str):
-            raise TypeError(f"FakeOpenAI wants a list of names for models, not {models!r}")
-        self.handler = handler
-        self.host = host
-        self.port = port
-        self.api_key = api_key
-        self.validate = validate
-        self.strict = strict
-        self.ttft = ttft
-        self.itl = itl
-        self.models = models
-        self.cors = cors
-        self.seed = seed
-        self.clock = clock
-        self.embeddings = embeddings
+        _check_fields(self, host=(self.host, str), port=(self.port, int))
+        _check_fields(self, api_key=(self.api_key, _WORD), keep=(self.keep, _NUMBER))
+        if isinstance(self.models, str):
+            raise TypeError(f"FakeOpenAI wants a list of names for models, not {self.models!r}")
         self.errors: list[BaseException] = []
         self._warned: set[str] = set()  # tools that were called, but not offered
-        own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
+        own = _own_routes(self.routes or {})
         others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
         self._router = _Router({**own, **others}) if own else _usual_router()
-        self._keep = keep
-        self._journal: deque[Request] = deque(maxlen=keep)
+        self._journal: deque[Request] = deque(maxlen=self.keep)
         self._count = 0
-        self._arrived = threading.Condition()  # guards _waiting, _count, _streams; tells that a request came
-        self._waiting = 0
+        self._arrived = threading.Condition()  # guards _count, _streams; tells that a request came
         self._flying: dict[int, Request] = {}
-        last = 19 if keep is None else min(19, keep)
+        last = 19 if self.keep is None else min(19, self.keep)
         self._recent: deque[Request] = deque(maxlen=last)  # their answers are kept, for the transcript
         self._streams: WeakSet[Stream] = WeakSet()  # that did not end; what nobody holds, nobody can close
         self._interrupted: list[Stream] = []  # of them, those that stop() cut: held, so that they are told
@@ -7978,7 +7962,8 @@ class FakeOpenAI:
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set at any time, and count from the next request on, but for those that are refused here."""
-        if name in ("keep", "routes") or (name in ("host", "port") and self._server is not None):
+        fixed = ("keep", "routes") if self._server is None else ("keep", "routes", "host", "port")
+        if name in fixed and name in self.__dict__:
             raise AttributeError(f"{name} can't be set; it is said when the server is made: FakeOpenAI({name}=...)")
         if name in ("ttft", "itl"):
             _check_fields(self, **{name: (value, _SECONDS)})
@@ -8008,9 +7993,7 @@ class FakeOpenAI:
         thread, and from a handler.
         """
         __tracebackhide__ = True  # pytest shows no frame that has it
-        failing = sys.exc_info()[1]
-        if (error := self._stop(None if failing is None else partial(_tell, failing))) is not None:
-            raise error
+        self.__exit__(*sys.exc_info())
 
     def _stop(self, tell: Callable[[str], object] | None) -> BaseException | None:
         """Stops. What went wrong is returned; or, where the test has failed already, `tell` gets it as a text."""
@@ -8085,19 +8068,15 @@ class FakeOpenAI:
     def wait_for_requests(self, n: int, timeout: float = 5.0) -> list[Request]:
         """Waits until `n` requests have come, and returns them all. Raises TimeoutError after `timeout` seconds."""
         with self._arrived:
-            self._waiting += 1
-            try:
-                if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
-                    raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
-            finally:
-                self._waiting -= 1
+            if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
+                raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
         return self.requests
 
     def transcript(self) -> str:
         """The last requests and what was answered, a line each; 20 lines at most."""
         requests = tuple(self._recent)
         if not requests:
-            return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
+            return "No request came to the fake." if self.keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in requests:
             said = ", ".join(map(_shown, request.answer[:4]))
@@ -8130,7 +8109,7 @@ class FakeOpenAI:
 
     def _remember(self, store: dict[Any, Any], id: object, value: object) -> None:
         store[id] = value
-        if self._keep is not None and len(store) > (keep := max(1, self._keep)):
+        if self.keep is not None and len(store) > (keep := max(1, self.keep)):
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
                 if isinstance(dropped := store.pop(old, None), _History):
                     dropped.before, dropped.said = None, list
@@ -8145,8 +8124,7 @@ class FakeOpenAI:
             self._control.wake()
         with self._arrived:
             self.__dict__["_count"] += 1  # not through __setattr__, which is for the options
-            if self._waiting:
-                self._arrived.notify_all()
+            self._arrived.notify_all()
 
     def _keep_last(self, request: Request) -> None:
         """Keeps a request for the transcript, in place of the oldest one there."""
@@ -8155,9 +8133,6 @@ class FakeOpenAI:
                 oldest = self._recent[0]
                 oldest._settle(oldest._encoder)
         self._recent.append(request)
-
-    def _depart(self, request: Request) -> None:
-        self._flying.pop(id(request), None)
 
     def _check_page(self, request: Request, path: str) -> None:
         """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
@@ -8175,30 +8150,27 @@ class FakeOpenAI:
             raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host!r}.")
 
     def _check_key(self, request: Request) -> None:
-        if request.method == "OPTIONS":
-            return
         key = _api_key(request)
-        if key == self.api_key:
+        if request.method == "OPTIONS" or key == self.api_key:
             return
-        if key:
-            shown = key if len(key) <= 12 else key[:8] + "*" * (len(key) - 12) + key[-4:]
-            text = f"Incorrect API key provided: {shown}. "
-            text += "You can find your API key at https://platform.openai.com/account/api-keys."
-            raise APIError(401, text, code="invalid_api_key")
-        if request.api == "responses":
-            raise APIError(401, "Missing bearer or basic authentication in header")
-        raise APIError(401, _NO_KEY)
+        if not key:
+            missing = "Missing bearer or basic authentication in header"
+            raise APIError(401, missing if request.api == "responses" else _NO_KEY)
+        shown = key if len(key) <= 12 else key[:8] + "*" * (len(key) - 12) + key[-4:]
+        text = f"Incorrect API key provided: {shown}. "
+        text += "You can find your API key at https://platform.openai.com/account/api-keys."
+        raise APIError(401, text, code="invalid_api_key")
 
     def _keep_error(self, error: BaseException, request: Request) -> str:
         """Keeps what went wrong for the test. Returns what the client is told."""
-        if self._keep is None or len(self.errors) < max(1, self._keep):  # a traceback holds its request
+        if self.keep is None or len(self.errors) < max(1, self.keep):  # a traceback holds its request
             self.errors.append(error)
         try:
-            message = text = str(error)
+            message = str(error)
         except BaseException:
-            message = text = "(and its str() raised as well)"
-        if not text.startswith("handler returned"):
-            message = f"handler raised {type(error).__name__}: {text}{_place(error)}"
+            message = "(and its str() raised as well)"
+        if not message.startswith("handler returned"):
+            message = f"handler raised {type(error).__name__}: {message}{_place(error)}"
         _LOG.info("%s %s: %s", request.method, request.path, message)
         return message
 
@@ -8292,36 +8264,44 @@ def _raisable(error: BaseException, text: str) -> BaseException:
     return error
 
 
-def _route_name(name: str) -> str:
-    """The name without the /v1 that every path may have. Raises ValueError for one that no request could match."""
-    if not re.fullmatch(r"[A-Z]+ /\S*", name):
-        raise ValueError(f'a route is "METHOD /path", as in "POST /audio/speech", not {name!r}')
-    return name.replace(" /v1/", " /", 1)
+def _own_routes(routes: Mapping[str, Callable[[Request], object]]) -> dict[str, _Endpoint]:
+    """Endpoints from a user's functions, by their names without the /v1 that every path may have."""
+    endpoints: dict[str, _Endpoint] = {}
+    for name, function in routes.items():
+        if not re.fullmatch(r"[A-Z]+ /\S*", name):
+            raise ValueError(f'a route is "METHOD /path", as in "POST /audio/speech", not {name!r}')
+        if not callable(function):
+            raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
+        endpoints[name.replace(" /v1/", " /", 1)] = _OwnRoute(function)
+    return endpoints
 
 
-class _OwnRoute(NamedTuple):
-    """The answer of a user's function to a request for a route of the user's."""
+@dataclass(frozen=True)
+class _OwnRoute:
+    """The endpoint that a user's function is: it is its own answer, as it finds the request at the connection."""
 
     function: Callable[[Request], object]
-    fake: FakeOpenAI
-    request: Request
+
+    def __call__(self, fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
+        return self
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection; what an iterator gives, piece by piece."""
+        fake, request = connection.server.fake, connection.asked
         waiter = _Waiter(connection.server, connection, False)
         pieces: Any = ()
         try:
-            result: Any = self.function(self.request)
+            result: Any = self.function(request)
             if hasattr(result, "__await__"):
                 result = waiter.run(result)
             if isinstance(result, APIError):
                 raise result
             if result is None:
-                raise TypeError(f"the route {self.request.method} {self.request.path} returned None (forgot `return`?)")
+                raise TypeError(f"the route {request.method} {request.path} returned None (forgot `return`?)")
             status, headers, body = _own_answer(result)
-            if self.fake.ttft:
-                waiter.sleep(self.fake.ttft)
-            if isinstance(body, bytes) or self.request.method == "HEAD":
+            if fake.ttft:
+                waiter.sleep(fake.ttft)
+            if isinstance(body, bytes) or request.method == "HEAD":
                 whole = body if isinstance(body, bytes) else b""
                 return connection.send_whole(whole, status, "application/octet-stream", fields=headers)
             waiter.streams = True
@@ -8329,8 +8309,8 @@ class _OwnRoute(NamedTuple):
             pieces = waiter.steps(body) if hasattr(body, "__anext__") else body
             connection.send(connection.head(status, _EVENTS, _USUAL, headers))
             for at, piece in enumerate(pieces):
-                if at and self.fake.itl:
-                    waiter.sleep(self.fake.itl)
+                if at and fake.itl:
+                    waiter.sleep(fake.itl)
                 if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
                     connection.send(_http_chunk(data) if connection.http11 else data)
                 waiter.patience()
@@ -8338,7 +8318,7 @@ class _OwnRoute(NamedTuple):
         except BaseException as error:
             if isinstance(error, _Gone) or not connection.headed:
                 raise
-            self.request._outcome = self.fake._keep_error(error, self.request)
+            request._outcome = fake._keep_error(error, request)
             connection.hang_up(False)  # too late for a status
         finally:
             if hasattr(pieces, "close"):
@@ -8358,17 +8338,6 @@ def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
     typed = "content-type" in map(str.lower, headers)
     headers = headers if typed else {**headers, "content-type": "application/json"}
     return status, headers, body.encode() if isinstance(body, str) and typed else _utf8(_dumps(body))
-
-
-def _own_route(function: Callable[[Request], object]) -> _Endpoint:
-    """An endpoint from a user's function."""
-    if not callable(function):
-        raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
-
-    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
-        return _OwnRoute(function, fake, request)
-
-    return endpoint
 
 
 def _preflight(fake: FakeOpenAI, request: Request, *values: str) -> _HTTPResponse:
