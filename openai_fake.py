@@ -8452,8 +8452,6 @@ _UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2
 _HUES = {2: "32", 4: "33"}  # SGR colours by the hundreds of a status: green, yellow; red for the rest
 _SHOWN = 2_000  # characters of one message that --verbose shows; a prompt may be megabytes
 _BACKLOG = 1_000  # pieces of output that wait for a slow reader; beyond that, they are dropped
-_TICK = 0.1  # seconds between looks at whether a client has left; a person does not notice
-_SETTINGS = ("host", "port", "api_key", "strict", "ttft", "itl", "models", "cors", "seed")  # the server's
 _PROMPT = "< "
 
 
@@ -8468,10 +8466,6 @@ def _safe_line(text: str, limit: int = 300) -> str:
     return _safe(text, limit).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _painted(text: str, colour: str, wanted: bool) -> str:
-    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
-
-
 def _request_words(request: Request) -> str:
     return f"{request.api} {_safe_line(request.model, 60)} {'stream' if request.stream else 'json'}"
 
@@ -8479,14 +8473,14 @@ def _request_words(request: Request) -> str:
 def _log_line(request: Request, clock: str, colour: bool = False) -> str:
     """One request in one line: time, API, model, stream, status, duration, tokens, and what went wrong."""
     what = _request_words(request) if request.api else _safe_line(f"{request.method} {request.path}", 100)
-    hue = _HUES.get(request._status // 100, "31")
-    status = _painted(str(request._status or "---"), hue, colour)
+    paint = "\x1b[{0}m{1}\x1b[0m" if colour else "{1}"
+    status = paint.format(_HUES.get(request._status // 100, "31"), request._status or "---")
     columns = [f"{clock} {what:<40}", status, f"{request._seconds:6.3f} s"]
     if request._encoder is not None and request._status == 200:
         usage = request._encoder.tally()
         columns.append(f"{usage.prompt_tokens}+{usage.completion_tokens} tokens")
     if request._outcome:
-        columns.append(_painted(_safe_line(request._outcome, 120), "31", colour))
+        columns.append(paint.format("31", _safe_line(request._outcome, 120)))
     return "  ".join(columns) + "\n"
 
 
@@ -8638,27 +8632,23 @@ class _NamedHandler:
         self._console = console
         self._lock = threading.Lock()  # guards all below: one request loads, those beside it wait
         self._module: Any = None
-        self._function = self._load()
+        self._function: Callable[[Request], Any] = self._load()
         self._seen = self._stat()
-        self._error = ""
 
     def __call__(self, request: Request) -> Any:
         with self._lock:
             seen = self._stat()
             if seen not in (None, self._seen):
-                self._seen = seen
-                self._reload()
-            function, error = self._function, self._error
-        if error:
-            raise APIError(500, error, headers={"x-should-retry": "false"})
+                self._seen, told = seen, f"{self._source} has changed and was loaded again"
+                try:
+                    self._function = self._load()
+                except (Exception, SystemExit) as error:
+                    told = f"{self._source} has changed and cannot be loaded: {_error_words(error)}"
+                    broken = APIError(500, told, headers={"x-should-retry": "false"})
+                    self._function = lambda request: broken
+                self._console.write(_safe_line(told) + "\n")
+            function = self._function
         return function(request)
-
-    def _reload(self) -> None:
-        try:
-            self._function, self._error = self._load(), ""
-        except (Exception, SystemExit) as error:
-            self._error = f"{self._source} has changed and cannot be loaded: {_error_words(error)}"
-        self._console.write(_safe_line(self._error or f"{self._source} has changed and was loaded again") + "\n")
 
     def _load(self) -> Callable[[Request], Any]:
         import importlib.util
@@ -8685,40 +8675,27 @@ class _NamedHandler:
         return status.st_mtime_ns, status.st_size
 
 
-class _Turn(Stream):
-    """One request that a person answers."""
+class _Turn:
+    """One request that a person answers, from the terminal's thread."""
 
-    def __init__(self, request: Request, ended: Callable[[_Turn], None]) -> None:
-        super().__init__(timeout=None)  # a person may think for long
+    shown = said = over = False
+
+    def __init__(self, request: Request) -> None:
+        import asyncio
+
         self.asked = request
-        self.ended = ended  # called when it is over, also because the client has left
-        # What the handler returns: the stream at the first thing said; or an error, whose status the reply then has.
-        self.begun: queue.SimpleQueue[Stream | APIError] = queue.SimpleQueue()
-        self.said = self.over = False
+        self.loop = asyncio.get_running_loop()  # the answer's, which also notices that the client has left
+        self.parts: asyncio.Queue[_Part | APIError | None] = asyncio.Queue()  # None: the end
 
-    def say(self, *parts: _Part) -> None:
-        if not self.said:
-            self.begun.put(self)
+    def say(self, *parts: _Part | APIError | None) -> None:
         self.said = True
-        self.send(*parts)
+        for part in parts:
+            with suppress(RuntimeError):  # the loop is closed: the client has just left
+                self.loop.call_soon_threadsafe(self.parts.put_nowait, part)
 
-    def end(self, *last: _Part) -> None:
+    def end(self, *last: _Part | APIError) -> None:
         self.over = True
-        self.say(*last)
-        self.close()
-
-    def reject(self, error: APIError) -> None:
-        self.over = True
-        if self.said:
-            self.fail(error)
-        else:
-            self.begun.put(error)
-            self.ended(self)
-
-    @override
-    def _left(self) -> None:
-        super()._left()
-        self.ended(self)
+        self.say(*last, None)
 
 
 def _type_call(turn: _Turn, rest: str) -> None:
@@ -8734,7 +8711,7 @@ def _type_call(turn: _Turn, rest: str) -> None:
 
 def _type_error(turn: _Turn, rest: str) -> None:
     number, _, message = rest.partition(" ")
-    turn.reject(APIError(int(number), message or "An error typed at the terminal."))
+    turn.end(APIError(int(number), message or "An error typed at the terminal."))
 
 
 # What each does (ValueError: that does not fit the usage), its usage, and its help.
@@ -8757,21 +8734,19 @@ class _Operator:
 
     def __init__(self, console: _Console, stdin: TextIO | None) -> None:
         self._console, self._stdin = console, stdin
-        self._lock = threading.RLock()  # guards all below
-        self._turns: list[_Turn] = []  # the first has the terminal, the others wait
-        self._ahead: deque[str] = deque()  # lines typed while nobody waited
-        self._stale = self._ended = False  # the line being typed was for a client that has left; the input has ended
-        self._restore: Callable[[], object] = lambda: None
+        # A line that was typed; a request that has come, and again when it is over; None: the input has ended.
+        self._events: queue.SimpleQueue[str | _Turn | None] = queue.SimpleQueue()
+        self._restore: Callable[[], object] = bool
         if stdin is not None and stdin.isatty():
             with suppress(ImportError):
                 import termios
 
-                modes = termios.tcgetattr(stdin)
-                self._restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, modes)
+                self._restore = partial(termios.tcsetattr, stdin, termios.TCSANOW, termios.tcgetattr(stdin))
 
     def start(self) -> None:
         self._console.write(_HELP)
-        threading.Thread(target=self._read, name="openai_fake operator", daemon=True).start()
+        for work in (self._read, self._run):
+            threading.Thread(target=work, name="openai_fake operator", daemon=True).start()
 
     def stop(self) -> None:
         """Gives the terminal back as it was: who edits a line there never ends."""
@@ -8780,67 +8755,63 @@ class _Operator:
             self._console.typed = None
             self._console.write("\n")
 
-    def __call__(self, request: Request) -> Stream | APIError:
-        turn = _Turn(request, self._over)
-        with self._lock:
-            self._turns.append(turn)
-            if self._turns[0] is turn:
-                self._begin(turn)
-            else:
-                self._console.write(f"{_request_words(request)} waits: {len(self._turns) - 1} before it\n")
+    async def __call__(self, request: Request) -> AsyncIterator[_Part]:
+        turn = _Turn(request)
+        self._events.put(turn)
+        try:
+            yield Pause(0.0)  # an answer with no part at all would be an error
+            while (part := await turn.parts.get()) is not None:
+                if isinstance(part, APIError):
+                    raise part
+                yield part
+        finally:
+            self._events.put(turn)
+
+    def _run(self) -> None:
+        """Gives the terminal to one request after the other, and obeys what is typed."""
+        turns: list[_Turn] = []  # the first has the terminal, the others wait
+        ahead: deque[str] = deque()  # lines typed while nobody waited
+        stale = ended = False  # the line being typed was for a client that has left; the input has ended
         while True:
-            try:
-                return turn.begun.get(timeout=_TICK)
-            except queue.Empty:
-                if request.disconnected:
-                    return turn
-
-    def _begin(self, turn: _Turn) -> None:
-        self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
-        while self._ahead and not turn.over:
-            self._obey(turn, self._ahead.popleft())
-        if self._ended and not turn.over:
-            self._finish(turn)
-
-    def _over(self, turn: _Turn) -> None:
-        with self._lock:
-            if turn not in self._turns:  # it was rejected as its client left
-                return
-            first = self._turns[0] is turn
-            self._turns.remove(turn)
-            if first and not turn.over:
-                turn.over = True
-                self._stale = bool(self._console.typed and self._console.typed())
-                self._console.write("The client has left.\n")
-            if first and self._turns:
-                self._begin(self._turns[0])
-
-    def _read(self) -> None:
-        """Obeys what is typed, until the input ends."""
-        for line in self._lines():
-            with self._lock:
-                stale, self._stale = self._stale, False
-                turn = self._turns[0] if self._turns else None
+            event = self._events.get()
+            if event is None:
+                ended = True
+                self._console.write("The input has ended: from now on, requests get a 503.\n")
+            elif isinstance(event, str):
                 if stale:
                     self._console.write("That was not sent: its client has left.\n")
-                elif turn is None or turn.over:
-                    self._ahead.append(line)
                 else:
-                    self._obey(turn, line)
-        with self._lock:
-            self._console.write("The input has ended: from now on, requests get a 503.\n")
-            self._ended = True
-            for turn in reversed(self._turns):
-                if not turn.over:
-                    self._finish(turn)
+                    ahead.append(event)
+                stale = False
+            elif event not in turns:
+                turns.append(event)
+                if len(turns) > 1:
+                    self._console.write(f"{_request_words(event.asked)} waits: {len(turns) - 1} before it\n")
+            else:
+                if event is turns[0] and not event.over:
+                    stale = bool(self._console.typed and self._console.typed())
+                    self._console.write("The client has left.\n")
+                turns.remove(event)
+            while turns and not (turn := turns[0]).over:
+                if not turn.shown:
+                    turn.shown = True
+                    self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
+                elif ahead:
+                    self._obey(turn, ahead.popleft())
+                elif ended and turn.said:
+                    turn.end()
+                elif ended:
+                    turn.end(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
+                else:
+                    break
 
-    def _finish(self, turn: _Turn) -> None:
-        if turn.said:
-            turn.end()
-        else:
-            turn.reject(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
+    def _read(self) -> None:
+        for line in self._lines():
+            self._events.put(line)
+        self._events.put(None)
 
     def _lines(self) -> Iterator[str]:
+        """What is typed, until the input ends."""
         if self._stdin is None:  # the shell closed it (<&-)
             return
         if self._stdin.isatty() and self._console.terminal:
@@ -8902,9 +8873,6 @@ A server that answers like OpenAI's API. It repeats what the user said, or says
   --quiet, --verbose          no such line; conversations and tracebacks, too
   --version, --help
 """
-_DEFAULTS: _JSON = {
-    "host": "127.0.0.1", "port": 8080, "tokens": 32, "ttft": 0.0, "itl": 0.0, "error-rate": {}, "log": "text",
-}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -8952,10 +8920,11 @@ def _parser() -> argparse.ArgumentParser:
     types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
     types |= {"TEXT": reply, "STATUS=RATE": rates, "FILE.jsonl": _dumper}
     for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
-        more: _JSON = {"metavar": takes, "type": types.get(takes, str), "default": _DEFAULTS.get(name)}
+        more: _JSON = {"metavar": takes, "type": types.get(takes, str)}
         more["choices"] = ("text", "json") if name == "log" else None
         more = more if takes else {"action": "store_true"}
         groups.get(name, parser).add_argument(f"--{name}", **more)
+    parser.set_defaults(host="127.0.0.1", port=8080, tokens=32, ttft=0.0, itl=0.0, error_rate={}, log="text")
     return parser
 
 
@@ -9007,7 +8976,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler = _chosen_handler(options, console)
     except BaseException as error:  # whatever the handler's file does as it is loaded, Ctrl-C meanwhile too
         parser.error(f"--handler {options.handler}: {_error_words(error)}")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
+    settings: _JSON = {name: each for name, each in vars(options).items() if name in Options.__annotations__}
     settings |= {"validate": not options.no_validate, "keep": 1_000}  # the journal of a service must not grow for ever
     interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is reentrant; an Event's set() is not
     for number in (signal.SIGINT, signal.SIGTERM):
