@@ -10559,9 +10559,12 @@ class InteractiveTest(unittest.TestCase):
 
     def test_hangup(self) -> None:
         """/hangup drops the connection with no reply."""
-        self.program.type("/hangup")
-        with self.assertRaises((http.client.RemoteDisconnected, ConnectionError)):
-            self.caller.said()
+        for stream in (False, True):
+            with self.subTest(stream=stream), self.assertRaises((http.client.RemoteDisconnected, ConnectionError)):
+                self.program.type("/hangup")
+                caller = Caller(self, self.url)
+                caller.send(stream=stream)
+                caller.connection.getresponse()
 
     def test_client_leaves(self) -> None:
         """A client that leaves while one types gives the terminal to the next, which is said."""
