@@ -8014,16 +8014,24 @@ class FakeOpenAI:
         for check in checks:
             try:
                 check()
-            except (AssertionError, RuntimeError) as error:
-                error.__context__ = None  # the test's own failure
-                self.errors.append(error)
-        errors = tuple(self.errors)
-        text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:6])
+            except (AssertionError, RuntimeError) as fault:
+                fault.__context__ = None  # the test's own failure
+                self.errors.append(fault)
+        errors = [_cut(self.errors[0]), *self.errors[1:6]] if self.errors else []
+        text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:])
         if tell is not None:
-            first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in errors[:1])
+            first = ("".join(traceback.format_exception(error)).rstrip() for error in errors[:1])
             tell("\nWhat went wrong in the fake:\n".join([text, *first]))
             return None
-        return _raisable(errors[0], text) if errors else None
+        if not errors:
+            return None
+        error = errors[0]
+        ends = isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit))  # the whole test run
+        if ends or type(error).__name__ == "CancelledError":
+            error = RuntimeError(f"handler raised {_error_words(error)}")
+            error.__cause__ = errors[0]
+        _tell(error, text)
+        return error
 
     def __enter__(self) -> Self:
         return self.start()
@@ -8101,9 +8109,7 @@ class FakeOpenAI:
         return _Ids(random.Random(f"{self.seed} {next(self._numbers)}").getrandbits)
 
     def _model_names(self) -> Sequence[str]:
-        if self.models is not None:
-            return self.models
-        return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS})
+        return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS}) if self.models is None else self.models
 
     # One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least.
 
@@ -8251,17 +8257,6 @@ def _shown(value: object) -> str:
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 100 else line[:99] + "…"
-
-
-def _raisable(error: BaseException, text: str) -> BaseException:
-    """The error that fails a test, with a text that is shown under its traceback."""
-    error = _cut(error)
-    if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
-        told = RuntimeError(f"handler raised {_error_words(error)}")  # itself would end the whole test run
-        told.__cause__ = error
-        error = told
-    _tell(error, text)
-    return error
 
 
 def _own_routes(routes: Mapping[str, Callable[[Request], object]]) -> dict[str, _Endpoint]:
@@ -8551,28 +8546,22 @@ class _Console:
         # thread, which waits for a reader. `stream` is None where the shell closed it (>&-).
         buffer: Any = getattr(stream, "buffer", None)
         self._raw: Any = getattr(buffer, "raw", buffer)
-        self._pieces: queue.Queue[str | threading.Event] = queue.Queue(_BACKLOG)
+        self._pieces: queue.Queue[str | None] = queue.Queue(_BACKLOG)
         self.typed: Callable[[], str] | None = None  # what is typed so far, where lines are edited at a prompt
-        if self._raw is not None:
-            threading.Thread(target=self._run, name="openai_fake console", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="openai_fake console", daemon=True)
+        self._thread.start()
 
-    def write(self, text: str) -> None:
+    def write(self, text: str | None) -> None:
         with suppress(queue.Full):
             self._pieces.put_nowait(text)
 
-    def flush(self, timeout: float = 0.5) -> None:
-        """Wait until all is written, or until it seems that nobody reads it."""
-        written = threading.Event()
-        with suppress(queue.Full):
-            self._pieces.put_nowait(written)
-            written.wait(timeout if self._raw is not None else 0)
+    def close(self) -> None:
+        """Waits until all is written, or until it seems that nobody reads it."""
+        self.write(None)
+        self._thread.join(0.5)
 
     def _run(self) -> None:
-        while True:
-            piece = self._pieces.get()
-            if isinstance(piece, threading.Event):
-                piece.set()
-                continue
+        while self._raw is not None and (piece := self._pieces.get()) is not None:
             if self.typed is not None:  # the piece goes where the prompt is, and the prompt below
                 piece = f"\r\x1b[K{piece}{_PROMPT}{self.typed()}"
             data = memoryview(piece.encode(self._encoding, "backslashreplace"))
@@ -8668,11 +8657,10 @@ class _NamedHandler:
 
     def _stat(self) -> tuple[int, int] | None:
         """What an edit changes; None while an editor is replacing the file, and for a module that has none."""
-        try:
+        with suppress(OSError, TypeError, AttributeError):
             status = os.stat(self._module.__file__)
-        except (OSError, TypeError, AttributeError):
-            return None
-        return status.st_mtime_ns, status.st_size
+            return status.st_mtime_ns, status.st_size
+        return None
 
 
 class _Turn:
@@ -8991,7 +8979,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
     console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-5.5"])[0], options.api_key))
-    console.flush()
     if isinstance(handler, _Operator):
         handler.start()
     while True:
@@ -9002,7 +8989,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.stop()
     if isinstance(handler, _Operator):
         handler.stop()
-    console.flush()
+    console.close()
     return 0
 
 
