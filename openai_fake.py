@@ -7936,14 +7936,12 @@ class FakeOpenAI:
         self.errors: list[BaseException] = []
         self._warned: set[str] = set()  # tools that were called, but not offered
         own = _own_routes(self.routes or {})
-        others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
-        self._router = _Router({**own, **others}) if own else _usual_router()
+        self._router = _Router({**own, **_ENDPOINTS, **own}) if own else _usual_router()  # they come first, and win
         self._journal: deque[Request] = deque(maxlen=self.keep)
         self._count = 0
         self._arrived = threading.Condition()  # guards _count, _streams; tells that a request came
         self._flying: dict[int, Request] = {}
-        last = 19 if self.keep is None else min(19, self.keep)
-        self._recent: deque[Request] = deque(maxlen=last)  # their answers are kept, for the transcript
+        self._recent: deque[Request] = deque(maxlen=19 if self.keep is None else min(19, self.keep))  # for transcript()
         self._streams: WeakSet[Stream] = WeakSet()  # that did not end; what nobody holds, nobody can close
         self._interrupted: list[Stream] = []  # of them, those that stop() cut: held, so that they are told
         self._observe: Callable[[Request], None] | None = None
@@ -7955,7 +7953,6 @@ class FakeOpenAI:
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
         self._stopping = threading.Lock()  # taken, for ever, by the first stop() that came to its end
-        self._pid = 0
 
     # For tests.
 
@@ -7982,8 +7979,8 @@ class FakeOpenAI:
         except BaseException:
             server.server_close()
             raise
-        self._server = server
         self._pid = os.getpid()
+        self._server = server
         return self
 
     def stop(self) -> None:
@@ -8372,11 +8369,8 @@ def _stop_after(test: Any, server: FakeOpenAI) -> None:
     method = getattr(test, test._testMethodName)
     if any(getattr(each, "__unittest_expecting_failure__", False) for each in (test, method)):
         outcome.expectedFailure = failure
-        return
-    outcome.success = False
-    if hasattr(outcome, "errors"):  # before 3.11
-        outcome.errors.append((test, failure))
     else:
+        outcome.success = False
         add = outcome.result.addFailure if isinstance(error, test.failureException) else outcome.result.addError
         add(test, failure)
 
@@ -8487,19 +8481,16 @@ def _paragraph(mark: str, label: str, text: str) -> str:
     return f"{mark:>3} {_safe_line(label, 12):<10} " + _safe(text).replace("\n", "\n" + " " * 15) + "\n"
 
 
-def _part_text(part: object) -> str:
-    if isinstance(part, WebSearch):
-        return part.query
-    if isinstance(part, Item):
-        return f"{part.type} {_dumps(part.fields)}"
-    return part.summary if isinstance(part, Reasoning) else part._pieces[0] if isinstance(part, _Spoken) else repr(part)
-
-
 def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
     shown: list[str] = []
     for part in parts:
-        text = _part_text(part)
-        text = f"{part.name}({text})" if isinstance(part, _Call) else text
+        text = "".join(part._as_given()) if isinstance(part, _Spoken) else repr(part)
+        if isinstance(part, _Call):
+            text = f"{part.name}({text})"
+        elif isinstance(part, Item):
+            text = part.query if isinstance(part, WebSearch) else f"{part.type} {_dumps(part.fields)}"
+        elif isinstance(part, Reasoning):
+            text = part.summary
         shown.append(_paragraph(mark, _LABELS.get(type(part), type(part).__name__.lower()), text))
     return "".join(shown)
 
