@@ -8548,13 +8548,15 @@ class _Console:
 
     def close(self) -> None:
         """Waits until all is written, or until it seems that nobody reads it."""
+        typed, self.typed = self.typed, None
+        self.write("\n" if typed is not None else "")
         self.write(None)
         self._thread.join(0.5)
 
     def _run(self) -> None:
         while self._raw is not None and (piece := self._pieces.get()) is not None:
-            if self.typed is not None:  # the piece goes where the prompt is, and the prompt below
-                piece = f"\r\x1b[K{piece}{_PROMPT}{self.typed()}"
+            if (typed := self.typed) is not None:  # the piece goes where the prompt is, and the prompt below
+                piece = f"\r\x1b[K{piece}{_PROMPT}{typed()}"
             data = memoryview(piece.encode(self._encoding, "backslashreplace"))
             with suppress(OSError, ValueError):  # the reader has left; the service goes on
                 while data:
@@ -8715,24 +8717,11 @@ class _Operator:
         self._console, self._stdin = console, stdin
         # A line that was typed; a request that has come, and again when it is over; None: the input has ended.
         self._events: queue.SimpleQueue[str | _Turn | None] = queue.SimpleQueue()
-        self._restore: Callable[[], object] = bool
-        if stdin is not None and stdin.isatty():
-            with suppress(ImportError):
-                import termios
-
-                self._restore = partial(termios.tcsetattr, stdin, termios.TCSANOW, termios.tcgetattr(stdin))
 
     def start(self) -> None:
         self._console.write(_HELP)
         for work in (self._read, self._run):
             threading.Thread(target=work, name="openai_fake operator", daemon=True).start()
-
-    def stop(self) -> None:
-        """Gives the terminal back as it was: who edits a line there never ends."""
-        self._restore()
-        if self._console.typed is not None:
-            self._console.typed = None
-            self._console.write("\n")
 
     async def __call__(self, request: Request) -> AsyncIterator[_Part]:
         turn = _Turn(request)
@@ -8785,15 +8774,8 @@ class _Operator:
                     break
 
     def _read(self) -> None:
-        for line in self._lines():
-            self._events.put(line)
-        self._events.put(None)
-
-    def _lines(self) -> Iterator[str]:
-        """What is typed, until the input ends."""
-        if self._stdin is None:  # the shell closed it (<&-)
-            return
-        if self._stdin.isatty() and self._console.terminal:
+        """Reads what is typed, until the input ends."""
+        if self._stdin is not None and self._stdin.isatty() and self._console.terminal:
             prompt = _PROMPT
             with suppress(ImportError):
                 import readline  # input() then edits lines, and has a history
@@ -8802,15 +8784,21 @@ class _Operator:
                 if "libedit" not in str(readline.__doc__):  # which would show what is between \x01 and \x02
                     readline.parse_and_bind("set enable-bracketed-paste off")  # nobody would end it
                     prompt = f"\r\x01\x1b[K\x02{_PROMPT}"
+                import atexit
+                import termios
+
+                # Gives the terminal back as it was: who edits a line there never ends.
+                atexit.register(termios.tcsetattr, self._stdin, termios.TCSANOW, termios.tcgetattr(self._stdin))
             with suppress(EOFError):
                 while True:
-                    yield input(prompt)
+                    self._events.put(input(prompt))
             self._console.typed = None
-            return
-        # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
-        with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
-            for line in raw:
-                yield line.decode(errors="replace").rstrip("\r\n")
+        elif self._stdin is not None:  # None: the shell closed it (<&-)
+            # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
+            with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+                for line in raw:
+                    self._events.put(line.decode(errors="replace").rstrip("\r\n"))
+        self._events.put(None)
 
     def _obey(self, turn: _Turn, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -8928,7 +8916,7 @@ def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[
         return _NamedHandler(options.handler, console)
     if options.reply is not None:
         return lambda request: options.reply
-    return (lambda request: auto(request, tokens=options.tokens)) if options.auto else echo
+    return partial(auto, tokens=options.tokens) if options.auto else echo
 
 
 def _find_this(name: str, path: Sequence[str] | None, target: object = None) -> Any:
@@ -8978,8 +8966,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
     with suppress(BaseException):  # the errors that it raises were shown as they happened
         server.stop()
-    if isinstance(handler, _Operator):
-        handler.stop()
     console.close()
     return 0
 
