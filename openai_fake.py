@@ -115,7 +115,6 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import unittest
-    from types import TracebackType
     from typing import TypeAlias
 
     from typing_extensions import Self, Unpack, override
@@ -8033,9 +8032,7 @@ class FakeOpenAI:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         __tracebackhide__ = True
         if (failure := self._stop(None if error is None else partial(_tell, error))) is not None:
             raise failure
@@ -8108,9 +8105,8 @@ class FakeOpenAI:
     def _model_names(self) -> Sequence[str]:
         return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS}) if self.models is None else self.models
 
-    # One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least.
-
     def _remember(self, store: dict[Any, Any], id: object, value: object) -> None:
+        """One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least."""
         store[id] = value
         if self.keep is not None and len(store) > (keep := max(1, self.keep)):
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
@@ -8320,10 +8316,8 @@ class _OwnRoute:
 
 def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
     """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
-    body: Any = result
-    status, headers = 200, None
-    if type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]:
-        status, headers, body = cast(Any, result)
+    headed = type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]
+    status, headers, body = cast(Any, result if headed else (200, None, result))
     headers = _header_fields(headers)
     if isinstance(body, bytes) or hasattr(body, "__next__") or hasattr(body, "__anext__"):
         return status, headers, body
@@ -8495,22 +8489,17 @@ def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
     return "".join(shown)
 
 
-def _shown_conversation(messages: Sequence[Message]) -> str:
+def _shown_request(request: Request) -> str:
+    """What was asked: the conversation, the tools, the options."""
     shown: list[str] = []
-    for message in messages:
+    for message in request.messages:
         text = "\n".join(each for each in (message.text, *_attached(message)) if each)
         if text or not message.tool_calls:
             shown.append(_paragraph(">", message.role, text))
         shown.append(_answer_text(message.tool_calls, ">"))
-    return "".join(shown)
-
-
-def _shown_request(request: Request) -> str:
-    """What was asked: the conversation, the tools, the options."""
     options = [f"{name}={_dumps(value)}" for name, value in request.options.items()]
     more = {"tools": ", ".join(_tool_words(request)), "options": ", ".join(options)}
-    shown = [_paragraph(">", label, text) for label, text in more.items() if text]
-    return _shown_conversation(request.messages) + "".join(shown)
+    return "".join([*shown, *(_paragraph(">", label, text) for label, text in more.items() if text)])
 
 
 def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str | None) -> str:

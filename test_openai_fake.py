@@ -135,7 +135,6 @@ _ENDPOINTS = openai_fake._ENDPOINTS  # and each of these
 _MAX_BODY = (openai_fake, "_MAX_BODY")  # set lower: 64 MiB take long
 _SLEEP = (openai_fake._Waiter, "sleep")  # what is waited for, without waiting
 _log_line = openai_fake._log_line  # what the terminal shows, without a process each
-_shown_conversation = openai_fake._shown_conversation
 _answer_text = openai_fake._answer_text
 _banner = openai_fake._banner
 _Inbox, _read_request, _Refused = (
@@ -10774,7 +10773,7 @@ class ShownTextTest(unittest.TestCase):
         shown = [
             _log_line(self.asked(model=hostile, _outcome=hostile), "12:00:00"),
             _log_line(self.asked(api="", path=hostile, method=hostile), "12:00:00"),
-            _shown_conversation([self.message(hostile, hostile, hostile)]),
+            self.shown(self.message(hostile, hostile, hostile)),
             _answer_text([openai_fake.Text(hostile), openai_fake.ToolCall(hostile, hostile, id="1")]),
         ]
         for text in shown:
@@ -10784,7 +10783,7 @@ class ShownTextTest(unittest.TestCase):
 
     def test_long_texts(self) -> None:
         """A text of any length shows its beginning, and how much is left out."""
-        text = _shown_conversation([self.message("user", "x" * 1_000_000)])
+        text = self.shown(self.message("user", "x" * 1_000_000))
         self.assertLess(len(text), 3_000)
         self.assertIn("(998,000 more characters)", text)
 
@@ -10792,7 +10791,7 @@ class ShownTextTest(unittest.TestCase):
         """A message shows its role and its text, with its lines one below the other, and its calls."""
         messages = [self.message("user", "Rain\nin Paris?"), self.message("assistant", "", "{}")]
         self.assertEqual(
-            _shown_conversation(messages),
+            self.shown(*messages),
             "  > user       Rain\n               in Paris?\n  > call       get_weather({})\n",
         )
 
@@ -10813,6 +10812,11 @@ class ShownTextTest(unittest.TestCase):
     def message(role: str, text: str, arguments: str | None = None) -> Any:
         calls = [] if arguments is None else [openai_fake.ToolCall("get_weather", arguments, id="call_1")]
         return SimpleNamespace(role=role, text=text, content=text, tool_calls=calls, tool_call_id=None)
+
+    @staticmethod
+    def shown(*messages: Any) -> str:
+        request: Any = SimpleNamespace(messages=messages, options={}, tools=[])
+        return openai_fake._shown_request(request)
 
 
 # ---- The README and the docstrings -----------------------------------------------------------------------------------
