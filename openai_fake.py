@@ -8098,9 +8098,8 @@ class FakeOpenAI:
         return self._server
 
     def _ids(self) -> _Ids:
-        if self.seed is None:
-            return self._unseeded
-        return _Ids(random.Random(f"{self.seed} {next(self._numbers)}").getrandbits)
+        seed = self.seed
+        return self._unseeded if seed is None else _Ids(random.Random(f"{seed} {next(self._numbers)}").getrandbits)
 
     def _model_names(self) -> Sequence[str]:
         return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS}) if self.models is None else self.models
@@ -8608,8 +8607,7 @@ class _NamedHandler:
 
     def __call__(self, request: Request) -> Any:
         with self._lock:
-            seen = self._stat()
-            if seen not in (None, self._seen):
+            if (seen := self._stat()) not in (None, self._seen):
                 self._seen, told = seen, f"{self._source} has changed and was loaded again"
                 try:
                     self._function = self._load()
@@ -8734,12 +8732,11 @@ class _Operator:
             if event is None:
                 ended = True
                 self._console.write("The input has ended: from now on, requests get a 503.\n")
-            elif isinstance(event, str):
-                if stale:
-                    self._console.write("That was not sent: its client has left.\n")
-                else:
-                    ahead.append(event)
+            elif isinstance(event, str) and stale:
                 stale = False
+                self._console.write("That was not sent: its client has left.\n")
+            elif isinstance(event, str):
+                ahead.append(event)
             elif event not in turns:
                 turns.append(event)
                 if len(turns) > 1:

@@ -10576,6 +10576,18 @@ class InteractiveTest(unittest.TestCase):
         self.program.type("2", "/end")
         self.assertEqual(Caller(self, self.url).said(), "2\n")
 
+    def test_background_cancelled(self) -> None:
+        """A background response that is cancelled, even before anything was said, gives up the terminal too."""
+        body = responses("First", background=True)
+        self.caller.connection.request("POST", "/v1/responses", json.dumps(body))
+        made = self.caller.receive()[1]
+        self.program.until("> user")
+        self.caller.connection.request("POST", f"/v1/responses/{made['id']}/cancel")
+        self.assertEqual(self.caller.receive()[1]["status"], "cancelled")
+        self.program.until("client has left")
+        self.program.type("2", "/end")
+        self.assertEqual(self.caller.said(), "2\n")
+
     def test_unknown_command(self) -> None:
         """A command that there is not shows those that there are."""
         self.caller.send()
