@@ -7887,12 +7887,11 @@ class FakeOpenAI:
     - `host`, `port`: where to listen; port 0 is any free one.
     - `api_key`: when it is set, requests with another key, or none, get the API's 401.
     - `validate`: refuse what the real API refuses; `strict`: also parameters and models that it does not know.
-    - `ttft`, `itl`: seconds to the first token, and between tokens.
+    - `ttft`, `itl`: seconds to the first token, and between tokens; to and between the pieces of a route, too.
     - `models`: what GET /models lists.
-    - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
+    - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`. A function takes the Request and returns
       what is sent as JSON, or bytes, or an iterator of bytes or str that is sent as it comes, or one of these with a
-      status and headers: `(201, {"content-type": "text/csv"}, "a,b")`; or an APIError. `ttft` and `itl` hold there
-      too. A {name} in a route stands for any one segment of the path.
+      status and headers, `(201, {"content-type": "text/csv"}, "a,b")`, or an APIError. A {name} is any one segment.
     - `keep`: how many are kept of each: requests, stored answers, turns, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin; without it those of other sites get a 403.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
@@ -8141,9 +8140,7 @@ class FakeOpenAI:
         if not own and (shows or not self.cors):
             words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True (or --cors)."
             raise APIError(403, "This is for pages of this machine only." if shows else words)
-        if not shows:
-            return
-        local = str(self._running().server_address[0]).startswith(("127.", "::1"))
+        local = shows and str(self._running().server_address[0]).startswith(("127.", "::1"))
         if local and not re.fullmatch(_LOOPBACK, host := fields.get("host", "").lower()):
             raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host!r}.")
 
@@ -8346,12 +8343,12 @@ def start(
     if add is None:
         raise TypeError(f"start() takes the test first, as in start(self, handler); what came is {test!r}")
     server = FakeOpenAI(handler, **options).start()
-    add(server.stop) if isinstance(test, type) else add(_stop_after, test, server)
+    add(_stop_after, test, server)
     return server
 
 
 def _stop_after(test: Any, server: FakeOpenAI) -> None:
-    """Stops the server of a test. What went wrong is its failure, or is told in the failure that it has."""
+    """Stops the server of a test, or class. What went wrong is its failure, or is told in the failure that it has."""
     outcome: Any = getattr(test, "_outcome", None)  # private, from 3.10 to 3.14; there is no public way
     if (error := server._stop(_teller(test, outcome))) is None:
         return
