@@ -94,7 +94,6 @@ if TYPE_CHECKING:
     import asyncio
     import unittest
     from collections.abc import AsyncIterator
-    from types import TracebackType
     from typing import NoReturn, TextIO, TypeAlias
 
     from typing_extensions import Self, Unpack, override
@@ -3000,8 +2999,8 @@ def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, p
 
 def _recorded_error(error: Any, event: bool) -> StreamError:
     told = _dict(error)
-    about = {"type": told.get("type") or "server_error", "code": told.get("code"), "param": told.get("param")}
-    return StreamError(_string(told.get("message")), **about, event=event)
+    kind, code, param = told.get("type") or "server_error", told.get("code"), told.get("param")
+    return StreamError(_string(told.get("message")), type=kind, code=code, param=param, event=event)
 
 
 def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
@@ -7356,18 +7355,18 @@ class Options(TypedDict, total=False):
     embeddings: Callable[[str], Sequence[float]] | None
 
 
+@dataclass(eq=False)
 class FakeOpenAI:
     """A server that answers like OpenAI's API, with what `handler` says. Use it in `with`, or `start` and `stop` it.
 
     - `host`, `port`: where to listen; port 0 is any free one.
     - `api_key`: when it is set, requests with another key, or none, get the API's 401.
     - `validate`: refuse what the real API refuses; `strict`: also parameters and models that it does not know.
-    - `ttft`, `itl`: seconds to the first token, and between tokens.
+    - `ttft`, `itl`: seconds to the first token, and between tokens; to and between the pieces of a route, too.
     - `models`: what GET /models lists.
-    - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
+    - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`. A function takes the Request and returns
       what is sent as JSON, or bytes, or an iterator of bytes or str that is sent as it comes, or one of these with a
-      status and headers: `(201, {"content-type": "text/csv"}, "a,b")`; or an APIError. `ttft` and `itl` hold there
-      too. A {name} in a route stands for any one segment of the path.
+      status and headers, `(201, {"content-type": "text/csv"}, "a,b")`, or an APIError. A {name} is any one segment.
     - `keep`: how many are kept of each: requests, stored answers, turns, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin; without it those of other sites get a 403.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
@@ -7378,64 +7377,45 @@ class FakeOpenAI:
     "METHOD /path".
     """
 
-    _server: _Server | None = None
-    _control: _Control | None = None
-    _reuse_port = False
+    handler: Handler = echo
+    _: KW_ONLY
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_key: str | None = None
+    validate: bool = True
+    strict: bool = False
+    ttft: float = 0.0
+    itl: float = 0.0
+    models: Sequence[str] | None = None
+    routes: Mapping[str, Callable[[Request], object]] | None = None
+    keep: int | None = None
+    cors: bool = False
+    seed: int | None = None
+    clock: Callable[[], float] = time.time
+    embeddings: Callable[[str], Sequence[float]] | None = None
+    _server: _Server | None = field(default=None, init=False)
+    _control: _Control | None = field(default=None, init=False)
+    _reuse_port: bool = field(default=False, init=False)
 
-    def __init__(
-        self,
-        handler: Handler = echo,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        api_key: str | None = None,
-        validate: bool = True,
-        strict: bool = False,
-        ttft: float = 0.0,
-        itl: float = 0.0,
-        models: Sequence[str] | None = None,
-        routes: Mapping[str, Callable[[Request], object]] | None = None,
-        keep: int | None = None,
-        cors: bool = False,
-        seed: int | None = None,
-        clock: Callable[[], float] = time.time,
-        embeddings: Callable[[str], Sequence[float]] | None = None,
-    ) -> None:
-        if not callable(handler):
+    def __post_init__(self) -> None:
+        if not callable(self.handler):
             raise TypeError(
-                f"a handler is a function that takes a Request, not {handler!r}; Script(...) makes one of answers"
+                f"a handler is a function that takes a Request, not {self.handler!r}; Script(...) makes one of answers"
             )
-        _check_fields(self, host=(host, str), port=(port, int), api_key=(api_key, _WORD), keep=(keep, _NUMBER))
-        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
-        if isinstance(models, str):
-            raise TypeError(f"FakeOpenAI wants a list of names for models, not {models!r}")
-        self.handler = handler
-        self.host = host
-        self.port = port
-        self.api_key = api_key
-        self.validate = validate
-        self.strict = strict
-        self.ttft = ttft
-        self.itl = itl
-        self.models = models
-        self.cors = cors
-        self.seed = seed
-        self.clock = clock
-        self.embeddings = embeddings
+        _check_fields(self, host=(self.host, str), port=(self.port, int))
+        _check_fields(self, api_key=(self.api_key, _WORD), keep=(self.keep, _NUMBER))
+        if isinstance(self.models, str):
+            raise TypeError(f"FakeOpenAI wants a list of names for models, not {self.models!r}")
         self.errors: list[BaseException] = []
         self._warned: set[str] = set()  # tools that were called, but not offered
-        own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
-        others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
-        self._router = _Router({**own, **others}) if own else _usual_router()
-        self._keep = keep
-        self._journal: deque[Request] = deque(maxlen=keep)
+        own = _own_routes(self.routes or {})
+        self._router = _Router({**own, **_ENDPOINTS, **own}) if own else _usual_router()  # they come first, and win
+        self._journal: deque[Request] = deque(maxlen=self.keep)
         self._count = 0
-        self._lock = threading.Lock()  # guards _waiting, _count and _streams
+        self._lock = threading.Lock()  # guards _count and _streams
         self._arrived = threading.Condition(self._lock)  # tells that a request came
-        self._waiting = 0
         self._flying: dict[int, Request] = {}
-        last = 19 if keep is None else min(19, keep)
-        self._recent: deque[Request] = deque(maxlen=last)  # their answers are kept, for the transcript
+        self._recent: deque[Request] = deque(maxlen=19 if self.keep is None else min(19, self.keep))  # for transcript()
         self._streams: WeakSet[Stream] = WeakSet()  # that did not end; what nobody holds, nobody can close
         self._interrupted: list[Stream] = []  # of them, those that stop() cut: held, so that they are told
         self._observe: Callable[[Request], None] | None = None
@@ -7447,14 +7427,14 @@ class FakeOpenAI:
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
         self._stopping = threading.Lock()  # taken, for ever, by the first stop() that came to its end
-        self._pid = 0
 
     # For tests.
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set at any time, and count from the next request on, but for those that are refused here."""
-        if name in ("keep", "routes") or (name in ("host", "port") and self._server is not None):
+        fixed = ("keep", "routes") if self._server is None else ("keep", "routes", "host", "port")
+        if name in fixed and name in self.__dict__:
             raise AttributeError(f"{name} can't be set; it is said when the server is made: FakeOpenAI({name}=...)")
         if name in ("ttft", "itl"):
             _check_fields(self, **{name: (value, _SECONDS)})
@@ -7473,8 +7453,8 @@ class FakeOpenAI:
         except BaseException:
             server.server_close()
             raise
-        self._server = server
         self._pid = os.getpid()
+        self._server = server
         return self
 
     def stop(self) -> None:
@@ -7484,9 +7464,7 @@ class FakeOpenAI:
         thread, and from a handler.
         """
         __tracebackhide__ = True  # pytest shows no frame that has it
-        failing = sys.exc_info()[1]
-        if (error := self._stop(None if failing is None else partial(_tell, failing))) is not None:
-            raise error
+        self.__exit__(*sys.exc_info())
 
     def _stop(self, tell: Callable[[str], object] | None) -> BaseException | None:
         """Stops. What went wrong is returned; or, where the test has failed already, `tell` gets it as a text."""
@@ -7507,23 +7485,29 @@ class FakeOpenAI:
         for check in checks:
             try:
                 check()
-            except (AssertionError, RuntimeError) as error:
-                error.__context__ = None  # the test's own failure
-                self.errors.append(error)
-        errors = tuple(self.errors)
-        text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:6])
+            except (AssertionError, RuntimeError) as fault:
+                fault.__context__ = None  # the test's own failure
+                self.errors.append(fault)
+        errors = [_cut(self.errors[0]), *self.errors[1:6]] if self.errors else []
+        text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:])
         if tell is not None:
-            first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in errors[:1])
+            first = ("".join(traceback.format_exception(error)).rstrip() for error in errors[:1])
             tell("\nWhat went wrong in the fake:\n".join([text, *first]))
             return None
-        return _raisable(errors[0], text) if errors else None
+        if not errors:
+            return None
+        error = errors[0]
+        ends = isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit))  # the whole test run
+        if ends or type(error).__name__ == "CancelledError":
+            error = RuntimeError(f"handler raised {_error_words(error)}")
+            error.__cause__ = errors[0]
+        _tell(error, text)
+        return error
 
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         __tracebackhide__ = True
         if (failure := self._stop(None if error is None else partial(_tell, error))) is not None:
             raise failure
@@ -7561,19 +7545,15 @@ class FakeOpenAI:
     def wait_for_requests(self, n: int, timeout: float = 5.0) -> list[Request]:
         """Waits until `n` requests have come, and returns them all. Raises TimeoutError after `timeout` seconds."""
         with self._arrived:
-            self._waiting += 1
-            try:
-                if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
-                    raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
-            finally:
-                self._waiting -= 1
+            if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
+                raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
         return self.requests
 
     def transcript(self) -> str:
         """The last requests and what was answered, a line each; 20 lines at most."""
         requests = tuple(self._recent)
         if not requests:
-            return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
+            return "No request came to the fake." if self.keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in requests:
             said = ", ".join(map(_shown, request.answer[:4]))
@@ -7593,20 +7573,16 @@ class FakeOpenAI:
         return self._server
 
     def _ids(self) -> _Ids:
-        if self.seed is None:
-            return self._unseeded
-        return _Ids(random.Random(f"{self.seed} {next(self._numbers)}").getrandbits)
+        seed = self.seed
+        return self._unseeded if seed is None else _Ids(random.Random(f"{seed} {next(self._numbers)}").getrandbits)
 
     def _model_names(self) -> Sequence[str]:
-        if self.models is not None:
-            return self.models
-        return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS})
-
-    # One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least.
+        return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS}) if self.models is None else self.models
 
     def _remember(self, store: dict[Any, Any], id: object, value: object) -> None:
+        """One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least."""
         store[id] = value
-        if self._keep is not None and len(store) > (keep := max(1, self._keep)):
+        if self.keep is not None and len(store) > (keep := max(1, self.keep)):
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
                 if isinstance(dropped := store.pop(old, None), _History):
                     dropped.before, dropped.said = None, list
@@ -7621,8 +7597,7 @@ class FakeOpenAI:
             self._control.wake()
         with self._lock:
             self.__dict__["_count"] += 1  # not through __setattr__, which is for the options
-            if self._waiting:
-                self._arrived.notify_all()
+            self._arrived.notify_all()
 
     def _keep_last(self, request: Request) -> None:
         """Keeps a request for the transcript, in place of the oldest one there."""
@@ -7640,37 +7615,32 @@ class FakeOpenAI:
         if not own and (shows or not self.cors):
             words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True (or --cors)."
             raise APIError(403, "This is for pages of this machine only." if shows else words)
-        if not shows:
-            return
-        local = str(self._running().server_address[0]).startswith(("127.", "::1"))
+        local = shows and str(self._running().server_address[0]).startswith(("127.", "::1"))
         if local and not re.fullmatch(_LOOPBACK, host := fields.get("host", "").lower()):
             raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host!r}.")
 
     def _check_key(self, request: Request) -> None:
-        if request.method == "OPTIONS":
-            return
         key = _api_key(request)
-        if key == self.api_key:
+        if request.method == "OPTIONS" or key == self.api_key:
             return
-        if key:
-            shown = key if len(key) <= 12 else key[:8] + "*" * (len(key) - 12) + key[-4:]
-            text = f"Incorrect API key provided: {shown}. "
-            text += "You can find your API key at https://platform.openai.com/account/api-keys."
-            raise APIError(401, text, code="invalid_api_key")
-        if request.api == "responses":
-            raise APIError(401, "Missing bearer or basic authentication in header")
-        raise APIError(401, _NO_KEY)
+        if not key:
+            missing = "Missing bearer or basic authentication in header"
+            raise APIError(401, missing if request.api == "responses" else _NO_KEY)
+        shown = key if len(key) <= 12 else key[:8] + "*" * (len(key) - 12) + key[-4:]
+        text = f"Incorrect API key provided: {shown}. "
+        text += "You can find your API key at https://platform.openai.com/account/api-keys."
+        raise APIError(401, text, code="invalid_api_key")
 
     def _keep_error(self, error: BaseException, request: Request) -> str:
         """Keeps what went wrong for the test. Returns what the client is told."""
-        if self._keep is None or len(self.errors) < max(1, self._keep):  # a traceback holds its request
+        if self.keep is None or len(self.errors) < max(1, self.keep):  # a traceback holds its request
             self.errors.append(error)
         try:
-            message = text = str(error)
+            message = str(error)
         except BaseException:
-            message = text = "(and its str() raised as well)"
-        if not text.startswith("handler returned"):
-            message = f"handler raised {type(error).__name__}: {text}{_place(error)}"
+            message = "(and its str() raised as well)"
+        if not message.startswith("handler returned"):
+            message = f"handler raised {type(error).__name__}: {message}{_place(error)}"
         _LOG.info("%s %s: %s", request.method, request.path, message)
         return message
 
@@ -7753,47 +7723,44 @@ def _short(text: str) -> str:
     return line if len(line) <= 100 else line[:99] + "…"
 
 
-def _raisable(error: BaseException, text: str) -> BaseException:
-    """The error that fails a test, with a text that is shown under its traceback."""
-    error = _cut(error)
-    if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
-        told = RuntimeError(f"handler raised {_error_words(error)}")  # itself would end the whole test run
-        told.__cause__ = error
-        error = told
-    _tell(error, text)
-    return error
+def _own_routes(routes: Mapping[str, Callable[[Request], object]]) -> dict[str, _Endpoint]:
+    """Endpoints from a user's functions, by their names without the /v1 that every path may have."""
+    endpoints: dict[str, _Endpoint] = {}
+    for name, function in routes.items():
+        if not re.fullmatch(r"[A-Z]+ /\S*", name):
+            raise ValueError(f'a route is "METHOD /path", as in "POST /audio/speech", not {name!r}')
+        if not callable(function):
+            raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
+        endpoints[name.replace(" /v1/", " /", 1)] = _OwnRoute(function)
+    return endpoints
 
 
-def _route_name(name: str) -> str:
-    """The name without the /v1 that every path may have. Raises ValueError for one that no request could match."""
-    if not re.fullmatch(r"[A-Z]+ /\S*", name):
-        raise ValueError(f'a route is "METHOD /path", as in "POST /audio/speech", not {name!r}')
-    return name.replace(" /v1/", " /", 1)
-
-
-class _OwnRoute(NamedTuple):
-    """The answer of a user's function to a request for a route of the user's."""
+@dataclass(frozen=True)
+class _OwnRoute:
+    """The endpoint that a user's function is: it is its own answer, as it finds the request at the connection."""
 
     function: Callable[[Request], object]
-    fake: FakeOpenAI
-    request: Request
+
+    def __call__(self, fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
+        return self
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection; what an iterator gives, piece by piece."""
+        fake, request = connection.server.fake, connection.asked
         waiter = _Waiter(connection.server, connection, False)
         pieces: Any = ()
         try:
-            result: Any = self.function(self.request)
+            result: Any = self.function(request)
             if hasattr(result, "__await__"):
                 result = waiter.run(result)
             if isinstance(result, APIError):
                 raise result
             if result is None:
-                raise TypeError(f"the route {self.request.method} {self.request.path} returned None (forgot `return`?)")
+                raise TypeError(f"the route {request.method} {request.path} returned None (forgot `return`?)")
             status, headers, body = _own_answer(result)
-            if self.fake.ttft:
-                waiter.sleep(self.fake.ttft)
-            if isinstance(body, bytes) or self.request.method == "HEAD":
+            if fake.ttft:
+                waiter.sleep(fake.ttft)
+            if isinstance(body, bytes) or request.method == "HEAD":
                 whole = body if isinstance(body, bytes) else b""
                 return connection.send_whole(whole, status, "application/octet-stream", fields=headers)
             waiter.streams = True
@@ -7801,8 +7768,8 @@ class _OwnRoute(NamedTuple):
             pieces = waiter.steps(body) if hasattr(body, "__anext__") else body
             connection.send(connection.head(status, _EVENTS, _USUAL, headers))
             for at, piece in enumerate(pieces):
-                if at and self.fake.itl:
-                    waiter.sleep(self.fake.itl)
+                if at and fake.itl:
+                    waiter.sleep(fake.itl)
                 if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
                     connection.send(_http_chunk(data) if connection.http11 else data)
                 waiter.patience()
@@ -7810,7 +7777,7 @@ class _OwnRoute(NamedTuple):
         except BaseException as error:
             if isinstance(error, _Gone) or not connection.headed:
                 raise
-            self.request._outcome = self.fake._keep_error(error, self.request)
+            request._outcome = fake._keep_error(error, request)
             connection.hang_up(False)  # too late for a status
         finally:
             if hasattr(pieces, "close"):
@@ -7820,27 +7787,14 @@ class _OwnRoute(NamedTuple):
 
 def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
     """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
-    body: Any = result
-    status, headers = 200, None
-    if type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]:
-        status, headers, body = cast(Any, result)
+    headed = type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]
+    status, headers, body = cast(Any, result if headed else (200, None, result))
     headers = _header_fields(headers)
     if isinstance(body, bytes) or hasattr(body, "__next__") or hasattr(body, "__anext__"):
         return status, headers, body
     typed = "content-type" in map(str.lower, headers)
     headers = headers if typed else {**headers, "content-type": "application/json"}
     return status, headers, body.encode() if isinstance(body, str) and typed else _utf8(_dumps(body))
-
-
-def _own_route(function: Callable[[Request], object]) -> _Endpoint:
-    """An endpoint from a user's function."""
-    if not callable(function):
-        raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
-
-    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
-        return _OwnRoute(function, fake, request)
-
-    return endpoint
 
 
 def _preflight(fake: FakeOpenAI, request: Request, *values: str) -> _HTTPResponse:
@@ -7864,12 +7818,12 @@ def start(
     if add is None:
         raise TypeError(f"start() takes the test first, as in start(self, handler); what came is {test!r}")
     server = FakeOpenAI(handler, **options).start()
-    add(server.stop) if isinstance(test, type) else add(_stop_after, test, server)
+    add(_stop_after, test, server)
     return server
 
 
 def _stop_after(test: Any, server: FakeOpenAI) -> None:
-    """Stops the server of a test. What went wrong is its failure, or is told in the failure that it has."""
+    """Stops the server of a test, or class. What went wrong is its failure, or is told in the failure that it has."""
     outcome: Any = getattr(test, "_outcome", None)  # private, from 3.10 to 3.14; there is no public way
     if (error := server._stop(_teller(test, outcome))) is None:
         return
@@ -7880,11 +7834,8 @@ def _stop_after(test: Any, server: FakeOpenAI) -> None:
     method = getattr(test, test._testMethodName)
     if any(getattr(each, "__unittest_expecting_failure__", False) for each in (test, method)):
         outcome.expectedFailure = failure
-        return
-    outcome.success = False
-    if hasattr(outcome, "errors"):  # before 3.11
-        outcome.errors.append((test, failure))
     else:
+        outcome.success = False
         add = outcome.result.addFailure if isinstance(error, test.failureException) else outcome.result.addError
         add(test, failure)
 
@@ -7955,8 +7906,6 @@ _UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2
 _HUES = {2: "32", 4: "33"}  # SGR colours by the hundreds of a status: green, yellow; red for the rest
 _SHOWN = 2_000  # characters of one message that --verbose shows; a prompt may be megabytes
 _BACKLOG = 1_000  # pieces of output that wait for a slow reader; beyond that, they are dropped
-_TICK = 0.1  # seconds between looks at whether a client has left; a person does not notice
-_SETTINGS = ("host", "port", "api_key", "strict", "ttft", "itl", "models", "cors", "seed")  # the server's
 _PROMPT = "< "
 
 
@@ -7971,10 +7920,6 @@ def _safe_line(text: str, limit: int = 300) -> str:
     return _safe(text, limit).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _painted(text: str, colour: str, wanted: bool) -> str:
-    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
-
-
 def _request_words(request: Request) -> str:
     return f"{request.api} {_safe_line(request.model, 60)} {'stream' if request.stream else 'json'}"
 
@@ -7982,14 +7927,14 @@ def _request_words(request: Request) -> str:
 def _log_line(request: Request, clock: str, colour: bool = False) -> str:
     """One request in one line: time, API, model, stream, status, duration, tokens, and what went wrong."""
     what = _request_words(request) if request.api else _safe_line(f"{request.method} {request.path}", 100)
-    hue = _HUES.get(request._status // 100, "31")
-    status = _painted(str(request._status or "---"), hue, colour)
+    paint = "\x1b[{0}m{1}\x1b[0m" if colour else "{1}"
+    status = paint.format(_HUES.get(request._status // 100, "31"), request._status or "---")
     columns = [f"{clock} {what:<40}", status, f"{request._seconds:6.3f} s"]
     if request._encoder is not None and request._status == 200:
         usage = request._encoder.tally()
         columns.append(f"{usage.prompt_tokens}+{usage.completion_tokens} tokens")
     if request._outcome:
-        columns.append(_painted(_safe_line(request._outcome, 120), "31", colour))
+        columns.append(paint.format("31", _safe_line(request._outcome, 120)))
     return "  ".join(columns) + "\n"
 
 
@@ -8001,45 +7946,31 @@ def _paragraph(mark: str, label: str, text: str) -> str:
     return f"{mark:>3} {_safe_line(label, 12):<10} " + _safe(text).replace("\n", "\n" + " " * 15) + "\n"
 
 
-def _part_text(part: object) -> str:
-    if isinstance(part, WebSearch):
-        return part.query
-    if isinstance(part, Item):
-        return f"{part.type} {_dumps(part.fields)}"
-    return (
-        part.summary
-        if isinstance(part, Reasoning)
-        else "".join(part._texts())
-        if isinstance(part, _Spoken)
-        else repr(part)
-    )
-
-
 def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
     shown: list[str] = []
     for part in parts:
-        text = _part_text(part)
-        text = f"{part.name}({text})" if isinstance(part, _Call) else text
+        text = getattr(part, part._grows) if isinstance(part, (_MessagePart, _Call)) else repr(part)
+        if isinstance(part, _Call):
+            text = f"{part.name}({text})"
+        elif isinstance(part, Item):
+            text = part.query if isinstance(part, WebSearch) else f"{part.type} {_dumps(part.fields)}"
+        elif isinstance(part, Reasoning):
+            text = part.summary
         shown.append(_paragraph(mark, _LABELS.get(type(part), type(part).__name__.lower()), text))
-    return "".join(shown)
-
-
-def _shown_conversation(messages: Sequence[Message]) -> str:
-    shown: list[str] = []
-    for message in messages:
-        text = "\n".join(each for each in (message.text, *_attached(message)) if each)
-        if text or not message.tool_calls:
-            shown.append(_paragraph(">", message.role, text))
-        shown.append(_answer_text(message.tool_calls, ">"))
     return "".join(shown)
 
 
 def _shown_request(request: Request) -> str:
     """What was asked: the conversation, the tools, the options."""
+    shown: list[str] = []
+    for message in request.messages:
+        text = "\n".join(each for each in (message.text, *_attached(message)) if each)
+        if text or not message.tool_calls:
+            shown.append(_paragraph(">", message.role, text))
+        shown.append(_answer_text(message.tool_calls, ">"))
     options = [f"{name}={_dumps(value)}" for name, value in request.options.items()]
     more = {"tools": ", ".join(_tool_words(request)), "options": ", ".join(options)}
-    shown = [_paragraph(">", label, text) for label, text in more.items() if text]
-    return _shown_conversation(request.messages) + "".join(shown)
+    return "".join([*shown, *(_paragraph(">", label, text) for label, text in more.items() if text)])
 
 
 def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str | None) -> str:
@@ -8066,30 +7997,26 @@ class _Console:
         # thread, which waits for a reader. `stream` is None where the shell closed it (>&-).
         buffer: Any = getattr(stream, "buffer", None)
         self._raw: Any = getattr(buffer, "raw", buffer)
-        self._pieces: queue.Queue[str | threading.Event] = queue.Queue(_BACKLOG)
+        self._pieces: queue.Queue[str | None] = queue.Queue(_BACKLOG)
         self.typed: Callable[[], str] | None = None  # what is typed so far, where lines are edited at a prompt
-        if self._raw is not None:
-            threading.Thread(target=self._run, name="openai_fake console", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="openai_fake console", daemon=True)
+        self._thread.start()
 
-    def write(self, text: str) -> None:
+    def write(self, text: str | None) -> None:
         with suppress(queue.Full):
             self._pieces.put_nowait(text)
 
-    def flush(self, timeout: float = 0.5) -> None:
-        """Wait until all is written, or until it seems that nobody reads it."""
-        written = threading.Event()
-        with suppress(queue.Full):
-            self._pieces.put_nowait(written)
-            written.wait(timeout if self._raw is not None else 0)
+    def close(self) -> None:
+        """Waits until all is written, or until it seems that nobody reads it."""
+        typed, self.typed = self.typed, None
+        self.write("\n" if typed is not None else "")
+        self.write(None)
+        self._thread.join(0.5)
 
     def _run(self) -> None:
-        while True:
-            piece = self._pieces.get()
-            if isinstance(piece, threading.Event):
-                piece.set()
-                continue
-            if self.typed is not None:  # the piece goes where the prompt is, and the prompt below
-                piece = f"\r\x1b[K{piece}{_PROMPT}{self.typed()}"
+        while self._raw is not None and (piece := self._pieces.get()) is not None:
+            if (typed := self.typed) is not None:  # the piece goes where the prompt is, and the prompt below
+                piece = f"\r\x1b[K{piece}{_PROMPT}{typed()}"
             data = memoryview(piece.encode(self._encoding, "backslashreplace"))
             with suppress(OSError, ValueError):  # the reader has left; the service goes on
                 while data:
@@ -8147,27 +8074,22 @@ class _NamedHandler:
         self._console = console
         self._lock = threading.Lock()  # guards all below: one request loads, those beside it wait
         self._module: Any = None
-        self._function = self._load()
+        self._function: Callable[[Request], Any] = self._load()
         self._seen = self._stat()
-        self._error = ""
 
     def __call__(self, request: Request) -> Any:
         with self._lock:
-            seen = self._stat()
-            if seen not in (None, self._seen):
-                self._seen = seen
-                self._reload()
-            function, error = self._function, self._error
-        if error:
-            raise APIError(500, error, headers={"x-should-retry": "false"})
+            if (seen := self._stat()) not in (None, self._seen):
+                self._seen, told = seen, f"{self._source} has changed and was loaded again"
+                try:
+                    self._function = self._load()
+                except (Exception, SystemExit) as error:
+                    told = f"{self._source} has changed and cannot be loaded: {_error_words(error)}"
+                    broken = APIError(500, told, headers={"x-should-retry": "false"})
+                    self._function = lambda request: broken
+                self._console.write(_safe_line(told) + "\n")
+            function = self._function
         return function(request)
-
-    def _reload(self) -> None:
-        try:
-            self._function, self._error = self._load(), ""
-        except (Exception, SystemExit) as error:
-            self._error = f"{self._source} has changed and cannot be loaded: {_error_words(error)}"
-        self._console.write(_safe_line(self._error or f"{self._source} has changed and was loaded again") + "\n")
 
     def _load(self) -> Callable[[Request], Any]:
         import importlib.util
@@ -8187,47 +8109,33 @@ class _NamedHandler:
 
     def _stat(self) -> tuple[int, int] | None:
         """What an edit changes; None while an editor is replacing the file, and for a module that has none."""
-        try:
+        with suppress(OSError, TypeError, AttributeError):
             status = os.stat(self._module.__file__)
-        except (OSError, TypeError, AttributeError):
-            return None
-        return status.st_mtime_ns, status.st_size
+            return status.st_mtime_ns, status.st_size
+        return None
 
 
-class _Turn(Stream):
-    """One request that a person answers."""
+class _Turn:
+    """One request that a person answers, from the terminal's thread."""
 
-    def __init__(self, request: Request, ended: Callable[[_Turn], None]) -> None:
-        super().__init__(timeout=None)  # a person may think for long
+    shown = said = over = False
+
+    def __init__(self, request: Request) -> None:
+        import asyncio
+
         self.asked = request
-        self.ended = ended  # called when it is over, also because the client has left
-        # What the handler returns: the stream at the first thing said; or an error, whose status the reply then has.
-        self.begun: queue.SimpleQueue[Stream | APIError] = queue.SimpleQueue()
-        self.said = self.over = False
+        self.loop = asyncio.get_running_loop()  # the answer's, which also notices that the client has left
+        self.parts: asyncio.Queue[_Part | APIError | None] = asyncio.Queue()  # None: the end
 
-    def say(self, *parts: _Part) -> None:
-        if not self.said:
-            self.begun.put(self)
+    def say(self, *parts: _Part | APIError | None) -> None:
         self.said = True
-        self.send(*parts)
+        for part in parts:
+            with suppress(RuntimeError):  # the loop is closed: the client has just left
+                self.loop.call_soon_threadsafe(self.parts.put_nowait, part)
 
-    def end(self, *last: _Part) -> None:
+    def end(self, *last: _Part | APIError) -> None:
         self.over = True
-        self.say(*last)
-        self.close()
-
-    def reject(self, error: APIError) -> None:
-        self.over = True
-        if self.said:
-            self.fail(error)
-        else:
-            self.begun.put(error)
-            self.ended(self)
-
-    @override
-    def _left(self) -> None:
-        super()._left()
-        self.ended(self)
+        self.say(*last, None)
 
 
 def _type_call(turn: _Turn, rest: str) -> None:
@@ -8243,7 +8151,7 @@ def _type_call(turn: _Turn, rest: str) -> None:
 
 def _type_error(turn: _Turn, rest: str) -> None:
     number, _, message = rest.partition(" ")
-    turn.reject(APIError(int(number), message or "An error typed at the terminal."))
+    turn.end(APIError(int(number), message or "An error typed at the terminal."))
 
 
 # What each does (ValueError: that does not fit the usage), its usage, and its help.
@@ -8266,93 +8174,66 @@ class _Operator:
 
     def __init__(self, console: _Console, stdin: TextIO | None) -> None:
         self._console, self._stdin = console, stdin
-        self._lock = threading.RLock()  # guards all below
-        self._turns: list[_Turn] = []  # the first has the terminal, the others wait
-        self._ahead: deque[str] = deque()  # lines typed while nobody waited
-        self._stale = self._ended = False  # the line being typed was for a client that has left; the input has ended
-        self._restore: Callable[[], object] = lambda: None
-        if stdin is not None and stdin.isatty():
-            with suppress(ImportError):
-                import termios
-
-                modes = termios.tcgetattr(stdin)
-                self._restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, modes)
+        # A line that was typed; a request that has come, and again when it is over; None: the input has ended.
+        self._events: queue.SimpleQueue[str | _Turn | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         self._console.write(_HELP)
-        threading.Thread(target=self._read, name="openai_fake operator", daemon=True).start()
+        for work in (self._read, self._run):
+            threading.Thread(target=work, name="openai_fake operator", daemon=True).start()
 
-    def stop(self) -> None:
-        """Gives the terminal back as it was: who edits a line there never ends."""
-        self._restore()
-        if self._console.typed is not None:
-            self._console.typed = None
-            self._console.write("\n")
+    async def __call__(self, request: Request) -> AsyncIterator[_Part]:
+        turn = _Turn(request)
+        self._events.put(turn)
+        try:
+            yield Pause(0.0)  # an answer with no part at all would be an error
+            while (part := await turn.parts.get()) is not None:
+                if isinstance(part, APIError):
+                    raise part
+                yield part
+        finally:
+            self._events.put(turn)
 
-    def __call__(self, request: Request) -> Stream | APIError:
-        turn = _Turn(request, self._over)
-        with self._lock:
-            self._turns.append(turn)
-            if self._turns[0] is turn:
-                self._begin(turn)
-            else:
-                self._console.write(f"{_request_words(request)} waits: {len(self._turns) - 1} before it\n")
+    def _run(self) -> None:
+        """Gives the terminal to one request after the other, and obeys what is typed."""
+        turns: list[_Turn] = []  # the first has the terminal, the others wait
+        ahead: deque[str] = deque()  # lines typed while nobody waited
+        stale = ended = False  # the line being typed was for a client that has left; the input has ended
         while True:
-            try:
-                return turn.begun.get(timeout=_TICK)
-            except queue.Empty:
-                if request.disconnected:
-                    return turn
-
-    def _begin(self, turn: _Turn) -> None:
-        self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
-        while self._ahead and not turn.over:
-            self._obey(turn, self._ahead.popleft())
-        if self._ended and not turn.over:
-            self._finish(turn)
-
-    def _over(self, turn: _Turn) -> None:
-        with self._lock:
-            if turn not in self._turns:  # it was rejected as its client left
-                return
-            first = self._turns[0] is turn
-            self._turns.remove(turn)
-            if first and not turn.over:
-                turn.over = True
-                self._stale = bool(self._console.typed and self._console.typed())
-                self._console.write("The client has left.\n")
-            if first and self._turns:
-                self._begin(self._turns[0])
+            event = self._events.get()
+            if event is None:
+                ended = True
+                self._console.write("The input has ended: from now on, requests get a 503.\n")
+            elif isinstance(event, str) and stale:
+                stale = False
+                self._console.write("That was not sent: its client has left.\n")
+            elif isinstance(event, str):
+                ahead.append(event)
+            elif event not in turns:
+                turns.append(event)
+                if len(turns) > 1:
+                    self._console.write(f"{_request_words(event.asked)} waits: {len(turns) - 1} before it\n")
+            else:
+                if event is turns[0] and not event.over:
+                    stale = bool(self._console.typed and self._console.typed())
+                    self._console.write("The client has left.\n")
+                turns.remove(event)
+            while turns and not (turn := turns[0]).over:
+                if not turn.shown:
+                    turn.shown = True
+                    self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
+                elif ahead:
+                    self._obey(turn, ahead.popleft())
+                elif ended and turn.said:
+                    turn.end()
+                elif ended:
+                    turn.end(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
+                else:
+                    break
 
     def _read(self) -> None:
-        """Obeys what is typed, until the input ends."""
-        for line in self._lines():
-            with self._lock:
-                stale, self._stale = self._stale, False
-                turn = self._turns[0] if self._turns else None
-                if stale:
-                    self._console.write("That was not sent: its client has left.\n")
-                elif turn is None or turn.over:
-                    self._ahead.append(line)
-                else:
-                    self._obey(turn, line)
-        with self._lock:
-            self._console.write("The input has ended: from now on, requests get a 503.\n")
-            self._ended = True
-            for turn in reversed(self._turns):
-                if not turn.over:
-                    self._finish(turn)
-
-    def _finish(self, turn: _Turn) -> None:
-        if turn.said:
-            turn.end()
-        else:
-            turn.reject(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
-
-    def _lines(self) -> Iterator[str]:
-        if self._stdin is None:  # the shell closed it (<&-)
-            return
-        if self._stdin.isatty() and self._console.terminal:
+        """Reads what is typed, until the input ends."""
+        if self._stdin is not None and self._stdin.isatty() and self._console.terminal:
             prompt = _PROMPT
             with suppress(ImportError):
                 import readline  # input() then edits lines, and has a history
@@ -8361,15 +8242,21 @@ class _Operator:
                 if "libedit" not in str(readline.__doc__):  # which would show what is between \x01 and \x02
                     readline.parse_and_bind("set enable-bracketed-paste off")  # nobody would end it
                     prompt = f"\r\x01\x1b[K\x02{_PROMPT}"
+                import atexit
+                import termios
+
+                # Gives the terminal back as it was: who edits a line there never ends.
+                atexit.register(termios.tcsetattr, self._stdin, termios.TCSANOW, termios.tcgetattr(self._stdin))
             with suppress(EOFError):
                 while True:
-                    yield input(prompt)
+                    self._events.put(input(prompt))
             self._console.typed = None
-            return
-        # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
-        with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
-            for line in raw:
-                yield line.decode(errors="replace").rstrip("\r\n")
+        elif self._stdin is not None:  # None: the shell closed it (<&-)
+            # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
+            with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+                for line in raw:
+                    self._events.put(line.decode(errors="replace").rstrip("\r\n"))
+        self._events.put(None)
 
     def _obey(self, turn: _Turn, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -8411,9 +8298,6 @@ A server that answers like OpenAI's API. It repeats what the user said, or says
   --quiet, --verbose          no such line; conversations and tracebacks, too
   --version, --help
 """
-_DEFAULTS: _JSON = {
-    "host": "127.0.0.1", "port": 8080, "tokens": 32, "ttft": 0.0, "itl": 0.0, "error-rate": {}, "log": "text",
-}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -8461,10 +8345,11 @@ def _parser() -> argparse.ArgumentParser:
     types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
     types |= {"TEXT": reply, "STATUS=RATE": rates, "FILE.jsonl": _dumper}
     for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
-        more: _JSON = {"metavar": takes, "type": types.get(takes, str), "default": _DEFAULTS.get(name)}
+        more: _JSON = {"metavar": takes, "type": types.get(takes, str)}
         more["choices"] = ("text", "json") if name == "log" else None
         more = more if takes else {"action": "store_true"}
         groups.get(name, parser).add_argument(f"--{name}", **more)
+    parser.set_defaults(host="127.0.0.1", port=8080, tokens=32, ttft=0.0, itl=0.0, error_rate={}, log="text")
     return parser
 
 
@@ -8489,7 +8374,7 @@ def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[
         return _NamedHandler(options.handler, console)
     if options.reply is not None:
         return lambda request: options.reply
-    return (lambda request: auto(request, tokens=options.tokens)) if options.auto else echo
+    return partial(auto, tokens=options.tokens) if options.auto else echo
 
 
 def _find_this(name: str, path: Sequence[str] | None, target: object = None) -> Any:
@@ -8516,7 +8401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler = _chosen_handler(options, console)
     except BaseException as error:  # whatever the handler's file does as it is loaded, Ctrl-C meanwhile too
         parser.error(f"--handler {options.handler}: {_error_words(error)}")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
+    settings: _JSON = {name: each for name, each in vars(options).items() if name in Options.__annotations__}
     settings |= {"validate": not options.no_validate, "keep": 1_000}  # the journal of a service must not grow for ever
     interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is reentrant; an Event's set() is not
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -8531,7 +8416,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
     console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-5.5"])[0], options.api_key))
-    console.flush()
     if isinstance(handler, _Operator):
         handler.start()
     while True:
@@ -8540,9 +8424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
     with suppress(BaseException):  # the errors that it raises were shown as they happened
         server.stop()
-    if isinstance(handler, _Operator):
-        handler.stop()
-    console.flush()
+    console.close()
     return 0
 
 

@@ -135,7 +135,6 @@ _ENDPOINTS = openai_fake._ENDPOINTS  # and each of these
 _MAX_BODY = (openai_fake, "_MAX_BODY")  # set lower: 64 MiB take long
 _SLEEP = (openai_fake._Waiter, "sleep")  # what is waited for, without waiting
 _log_line = openai_fake._log_line  # what the terminal shows, without a process each
-_shown_conversation = openai_fake._shown_conversation
 _answer_text = openai_fake._answer_text
 _banner = openai_fake._banner
 _Inbox, _read_request, _Refused = (
@@ -10658,9 +10657,12 @@ class InteractiveTest(unittest.TestCase):
 
     def test_hangup(self) -> None:
         """/hangup drops the connection with no reply."""
-        self.program.type("/hangup")
-        with self.assertRaises((http.client.RemoteDisconnected, ConnectionError)):
-            self.caller.said()
+        for stream in (False, True):
+            with self.subTest(stream=stream), self.assertRaises((http.client.RemoteDisconnected, ConnectionError)):
+                self.program.type("/hangup")
+                caller = Caller(self, self.url)
+                caller.send(stream=stream)
+                caller.connection.getresponse()
 
     def test_client_leaves(self) -> None:
         """A client that leaves while one types gives the terminal to the next, which is said."""
@@ -10672,6 +10674,18 @@ class InteractiveTest(unittest.TestCase):
         self.program.until("client has left")
         self.program.type("2", "/end")
         self.assertEqual(Caller(self, self.url).said(), "2\n")
+
+    def test_background_cancelled(self) -> None:
+        """A background response that is cancelled, even before anything was said, gives up the terminal too."""
+        body = responses("First", background=True)
+        self.caller.connection.request("POST", "/v1/responses", json.dumps(body))
+        made = self.caller.receive()[1]
+        self.program.until("> user")
+        self.caller.connection.request("POST", f"/v1/responses/{made['id']}/cancel")
+        self.assertEqual(self.caller.receive()[1]["status"], "cancelled")
+        self.program.until("client has left")
+        self.program.type("2", "/end")
+        self.assertEqual(self.caller.said(), "2\n")
 
     def test_unknown_command(self) -> None:
         """A command that there is not shows those that there are."""
@@ -10870,7 +10884,7 @@ class ShownTextTest(unittest.TestCase):
         shown = [
             _log_line(self.asked(model=hostile, _outcome=hostile), "12:00:00"),
             _log_line(self.asked(api="", path=hostile, method=hostile), "12:00:00"),
-            _shown_conversation([self.message(hostile, hostile, hostile)]),
+            self.shown(self.message(hostile, hostile, hostile)),
             _answer_text([openai_fake.Text(hostile), openai_fake.ToolCall(hostile, hostile, id="1")]),
         ]
         for text in shown:
@@ -10880,7 +10894,7 @@ class ShownTextTest(unittest.TestCase):
 
     def test_long_texts(self) -> None:
         """A text of any length shows its beginning, and how much is left out."""
-        text = _shown_conversation([self.message("user", "x" * 1_000_000)])
+        text = self.shown(self.message("user", "x" * 1_000_000))
         self.assertLess(len(text), 3_000)
         self.assertIn("(998,000 more characters)", text)
 
@@ -10888,7 +10902,7 @@ class ShownTextTest(unittest.TestCase):
         """A message shows its role and its text, with its lines one below the other, and its calls."""
         messages = [self.message("user", "Rain\nin Paris?"), self.message("assistant", "", "{}")]
         self.assertEqual(
-            _shown_conversation(messages),
+            self.shown(*messages),
             "  > user       Rain\n               in Paris?\n  > call       get_weather({})\n",
         )
 
@@ -10909,6 +10923,11 @@ class ShownTextTest(unittest.TestCase):
     def message(role: str, text: str, arguments: str | None = None) -> Any:
         calls = [] if arguments is None else [openai_fake.ToolCall("get_weather", arguments, id="call_1")]
         return SimpleNamespace(role=role, text=text, content=text, tool_calls=calls, tool_call_id=None)
+
+    @staticmethod
+    def shown(*messages: Any) -> str:
+        request: Any = SimpleNamespace(messages=messages, options={}, tools=[])
+        return openai_fake._shown_request(request)
 
 
 # ---- The README and the docstrings -----------------------------------------------------------------------------------
@@ -11083,7 +11102,9 @@ class ReadmeTablesTest(unittest.TestCase):
         asked = {name for row in table("The request") for name in re.findall(r"\w+", row[0])}
         self.assertEqual(asked, {name for name in dir(Request("", "", "", "", {})) if not name.startswith("_")})
         named = {name for row in table("The server") for name in re.findall(r"\w+", re.sub(r"\(.*?\)", "", row[0]))}
-        self.assertEqual(named, {name for name in dir(FakeOpenAI) if not name.startswith("_")} | {"errors"})
+        options = inspect.signature(FakeOpenAI).parameters
+        known = {name for name in dir(FakeOpenAI) if not name.startswith("_") and name not in options}
+        self.assertEqual(named, known | {"errors"})
 
 
 if __name__ == "__main__":
