@@ -6588,6 +6588,7 @@ class PatienceTest(LeakTest):
         now, limit = 0.0, openai_fake._LIMITS[openai_fake._State.SENDING]
         with mock.patch.object(openai_fake._Clock, "monotonic", lambda: now):
             with FakeOpenAI(lambda request: "x" * (3 << 20)) as server, Wire(server) as wire:
+                wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)  # else much of it has come unread
                 wire.send(http_bytes(chat(), PATHS["chat.completions"], "POST", "Connection: close"))
                 taken, seen = 0, math.inf
                 while wire.more():
@@ -6597,7 +6598,7 @@ class PatienceTest(LeakTest):
                             seen, now = connection.deadline, now + 0.6 * limit
                             server._running()._sweep(now)
         self.assertGreater(taken, 3 << 20)
-        self.assertGreater(now, 10 * limit)
+        self.assertGreater(now, 3 * limit)
 
     def test_a_long_request_behind_a_waiting_answer(self) -> None:
         """A client that has sent its next request, of whatever length, has not left."""
@@ -10429,10 +10430,10 @@ class CommandLineTest(unittest.TestCase):
     @POSIX
     def test_output_never_read(self) -> None:
         """A reader that stops reading its output holds up neither the answers nor the end."""
-        program = Program(self, "--verbose")
+        program = Program(self, "--log", "json")
         with Wire(cast(FakeOpenAI, SimpleNamespace(url=program.url().removesuffix("/v1")))) as wire:
-            for _ in range(11):  # 1,100 lines: more than are kept for it, and than a pipe holds
-                wire.send(got("/v1/models") * 100)
+            for _ in range(16):  # 1,600 lines: more than are kept for it, and than a pipe holds
+                wire.send(got() * 100)
                 self.assertEqual({wire.answer().status for _ in range(100)}, {200})
         self.assertEqual(program.interrupt(), 0)
 
