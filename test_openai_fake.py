@@ -6033,11 +6033,14 @@ server.stop()
         self.assertEqual(done.stdout, "waits True\n" + "b'HTTP/1.1 200'\n" * 3)
 
     def test_importing_starts_nothing(self) -> None:
-        """No thread, no event loop's machinery, no output."""
-        script = "import sys, threading, openai_fake; print(threading.active_count(), 'asyncio' in sys.modules)"
+        """No thread, no event loop's machinery, nothing of pytest, no output."""
+        script = (
+            "import sys, threading, openai_fake; print(threading.active_count(), {'asyncio', 'pytest'} & "
+            "{*sys.modules})"
+        )
         environ = {**os.environ, "PYTHONPATH": str(Path(openai_fake.__file__).parent)}
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
-        self.assertEqual((done.stdout, done.stderr), ("1 False\n", ""))
+        self.assertEqual((done.stdout, done.stderr), ("1 set()\n", ""))
 
 
 # ---- Time and trouble: live streams, faults, and the real client -----------------------------------------------------
@@ -6586,17 +6589,20 @@ class PatienceTest(LeakTest):
     def test_a_body_that_is_steadily_read_is_not_cut(self) -> None:
         """The limit of a write is for one that makes no progress: a body may take many times as long."""
         now, limit = 0.0, openai_fake._LIMITS[openai_fake._State.SENDING]
-        with mock.patch.object(openai_fake._Clock, "monotonic", lambda: now):
-            with FakeOpenAI(lambda request: "x" * (3 << 20)) as server, Wire(server) as wire:
-                wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)  # else much of it has come unread
-                wire.send(http_bytes(chat(), PATHS["chat.completions"], "POST", "Connection: close"))
-                taken, seen = 0, math.inf
-                while wire.more():
-                    taken, wire.buffer = taken + len(wire.buffer), b""
-                    for connection in server._running().connections:
-                        if connection.deadline != seen:  # a part was written: now it takes a while
-                            seen, now = connection.deadline, now + 0.6 * limit
-                            server._running()._sweep(now)
+        with (
+            mock.patch.object(openai_fake._Clock, "monotonic", lambda: now),
+            FakeOpenAI(lambda request: "x" * (3 << 20)) as server,
+            Wire(server) as wire,
+        ):
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)  # else much of it has come unread
+            wire.send(http_bytes(chat(), PATHS["chat.completions"], "POST", "Connection: close"))
+            taken, seen = 0, math.inf
+            while wire.more():
+                taken, wire.buffer = taken + len(wire.buffer), b""
+                for connection in tuple(server._running().connections):
+                    if connection.deadline != seen:  # a part was written: now it takes a while
+                        seen, now = connection.deadline, now + 0.6 * limit
+                        server._running()._sweep(now)
         self.assertGreater(taken, 3 << 20)
         self.assertGreater(now, 3 * limit)
 
@@ -7207,6 +7213,8 @@ class ReportTest(unittest.TestCase):
         self.assertLess(max(map(len, lines)), 250)
 
 
+# Without hypothesis's plugin, whose import takes most of a second.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
 PYTEST_CASES = """
 import asyncio, json, unittest, urllib.request
 import pytest
@@ -7317,7 +7325,7 @@ class TestUnittest(unittest.TestCase):
 class PytestTest(unittest.TestCase):
     """Under pytest: the fixture of the file, and the same reports."""
 
-    def pytest(self, *arguments: str, conftest: str = 'pytest_plugins = ["openai_fake"]') -> tuple[int, str]:
+    def pytest(self, conftest: str, *arguments: str) -> tuple[int, str]:
         """Runs the cases in a folder of their own. Returns the exit status, and what was printed."""
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
@@ -7325,17 +7333,7 @@ class PytestTest(unittest.TestCase):
         Path(folder, "test_cases.py").write_text(PYTEST_CASES, "utf-8")
         Path(folder, "pytest.ini").write_text("[pytest]\nmarkers =\n    anyio\n    asyncio\n", "utf-8")
         where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-rA",
-            "-W",
-            "error::pytest.PytestAssertRewriteWarning",
-            "-p",
-            "no:cacheprovider",
-            *arguments,
-        ]
+        command = [*PYTEST, "-rA", "-W", "error::pytest.PytestAssertRewriteWarning", *arguments]
         missing = [
             name for name in ("anyio", "asyncio") if not find_spec("pytest_asyncio" if name == "asyncio" else name)
         ]
@@ -7356,8 +7354,12 @@ class PytestTest(unittest.TestCase):
         self.assertRegex(text, r"\d+ failed, 2 passed, 2 skipped,( \d deselected,)? 2 xfailed, 2 errors in")
 
     def test_each_case_is_one_entry(self) -> None:
-        """What fails is one entry, with the handler's traceback once and the transcript; skips stay skips."""
-        status, text = self.pytest("-p", "no:randomly", "-p", "no:xdist")
+        """What fails is one entry, with the handler's traceback once and the transcript; skips stay skips.
+
+        There is no warning, though the conftest imports the module before pytest does.
+        """
+        first = 'import openai_fake\npytest_plugins = ["openai_fake"]'
+        status, text = self.pytest(first, "-p", "no:randomly", "-p", "no:xdist")
         self.assertEqual(status, 1)
         self.check_outcomes(text)
         reports = dict(
@@ -7378,26 +7380,14 @@ class PytestTest(unittest.TestCase):
             self.assertIn("the body's own", report)
             self.assertIn("No request came to the fake.", report)
 
-    def test_the_module_may_be_imported_first(self) -> None:
-        """A conftest that imports the module before pytest does gets no warning; -p works as well."""
-        for conftest, arguments in (
-            ('import openai_fake\npytest_plugins = ["openai_fake"]', ()),
-            ("", ("-p", "openai_fake")),
-        ):
-            with self.subTest(conftest=conftest):
-                self.check_outcomes(self.pytest(*arguments, conftest=conftest)[1])
+    def test_the_option_loads_it(self) -> None:
+        """With -p openai_fake, no conftest has to name it."""
+        self.check_outcomes(self.pytest("", "-p", "openai_fake", "--tb=no")[1])
 
     @unittest.skipUnless(find_spec("xdist") and find_spec("pytest_randomly"), "xdist and randomly are not installed")
     def test_side_by_side_in_any_order(self) -> None:
         """With xdist and in random order, the outcomes are the same."""
-        self.check_outcomes(self.pytest("-n", "2")[1])
-
-    def test_nothing_of_pytest_is_imported(self) -> None:
-        """The module imports nothing of pytest unless pytest loads it."""
-        code = "import sys, openai_fake; print([name for name in sys.modules if 'pytest' in name])"
-        where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
-        done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, check=True)
-        self.assertEqual(done.stdout, "[]\n")
+        self.check_outcomes(self.pytest('pytest_plugins = ["openai_fake"]', "-n", "2", "--tb=no")[1])
 
 
 def fed(*parts: Any) -> Stream:
@@ -9643,7 +9633,7 @@ class Main(Program):
         self.stdin, self.stdout = open(ours_in, "wb", buffering=0), open(ours_out, "rb", buffering=0)  # noqa: SIM115
         self.theirs = open(theirs_in, encoding="utf-8"), open(theirs_out, "w", encoding="utf-8")  # noqa: SIM115
         self.signals: dict[int, Callable[[int, object], object]] = {}
-        self.thread = threading.Thread(target=main, args=(["--port", "0", *arguments],))
+        self.thread = threading.Thread(target=main, args=(["--port", "0", *arguments],), daemon=True)
         with (
             mock.patch.multiple(sys, stdin=self.theirs[0], stdout=self.theirs[1]),
             mock.patch("signal.signal", self.signals.__setitem__),
@@ -9657,8 +9647,8 @@ class Main(Program):
 
     def interrupt(self, number: int = signal.SIGTERM) -> int:
         self.signals[number](number, None)
-        self.thread.join(PATIENCE)
-        return 0
+        self.thread.join(2)
+        return 1 if self.thread.is_alive() else 0
 
     def rest(self) -> str:
         """What it still says, to its end."""
@@ -10430,12 +10420,15 @@ class CommandLineTest(unittest.TestCase):
     @POSIX
     def test_output_never_read(self) -> None:
         """A reader that stops reading its output holds up neither the answers nor the end."""
-        program = Program(self, "--log", "json")
-        with Wire(cast(FakeOpenAI, SimpleNamespace(url=program.url().removesuffix("/v1")))) as wire:
-            for _ in range(16):  # 1,600 lines: more than are kept for it, and than a pipe holds
-                wire.send(got() * 100)
-                self.assertEqual({wire.answer().status for _ in range(100)}, {200})
-        self.assertEqual(program.interrupt(), 0)
+        # In hundreds: more lines than a pipe holds, and more than that and what is kept for it.
+        for make, hundreds in ((Main, 6), (Program, 16)):
+            with self.subTest(hundreds=hundreds):
+                program = make(self, "--log", "json")
+                with Wire(cast(FakeOpenAI, SimpleNamespace(url=program.url().removesuffix("/v1")))) as wire:
+                    for _ in range(hundreds):
+                        wire.send(got() * 100)
+                        self.assertEqual({wire.answer().status for _ in range(100)}, {200})
+                self.assertEqual(program.interrupt(), 0)
 
     @POSIX
     def test_output_broken(self) -> None:
@@ -10927,8 +10920,9 @@ class ReadmeBlocksTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "test_recipe.py").write_text(common + recipe, "utf-8")
             where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
-            done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                [*PYTEST, "-q", folder], env=where, capture_output=True, text=True, timeout=60, check=False
+            )
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     @unittest.skipUnless(shutil.which("node"), "node is not installed")
