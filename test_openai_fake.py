@@ -9472,18 +9472,23 @@ class WebSocketTest(LeakTest):
 
     def test_the_time_of_a_connection_is_limited(self) -> None:
         """After 60 minutes a connection is told to connect again, and closed; until then it may be idle."""
-        with FakeOpenAI(always(["Hi", Raw(b"x" * 8_000_000)])) as server:  # more than fits into the buffers
-            server._running().sweep = 0.02
-            server._running().limits[openai_fake._State.IDLE] = 0.01
-            server._running().limits[openai_fake._State.WEBSOCKET] = 0.5
-            with Socket(server) as sock:
-                sock.create()
-                while b'"response.completed"' not in sock.frame()[1]:
-                    pass
-                event = sock.event()
-                self.assertEqual((event["status"], event["error"]["code"]), (400, "websocket_connection_limit_reached"))
-                self.assertEqual(sock.closed(), (1000, b""))
-        self.assertEqual(openai_fake._LIMITS[openai_fake._State.WEBSOCKET], 3600)
+        now = 0.0
+        with (
+            mock.patch.object(openai_fake._Clock, "monotonic", lambda: now),
+            FakeOpenAI(always(["Hi", Raw(b"x" * 8_000_000)])) as server,  # more than fits into the buffers
+            Socket(server) as sock,
+        ):
+            [connection] = server._running().connections
+            for now in (0.0, 3599.0, 3600.0):
+                self.eventually(lambda: connection.deadline == 3600)
+                server._running()._sweep(now)
+                if now < 3600:
+                    sock.create()
+                    while b'"response.completed"' not in sock.frame()[1]:
+                        pass
+            event = sock.event()
+            self.assertEqual((event["status"], event["error"]["code"]), (400, "websocket_connection_limit_reached"))
+            self.assertEqual(sock.closed(), (1000, b""))
 
     def test_one_byte_at_a_time(self) -> None:
         """A client that trickles gets the same."""
@@ -10886,12 +10891,11 @@ def table(heading: str) -> list[list[str]]:
 class ReadmeBlocksTest(unittest.TestCase):
     """What the README shows is what happens."""
 
-    def names_of(self, block: str) -> dict[str, Any]:
-        """The names that a block makes; a recipe goes on from the block with FakeCase."""
-        first, common, *_ = fenced("python")
-        names: dict[str, Any] = {"__name__": "readme"}
-        for source in (block,) if block == first else (common, block):
-            exec(compile(source, "README.md", "exec", dont_inherit=True), names)
+    @staticmethod
+    def names_of(block: str, **names: Any) -> dict[str, Any]:
+        """The names that there are after a block; before it there are those given."""
+        names["__name__"] = "readme"
+        exec(compile(block, "README.md", "exec", dont_inherit=True), names)
         return names
 
     def test_python_compiles(self) -> None:
@@ -10904,10 +10908,11 @@ class ReadmeBlocksTest(unittest.TestCase):
         """Every Python block but the recipes' common lines holds tests, and they pass."""
         first, common, *recipes = fenced("python")
         self.assertIn("class FakeCase", common)
+        shared = self.names_of(common)
         for block in (first, *recipes):
             if "import pytest" in block or ("responses.connect()" in block and not find_spec("websockets")):
                 continue
-            names = self.names_of(block)
+            names = self.names_of(block, **(shared if block != first else {}))
             with self.subTest(name=re.findall(r"class (\w+)\((?:\w+\.)?\w*TestCase|class (\w+)\(FakeCase", block)):
                 suite = unittest.TestSuite()
                 for case in names.values():
