@@ -4869,8 +4869,6 @@ class OfficialStateTest(unittest.TestCase):
 # ---- HTTP: hostile, broken and unusual input; connections; lifecycle -------------------------------------------------
 
 
-NOTICED = 0.5  # seconds in which a client that left is noticed
-STOPPED = 1.5  # seconds in which stop() returns
 TINY = 1 << 20  # the limit of bodies in WireTableTest
 FDS = Path("/proc/self/fd")
 
@@ -4901,7 +4899,7 @@ class LeakTest(unittest.TestCase):
 
     def eventually(self, condition: Callable[[], bool], what: str = "") -> None:
         """Waits for what tells nobody that it comes."""
-        tick, end = threading.Event(), time.monotonic() + 2.5
+        tick, end = threading.Event(), time.monotonic() + WAIT
         while not condition():
             self.assertLess(time.monotonic(), end, f"{what}: threads and descriptors are {resources()}")
             tick.wait(0.01)
@@ -4915,9 +4913,7 @@ class LeakTest(unittest.TestCase):
 
     def assert_works(self, server: FakeOpenAI) -> None:
         """A good request on a fresh connection gets its answer."""
-        began = time.monotonic()
         self.assertEqual(call(server, None, "/v1/models", "GET").status, 200)
-        self.assertLess(time.monotonic() - began, 1.0)
 
 
 @contextlib.contextmanager
@@ -5344,14 +5340,11 @@ class ConnectionTest(LeakTest):
         self.assertEqual(ended, ["[DONE]"] * 20)
 
     def test_answers_are_not_held_back(self) -> None:
-        """A request on a kept connection takes no delayed-ACK time."""
-        times: list[float] = []
-        with FakeOpenAI(lambda request: iter("abc")) as server, Wire(server) as wire:
-            for data in (GOOD, FLOW) * 25:
-                began = time.monotonic()
-                wire.send(data).answer()
-                times.append(time.monotonic() - began)
-        self.assertLess(sorted(times)[40], 0.015)
+        """What is small is sent at once, also behind what was not acknowledged yet: Nagle's algorithm is off."""
+        with FakeOpenAI() as server, Wire(server) as wire:
+            wire.send(GOOD).answer()
+            [connection] = server._running().connections
+            self.assertTrue(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_streams_to_http_1_0_end_with_the_connection(self) -> None:
         """HTTP/1.0 knows no chunks: not even with keep-alive."""
@@ -5525,10 +5518,10 @@ class ConnectionTest(LeakTest):
             for name, (last, act) in leave.items():
                 ended: queue.SimpleQueue[str] = queue.SimpleQueue()
                 with self.subTest(name=name, handler=handler.__name__), faulty(handler) as server:
-                    with Wire(server) as wire:
+                    with Wire(server) as wire, mock.patch.object(openai_fake, "_HALF_CLOSED", 3600):
                         wire.send(FLOW).until(b"Hi")
                         act(wire.send(last).sock)
-                        self.assertEqual(ended.get(timeout=NOTICED), handler.__name__)
+                        self.assertEqual(ended.get(timeout=WAIT), handler.__name__)
                     self.eventually(lambda server=server: not server.in_flight)  # type: ignore[misc]
                     self.assertEqual((ended.empty(), server.errors), (True, []))
 
@@ -5744,16 +5737,21 @@ class HandlerFaultTest(LeakTest):
 
     def test_a_handler_that_never_returns_holds_only_its_request(self) -> None:
         """Others are served, and stop() does not wait for it."""
-        held = threading.Event()
+        held, returned = threading.Event(), threading.Event()
         self.addCleanup(held.set)
-        server = FakeOpenAI(lambda request: str(held.wait(WAIT))).start()
+
+        def handler(request: Request) -> str:
+            held.wait(WAIT)
+            returned.set()
+            return "too late"
+
+        server = FakeOpenAI(handler).start()
         with Wire(server) as wire, mock.patch.object(openai_fake, "_STOP_SECONDS", 0.05):
             wire.send(GOOD)
             server.wait_for_requests(1, WAIT)
             self.assert_works(server)
-            began = time.monotonic()
             server.stop()
-            self.assertLess(time.monotonic() - began, STOPPED)
+            self.assertFalse(returned.is_set())
             self.assertEqual(wire.rest(), b"")
 
     def test_bad_header_fields_are_refused_where_they_are_set(self) -> None:
@@ -5837,9 +5835,8 @@ class LifecycleTest(LeakTest):
         """It returns there, and all clients' connections end."""
 
         def handler(request: Request) -> str:
-            began = time.monotonic()
             server.stop()
-            stopped.put(time.monotonic() - began)
+            stopped.set()
             return "too late"
 
         async def coroutine(request: Request) -> str:
@@ -5849,15 +5846,15 @@ class LifecycleTest(LeakTest):
             yield handler(request)
 
         for each in (handler, coroutine, generator):
-            stopped: queue.SimpleQueue[float] = queue.SimpleQueue()
+            stopped = threading.Event()
             server = FakeOpenAI(each).start()
             with self.subTest(name=each.__name__), Wire(server) as wire, Wire(server) as idle:
                 wire.send(FLOW)
-                self.assertLess(stopped.get(timeout=WAIT), STOPPED)
+                self.assertTrue(stopped.wait(WAIT))
                 self.assertEqual((wire.rest(), idle.rest()), (b"", b""))
 
     def test_stop_cuts_whatever_goes_on(self) -> None:
-        """Within its bound, whatever a connection does; streams are cut without their terminator."""
+        """Whatever a connection does, nothing of it runs on; streams are cut without their terminator."""
 
         def pausing(request: Request) -> Iterator[Any]:
             yield from ("Hi", Pause(3600))
@@ -5887,24 +5884,22 @@ class LifecycleTest(LeakTest):
                     wire.send(data)
                     wire.until(mark)
                     self.assert_works(server)
-                    began = time.monotonic()
-                    server.stop()
-                    self.assertLess(time.monotonic() - began, STOPPED)
+                    with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
+                        server.stop()
                     self.assertNotRegex(wire.rest(), rb"\[DONE\]|\r\n0\r\n\r\n")
                     self.assertRaises(ConnectionRefusedError, Wire, server)
                 self.assertEqual(server.errors, [])
                 self.assert_back_to(baseline)
 
     def test_the_same_port_binds_at_once(self) -> None:
-        """Stopped servers free their port, also when connections were open; 100 cycles take seconds."""
-        port, began = 0, time.monotonic()
-        for _ in range(100):
+        """Stopped servers free their port, also when connections were open."""
+        port = 0
+        for _ in range(30):
             server = FakeOpenAI(port=port).start()
             with Wire(server) as wire:
                 self.assertEqual(wire.send(got()).answer().status, 200)
                 port = int(server.url.rpartition(":")[2])
                 server.stop()
-        self.assertLess(time.monotonic() - began, 10)
 
     def test_a_busy_port_is_an_error_of_the_caller(self) -> None:
         """OSError from start(), at once; the first server goes on, and the second can start later."""
@@ -8274,10 +8269,8 @@ class WireActTest(unittest.TestCase):
                 server = FakeOpenAI(untyped(handler)).start()
                 with asking(server, stream=stream) as wire:
                     self.assertTrue(waits.wait(WAIT))
-                    begun = time.monotonic()
                     with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
                         server.stop()
-                    self.assertLess(time.monotonic() - begun, 1.5)
                     self.assertEqual(wire.rest(), b"")
 
 
@@ -9324,7 +9317,7 @@ class WebSocketTest(LeakTest):
                 self.assertEqual((sock.frame(), sock.event()["type"]), ((PONG_FRAME, b"\xff?"), "error"))
                 sock.send(client_frame(CLOSE_FRAME, data))
                 self.assertEqual(sock.closed(), (code, b""))
-                self.assertTrue(stream.wait_disconnected(NOTICED))
+                self.assertTrue(stream.wait_disconnected(WAIT))
 
     def test_bad_frames(self) -> None:
         """What breaks the protocol closes the connection with its code, and ends what streams."""
@@ -9336,7 +9329,7 @@ class WebSocketTest(LeakTest):
                     self.assertEqual(sock.event()["type"], "response.in_progress")
                     sock.send(data)
                     self.assertEqual(sock.closed(), (code, b""))
-                    self.assertTrue(stream.wait_disconnected(NOTICED))
+                    self.assertTrue(stream.wait_disconnected(WAIT))
 
     def test_wire_acts(self) -> None:
         """Raw is a message as it is; Disconnect ends the connection, with RST if asked, and all that streams on it."""
@@ -9357,7 +9350,7 @@ class WebSocketTest(LeakTest):
                         sock.sock.recv(1)
                 else:
                     self.assertEqual(sock.rest(), b"")
-                self.assertTrue(stream.wait_disconnected(NOTICED))
+                self.assertTrue(stream.wait_disconnected(WAIT))
 
     def test_leaving_is_noticed(self) -> None:
         """FIN, RST and a Close end all that streams; generators are closed once, and what waits is not begun."""
@@ -9385,7 +9378,7 @@ class WebSocketTest(LeakTest):
                     event = sock.event()
                     begun |= {event["stream_id"]} if event["type"] == "response.output_text.delta" else set()
                 act(sock)
-                self.assertEqual({ended.get(timeout=NOTICED), ended.get(timeout=NOTICED)}, {"a", "b"})
+                self.assertEqual({ended.get(timeout=WAIT), ended.get(timeout=WAIT)}, {"a", "b"})
                 self.eventually(lambda server=server: not server.in_flight)  # type: ignore[misc]
                 self.assertEqual((ended.empty(), server.errors), (True, []))
                 self.assertTrue(server.requests[0].disconnected)
@@ -9399,9 +9392,8 @@ class WebSocketTest(LeakTest):
             server.wait_for_requests(2, WAIT)
             self.assertEqual(said_in(other.create().events()[-1]), "Hi")
             self.assert_works(server)
-            began = time.monotonic()
-            server.stop()
-            self.assertLess(time.monotonic() - began, STOPPED)
+            with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
+                server.stop()
             self.assertTrue(ended.is_set())
 
     def test_leaving_is_noticed_in_a_blocked_write(self) -> None:
@@ -9420,7 +9412,7 @@ class WebSocketTest(LeakTest):
                 [connection] = server._running().connections
                 self.eventually(lambda: connection.deadline < connection.until, "a blocked write")  # noqa: B023
                 act(sock.sock)
-                self.assertTrue(ended.wait(NOTICED))
+                self.assertTrue(ended.wait(WAIT))
 
     def test_nothing_follows_a_close(self) -> None:
         """A Close comes whole between the messages of a stream, is the last frame, and reaches who is still sending."""
@@ -9625,7 +9617,7 @@ class Program:
 
     def interrupt(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(2)  # it leaves within two seconds
+        return self.process.wait(PATIENCE)
 
     def _end(self) -> None:
         self.process.kill()
@@ -9659,7 +9651,7 @@ class Main(Program):
 
     def interrupt(self, number: int = signal.SIGTERM) -> int:
         self.signals[number](number, None)
-        self.thread.join(2)
+        self.thread.join(PATIENCE)
         return 1 if self.thread.is_alive() else 0
 
     def rest(self) -> str:
@@ -10026,15 +10018,13 @@ class ControlTest(LeakTest):
                     self.assertEqual((came["number"], came["status"], came["answer"][0]["text"]), (2, 200, "So far"))
 
     def test_stop(self) -> None:
-        """stop() ends who follows or waits, within its bound."""
+        """stop() ends who follows or waits."""
         wires: list[Wire] = []
-        with controlled() as server:
+        with self.assertNoLogs("openai_fake", "WARNING"), controlled() as server:  # that a thread still runs
             for path in ("/_fake/events", "/_fake/requests?wait=1&timeout=60"):
                 wires.append(Wire(server))
                 wires[-1].send(http_bytes(None, path, "GET").replace(b"Host: test", b"Host: localhost"))
             wires[0].until(b"\r\n\r\n")
-            began = time.monotonic()
-        self.assertLess(time.monotonic() - began, 1.5)
         for wire in wires:
             with wire:
                 self.assertNotIn(b'"data"', wire.rest())
@@ -10192,8 +10182,9 @@ class CommandLineTest(unittest.TestCase):
 
     @POSIX
     def test_signals(self) -> None:
-        """SIGINT and SIGTERM end it within two seconds, quietly, with requests under way too."""
-        rows = ((signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, ("--interactive",)))
+        """SIGINT and SIGTERM end it, quietly, with requests under way too."""
+        rows: list[tuple[signal.Signals, tuple[str, ...]]]
+        rows = [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, ("--interactive",))]
         for number, arguments, program in [(*row, Program(self, *row[1])) for row in rows]:
             with self.subTest(signal=number.name, arguments=arguments):
                 Caller(self, program.url()).send()
@@ -10475,7 +10466,7 @@ class CommandLineTest(unittest.TestCase):
                 break
         self.assertLess(time.monotonic(), deadline)
         process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(2), 0)
+        self.assertEqual(process.wait(PATIENCE), 0)
 
     @POSIX
     def test_colour(self) -> None:
