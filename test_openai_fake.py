@@ -7212,6 +7212,7 @@ class ReportTest(unittest.TestCase):
 
 # Without hypothesis's plugin, whose import takes most of a second.
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+PYTEST += ["-W", "error::pytest.PytestAssertRewriteWarning"]
 PYTEST_CASES = """
 import asyncio, json, unittest, urllib.request
 import pytest
@@ -7322,7 +7323,7 @@ class TestUnittest(unittest.TestCase):
 class PytestTest(unittest.TestCase):
     """Under pytest: the fixture of the file, and the same reports."""
 
-    def pytest(self, conftest: str, *arguments: str) -> tuple[int, str]:
+    def pytest(self, *arguments: str, conftest: str = "") -> tuple[int, str]:
         """Runs the cases in a folder of their own. Returns the exit status, and what was printed."""
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
@@ -7330,7 +7331,7 @@ class PytestTest(unittest.TestCase):
         Path(folder, "test_cases.py").write_text(PYTEST_CASES, "utf-8")
         Path(folder, "pytest.ini").write_text("[pytest]\nmarkers =\n    anyio\n    asyncio\n", "utf-8")
         where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
-        command = [*PYTEST, "-rA", "-W", "error::pytest.PytestAssertRewriteWarning", *arguments]
+        command = [*PYTEST, "-rA", *arguments]
         missing = [
             name for name in ("anyio", "asyncio") if not find_spec("pytest_asyncio" if name == "asyncio" else name)
         ]
@@ -7351,12 +7352,8 @@ class PytestTest(unittest.TestCase):
         self.assertRegex(text, r"\d+ failed, 2 passed, 2 skipped,( \d deselected,)? 2 xfailed, 2 errors in")
 
     def test_each_case_is_one_entry(self) -> None:
-        """What fails is one entry, with the handler's traceback once and the transcript; skips stay skips.
-
-        There is no warning, though the conftest imports the module before pytest does.
-        """
-        first = 'import openai_fake\npytest_plugins = ["openai_fake"]'
-        status, text = self.pytest(first, "-p", "no:randomly", "-p", "no:xdist")
+        """What fails is one entry, with the handler's traceback once and the transcript; skips stay skips."""
+        status, text = self.pytest("-p", "openai_fake", "-p", "no:randomly", "-p", "no:xdist")
         self.assertEqual(status, 1)
         self.check_outcomes(text)
         reports = dict(
@@ -7377,14 +7374,10 @@ class PytestTest(unittest.TestCase):
             self.assertIn("the body's own", report)
             self.assertIn("No request came to the fake.", report)
 
-    def test_the_option_loads_it(self) -> None:
-        """With -p openai_fake, no conftest has to name it."""
-        self.check_outcomes(self.pytest("", "-p", "openai_fake", "--tb=no")[1])
-
     @unittest.skipUnless(find_spec("xdist") and find_spec("pytest_randomly"), "xdist and randomly are not installed")
     def test_side_by_side_in_any_order(self) -> None:
         """With xdist and in random order, the outcomes are the same."""
-        self.check_outcomes(self.pytest('pytest_plugins = ["openai_fake"]', "-n", "2", "--tb=no")[1])
+        self.check_outcomes(self.pytest("-n", "2", "--tb=no", conftest='pytest_plugins = ["openai_fake"]')[1])
 
 
 def fed(*parts: Any) -> Stream:
@@ -10917,7 +10910,7 @@ class ReadmeBlocksTest(unittest.TestCase):
     @needs_openai_3
     @unittest.skipUnless(HAS_PYTEST, "pytest is not installed")
     def test_pytest_recipe_runs(self) -> None:
-        """The pytest recipe passes under pytest."""
+        """The pytest recipe passes under pytest, without a warning that the module was imported before."""
         _, common, *recipes = fenced("python")
         [recipe] = [block for block in recipes if "import pytest" in block]
         with tempfile.TemporaryDirectory() as folder:
