@@ -10275,8 +10275,7 @@ class CommandLineTest(unittest.TestCase):
             caller = Caller(self, program.url())
             for text in ("How are you?", "And\u2028now?"):
                 caller.said(text)
-                program.until("chat.completions")  # then it was dumped too, for the line is put first
-            caller.said()  # whose exchange ends after those before
+            program.interrupt()
             _, first, second, *_ = path.read_text("utf-8").split("\n")
         self.assertEqual(json.loads(first)["body"]["messages"][0]["content"], "How are you?")
         self.assertEqual(json.loads(first)["answer"][0], {"type": "Text", "text": "Fine."})
@@ -10642,6 +10641,8 @@ class TerminalTest(unittest.TestCase):
         self.until("First")
         self.type("So\r")
         contents(self.caller.events(), "So\n")
+        self.until("So")
+        self.until("< ")  # what is typed from here on is edited
         self.type("For the fi")
         self.until("For the fi")
         self.caller.connection.close()
