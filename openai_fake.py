@@ -3254,7 +3254,7 @@ def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, p
 
 def _recorded_error(error: Any, event: bool) -> StreamError:
     told = _dict(error)
-    about = {"type": told.get("type") or "server_error", "code": told.get("code"), "param": told.get("param")}
+    about: _JSON = {"type": told.get("type") or "server_error", "code": told.get("code"), "param": told.get("param")}
     return StreamError(_string(told.get("message")), **about, event=event)
 
 
