@@ -2999,8 +2999,8 @@ def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, p
 
 def _recorded_error(error: Any, event: bool) -> StreamError:
     told = _dict(error)
-    kind, code, param = told.get("type") or "server_error", told.get("code"), told.get("param")
-    return StreamError(_string(told.get("message")), type=kind, code=code, param=param, event=event)
+    about: _JSON = {"type": told.get("type") or "server_error", "code": told.get("code"), "param": told.get("param")}
+    return StreamError(_string(told.get("message")), **about, event=event)
 
 
 def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
