@@ -3457,6 +3457,8 @@ class _Fold:
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
 
+_UNUSED = {"audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+
 
 class _ChatEncoder(_Fold):
     """Chat Completions: events are chunks, and the body has a message for each choice."""
@@ -3470,10 +3472,10 @@ class _ChatEncoder(_Fold):
         self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else ids.uuid4()))
         kind, created = "chat.completion.chunk", self.created
         self.head: _JSON = {"id": self.id, "object": kind, "created": created, "model": self.model_name}
-        fingerprint, tier = model.fingerprint, str(asked.get("service_tier") or "default")
+        fingerprint, tier = model.fingerprint, _TIERS.get(str(asked.get("service_tier")), "default")
         if fingerprint:
             fingerprint += hashlib.sha256(self.model_name.encode("utf-8", "replace")).hexdigest()[:10]
-        self.tail: _JSON = {"service_tier": _TIERS.get(tier, "default"), "system_fingerprint": fingerprint}
+        self.tail: _JSON = {"service_tier": tier, "system_fingerprint": fingerprint}
         if extra:
             self.tail |= {key: extra[key] for key in self.tail if key in extra}
         if not (model.service_tier or "service_tier" in extra):
@@ -3630,7 +3632,7 @@ class _ChatEncoder(_Fold):
         for item in self.items:
             if item.part._in_chat:
                 spoken.setdefault(item.part.choice, []).append(item)
-        return {choice: spoken[choice] for choice in sorted(spoken)} or {0: []}
+        return dict(sorted(spoken.items())) or {0: []}
 
     def _whole_choice(self, choice: int, items: list[_Utterance]) -> _JSON:
         calls: _JSON = {"function_call" if self.legacy else "tool_calls": []} if choice in self.calls else {}
@@ -3655,15 +3657,14 @@ class _ChatEncoder(_Fold):
         usage = self.tally()
         writes = {"cache_write_tokens": 0} if self.model.cache_writes else {}
         prompt: _JSON = {"cached_tokens": usage.cached_tokens, **writes, "audio_tokens": 0}
-        predicted = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
-        completion: _JSON = {"reasoning_tokens": usage.reasoning_tokens, "audio_tokens": 0, **predicted}
+        completion: _JSON = {"reasoning_tokens": usage.reasoning_tokens, **_UNUSED}
         if self.model.audio:
             prompt.update(text_tokens=usage.prompt_tokens, image_tokens=0)
             completion["text_tokens"] = usage.completion_tokens
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             "prompt_tokens_details": {**prompt, **usage.details.get("prompt", {})},
             "completion_tokens_details": {**completion, **usage.details.get("completion", {})},
         }
@@ -4056,7 +4057,7 @@ class _ResponsesEncoder(_Fold):
             "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": usage.cached_tokens, **prompt},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens, **completion},
-            "total_tokens": usage.total_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
 
     # Events
