@@ -6579,7 +6579,7 @@ class OneTaskTest(LeakTest):
 
         came: queue.SimpleQueue[None] = queue.SimpleQueue()
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with FakeOpenAI(endless) as server, mock.patch.object(openai_fake, "_HALF_CLOSED", 0.05):
+        with FakeOpenAI(endless) as server, mock.patch.object(openai_fake, "_HALF_CLOSED", 0.01):
             for body, path in ASKED:
                 for leave in (socket.socket.close, reset):
                     with Wire(server) as wire:
