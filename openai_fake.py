@@ -499,7 +499,7 @@ class Request:
     _seconds = 0.0
     _outcome = ""  # why the answer is not whole
     _said: Sequence[_Utterance] = ()
-    _encoder: _Encoder | None = None  # that said it; the last few requests have it
+    _encoder: _Encoder | None = None  # that says it
 
     def __init__(
         self, api: str, method: str, path: str, query: str, headers: Mapping[str, str], raw_body: bytes = b""
@@ -5886,7 +5886,7 @@ class _Control:
 
     def end(self, request: Request) -> None:
         usage = [request._encoder.tally()] if request._encoder is not None and request._status == 200 else []
-        request._note["answer"] = [_part_json(part) for part in (*request.answer, *usage)]  # few keep their encoder
+        request._note["answer"] = [_part_json(part) for part in (*request.answer, *usage)]
         self.wake()
         for watcher in self.watchers:
             watcher(request)
@@ -7047,7 +7047,7 @@ class _Connection(BaseRequestHandler):
         self.asked = Request("", method, path, "", {})
         with suppress(_Gone):
             self._send_error(APIError(refused.status, refused.message))
-        self.server.fake._keep_last(self.asked)
+        self.server.fake._recent.append(self.asked)
         self.server.fake._ended(self.asked, self.started)
         self._linger()
 
@@ -7545,9 +7545,8 @@ class FakeOpenAI:
 
     def wait_for_requests(self, n: int, timeout: float = 5.0) -> list[Request]:
         """Waits until `n` requests have come, and returns them all. Raises TimeoutError after `timeout` seconds."""
-        with self._arrived:
-            if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
-                raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
+        if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
+            raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
         return self.requests
 
     def transcript(self) -> str:
@@ -7593,19 +7592,12 @@ class FakeOpenAI:
             self._control.begin(request)
         self._journal.append(request)
         self._flying[id(request)] = request
-        self._keep_last(request)
+        self._recent.append(request)
         if self._control is not None:
             self._control.wake()
         with self._lock:
             self.__dict__["_count"] += 1  # not through __setattr__, which is for the options
             self._arrived.notify_all()
-
-    def _keep_last(self, request: Request) -> None:
-        """Keeps a request for the transcript, in place of the oldest one there."""
-        if len(self._recent) == self._recent.maxlen:
-            with suppress(IndexError):
-                self._recent[0]._encoder = None
-        self._recent.append(request)
 
     def _check_page(self, request: Request, path: str) -> None:
         """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
@@ -7651,8 +7643,7 @@ class FakeOpenAI:
         if self._observe is not None:
             with suppress(Exception):
                 self._observe(request)
-        if request not in tuple(self._recent):  # many came since: it is no more of the last
-            request._encoder = None
+        request._encoder = None
 
 
 _NOT_USERS = re.compile(  # where code is that is not the user's; a dataclass's __init__ is of <string>
