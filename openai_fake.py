@@ -8171,8 +8171,8 @@ class _Operator:
 
     def start(self) -> None:
         self._console.write(_HELP)
-        for work in (self._read, self._run):
-            threading.Thread(target=work, name="openai_fake operator", daemon=True).start()
+        for work, name in ((self._read, "openai_fake input"), (self._run, "openai_fake operator")):
+            threading.Thread(target=work, name=name, daemon=True).start()
 
     async def __call__(self, request: Request) -> AsyncIterator[_Part]:
         turn = _Turn(request)

@@ -9651,7 +9651,7 @@ class Main(Program):
         self.interrupt()
         self.stdin.close()
         for thread in threading.enumerate():
-            if thread.name == "openai_fake operator":  # it reads from what is closed next
+            if thread.name == "openai_fake input":  # it reads from what is closed next
                 thread.join(PATIENCE)
         for stream in (self.stdout, *self.theirs):
             stream.close()
