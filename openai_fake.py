@@ -3708,7 +3708,7 @@ def _text_form(encoder: _ChatEncoder) -> str:
     form = _TEXT_FORMS.get(kind)
     if form is None:
         id, created, text, *tokens = _SLOTS
-        body = encoder.body() | {"id": id, "created": created}
+        body: _JSON = {**encoder.body(), "id": id, "created": created}
         body["choices"][0]["message"]["content"] = text
         body["usage"] |= zip(("prompt_tokens", "completion_tokens", "total_tokens"), tokens, strict=True)
         form = _dumps(body).replace("%", "%%")
@@ -5129,25 +5129,6 @@ class _Route(NamedTuple):
 
 _APIS = {f"POST /{api.replace('.', '/')}": api for api in ("chat.completions", "responses", "completions")}
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
-
-
-def _values(template: list[str], segments: list[str]) -> tuple[str, ...] | None:
-    """The values of the {names} in a route's path; None where a path is not of this route.
-
-    `{name}` is one segment of a path; `{name*}` is the rest of it: a model's name may have slashes.
-    """
-    if template[-1].endswith("*}") and len(segments) > len(template):
-        last = len(template) - 1
-        segments = [*segments[:last], "/".join(segments[last:])]
-    if len(segments) != len(template):
-        return None
-    values: list[str] = []
-    for name, segment in zip(template, segments, strict=True):
-        if name.startswith("{") and segment:
-            values.append(segment)
-        elif name != segment:
-            return None
-    return tuple(values)
 
 
 class _Router:
