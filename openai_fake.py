@@ -522,7 +522,7 @@ class Request:
             found = None
         if not isinstance(found, dict) or (data.count(b"{") + data.count(b"[") > _MAX_DEPTH and _too_deep(found)):
             raise APIError(400, _NOT_JSON[self.api == "chat.completions"])
-        self._json = body = cast(_JSON, found)
+        body = cast(_JSON, found)
         if self._deployment is not None and not body.get("model"):
             body["model"] = self._deployment
         return body
@@ -530,11 +530,14 @@ class Request:
     @cached_property
     def body(self) -> _JSON:
         """The JSON object that was sent; {} where there was none. It is the reader's own."""
-        return cast(_JSON, _own(self._json))
+        return self._parsed()
 
     @cached_property
     def _json(self) -> _JSON:
-        """The body as the server reads it."""
+        """The same, which is the server's own."""
+        return self._parsed()
+
+    def _parsed(self) -> _JSON:
         try:
             return self._parse()
         except APIError:  # the client was told
@@ -683,7 +686,9 @@ def _estimate(items: Iterable[object]) -> int:
     tokens = 3
     for item in items:
         sent = cast(_JSON, item) if isinstance(item, dict) else {}
-        text = "".join([_text_of(sent[key]) for key in ("content", "output", "arguments") if key in sent])
+        text = sent.get("content")
+        if type(text) is not str or len(sent) > 2:  # else nothing is beside the role
+            text = "".join([_text_of(sent[key]) for key in ("content", "output", "arguments") if key in sent])
         tokens += 4 + (len(text) + 3) // 4
     return tokens
 
@@ -955,7 +960,8 @@ _input = _either(
 def _chat_model(value: Any, path: str, body: _JSON) -> None:
     if value in (None, ""):
         raise _bad_request("you must provide a model parameter", None)
-    _any_string(value, path, body)
+    if type(value) is not str:
+        _any_string(value, path, body)
 
 
 _stream_flags = _object({}, include_usage=_boolean, include_obfuscation=_boolean)
@@ -1194,11 +1200,13 @@ def _found(value: Any, path: str, where: str) -> Iterator[tuple[str, Any]]:
 
 def _check_recorded(api: str, body: _JSON) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    model = _string(body.get("model"))
-    turns = _list(body.get("messages") or body.get("input"))
-    parts = any(each.__class__ is dict and each.get("content").__class__ is list for each in turns)
+    model: Any = body.get("model", "")
+    turns: list[Any] = body.get("messages") or body.get("input", [])
+    parts = type(turns) is list and any(type(each) is dict and type(each.get("content")) is list for each in turns)
     for models, name, path, begin, status, param, code, words in _REFUSALS[api]:
-        if name in body and (parts or "content" not in path) and _pattern(models).fullmatch(model):
+        if name not in body or type(model) is not str or ("content" in path and not parts):
+            continue
+        if _pattern(models).fullmatch(model):
             for where, value in _found(body[name], path, name):
                 if match := re.match(begin, _string(value)):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
@@ -2318,35 +2326,42 @@ class Reply:
             _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
-        inner: Any = parts[0] if len(parts) == 1 else None
-        if isinstance(inner, Mapping) or hasattr(inner, "model_dump"):
+        inner: Any = parts[0] if len(parts) == 1 and type(parts[0]) is not str else None
+        if inner is not None and (isinstance(inner, Mapping) or hasattr(inner, "model_dump")):
             inner = recorded(cast(object, inner))
-        if not isinstance(inner, Reply):
-            for part in parts:
-                kind, known = type(part), (_Part, Stream, Completion, Iterable, AsyncIterable)
-                if kind is not str and (not issubclass(kind, known) or issubclass(kind, (bytes, bytearray, Mapping))):
-                    raise TypeError(
-                        f"{_short(repr(part))} is no answer; an answer is a str, a part, a list or generator of parts, "
-                        f"a Stream, a Reply, a recorded answer or an APIError{_copy_hint(part)}"
-                    )
-            inner = inner if isinstance(inner, Completion) else None
-        self.parts = cast("Sequence[_Content]", getattr(inner, "parts", parts))
-        self.id: str | None = id or getattr(inner, "id", None) or None
-        self.model: str | None = model or getattr(inner, "model", None) or None
-        self.created: int | None = (getattr(inner, "created", None) or None) if created is None else created
-        self.headers: Mapping[str, str] = _header_fields(headers) if headers else getattr(inner, "headers", {})
-        self.extra: Mapping[str, Any] = {**getattr(inner, "extra", {}), **(extra or {})}
+        self.parts = cast("Sequence[_Content]", parts)
+        self.id, self.model, self.created = id or None, model or None, created
+        self.headers: Mapping[str, str] = _header_fields(headers) if headers else {}
+        self.extra: Mapping[str, Any] = {**extra} if extra else {}
         self.only, self.ttft, self.itl = only, ttft, itl
-        self._fragments: bool = getattr(inner, "_fragments", False)  # whether all parts are fragments, sent as given
+        self._fragments = False  # whether all parts are fragments, sent as given
+        if isinstance(inner, (Reply, Completion)):  # its envelope holds where none is given
+            self.id, self.model = self.id or inner.id or None, self.model or inner.model or None
+            self.created = (inner.created or None) if created is None else created
+        if isinstance(inner, Reply):
+            self.parts, self._fragments = inner.parts, inner._fragments
+            self.headers, self.extra = self.headers or inner.headers, {**inner.extra, **self.extra}
+            return
+        for part in parts:
+            kind, known = type(part), (_Part, Stream, Completion, Iterable, AsyncIterable)
+            if kind is not str and (not issubclass(kind, known) or issubclass(kind, (bytes, bytearray, Mapping))):
+                raise TypeError(
+                    f"{_short(repr(part))} is no answer; an answer is a str, a part, a list or generator of parts, "
+                    f"a Stream, a Reply, a recorded answer or an APIError{_copy_hint(part)}"
+                )
 
     def _known(self) -> list[_Part] | None:
         """The parts, where they are all known before anything is sent; None where they come in time."""
         known: list[_Part] = []
         for content in self.parts:
-            if isinstance(content, Completion):
+            if isinstance(content, str):
+                known.append(Text(content))
+            elif isinstance(content, _Part):
+                known.append(content)
+            elif isinstance(content, (list, tuple)):
+                known += [part if isinstance(part, _Part) else _part(part) for part in content]
+            elif isinstance(content, Completion):
                 known += content._parts()
-            elif isinstance(content, (str, _Part, list, tuple)):
-                known += map(_part, content if isinstance(content, (list, tuple)) else [content])
             else:
                 return None
         return known
@@ -3325,7 +3340,9 @@ class _Fold:
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
         self.asked = request._json
-        model = _string(self.asked.get("model")) or ("gpt-4o" if self.asked.get("prompt") else "")  # the prompt's own
+        model = self.asked.get("model")
+        if type(model) is not str or not model:
+            model = "gpt-4o" if self.asked.get("prompt") else ""  # the prompt's own
         self.ids = ids
         self.extra = reply.extra
         self.created = reply.created if reply.created is not None else created
@@ -3452,12 +3469,18 @@ class _Fold:
 
     def prompt_tokens(self) -> int:
         """About how many tokens the model was told."""
-        return _estimate(_list(self.asked.get("messages")))
+        messages: list[Any] = self.asked.get("messages", [])
+        return _estimate(messages if type(messages) is list else ())
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
 
 _UNUSED = {"audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+
+
+@lru_cache(64)
+def _fingerprint(begin: str) -> str:
+    return hashlib.sha256(begin.encode("utf-8", "replace")).hexdigest()[:10]
 
 
 class _ChatEncoder(_Fold):
@@ -3474,7 +3497,7 @@ class _ChatEncoder(_Fold):
         self.head: _JSON = {"id": self.id, "object": kind, "created": created, "model": self.model_name}
         fingerprint, tier = model.fingerprint, _TIERS.get(str(asked.get("service_tier")), "default")
         if fingerprint:
-            fingerprint += hashlib.sha256(self.model_name.encode("utf-8", "replace")).hexdigest()[:10]
+            fingerprint += _fingerprint(self.model_name[:64])
         self.tail: _JSON = {"service_tier": tier, "system_fingerprint": fingerprint}
         if extra:
             self.tail |= {key: extra[key] for key in self.tail if key in extra}
@@ -3696,7 +3719,7 @@ class _ChatEncoder(_Fold):
             return _dumps(self.body())
         if self.finish or self.extra or self.logprobs or self.model.audio or self.asked.get("moderation"):
             return _dumps(self.body())
-        text, prompt = item.text, self.prompt_tokens()
+        text, prompt = "".join(item.pieces), self.prompt_tokens()
         completion = max(1, len(_tokens(text)))
         values = (_quote(self.id), self.created, _quote(text), prompt, completion, prompt + completion)
         return _text_form(self) % values
@@ -5216,7 +5239,7 @@ def _check_model(fake: FakeOpenAI, request: Request) -> None:
 
 def _checked_body(fake: FakeOpenAI, request: Request) -> _JSON:
     """The body of a request for an answer. Raises APIError where it is refused."""
-    body = request._parse()
+    body = request._json = request._parse()
     if fake.validate:
         _check_request(request.api, body, fake.strict)
     return body
