@@ -83,7 +83,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import suppress
+from contextlib import closing, suppress
 from contextvars import Context
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from email.utils import formatdate
@@ -4836,11 +4836,8 @@ class _Waiter:
         if not self.watched:
             self.watched = True
             self.server.waiters.add(self)
-            self._watch()
-
-    def _watch(self) -> None:
-        if self.connection is not None and self.connection.websocket is None:  # whose own thread reads, and tells
-            self.server.watch(self.connection.sock, self)
+            if self.connection is not None and self.connection.websocket is None:  # whose own thread reads, and tells
+                self.server.watch(self.connection.sock, self)
 
     def notice(self) -> None:
         """Called by the server's loop: the client's socket has something to read, and is not watched any more."""
@@ -4857,14 +4854,12 @@ class _Waiter:
         if self.readable:
             self.readable = False
             if connection.read_ahead():
-                self._watch()
+                self.server.watch(connection.sock, self)
         if not connection.gone:
             return math.inf
-        if self.streams:
-            raise _Gone
         now = _Clock.monotonic()
         self.given_up = min(self.given_up, now + _HALF_CLOSED)
-        if now >= self.given_up:
+        if self.streams or now >= self.given_up:
             raise _Gone
         return self.given_up - now
 
@@ -4872,16 +4867,15 @@ class _Waiter:
         """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
         self.enter(lambda: source.put(_WAKE))
         due = math.inf if timeout is None else _Clock.monotonic() + timeout
-        while True:
+        value: _T = _WAKE
+        while value is _WAKE:
             rest = min(self.patience(), due - _Clock.monotonic(), _LONGEST)
             try:
                 value = source.get(timeout=max(0.0, rest))
             except queue.Empty:
                 if _Clock.monotonic() >= due:
                     raise
-                continue
-            if value is not _WAKE:
-                return value
+        return value
 
     def sleep(self, seconds: float) -> None:
         """Waits. Raises _Gone where the client of a stream has left; who has half-closed gets its JSON, just sooner."""
@@ -4901,7 +4895,7 @@ class _Waiter:
             loop = self.loop = asyncio.new_event_loop()
             loop.time = _Clock.monotonic  # type: ignore[method-assign]  # its own looks time.monotonic up
         given: list[_T] = []  # by the task, and not taken yet
-        resume, closing, over = asyncio.Event(), False, False
+        resume, leaving, over = asyncio.Event(), False, False
 
         def halt(*_: object) -> None:
             if not over:  # it may be due still: it must not end what comes after
@@ -4914,23 +4908,19 @@ class _Waiter:
                     halt()  # the thread takes it
                     await resume.wait()
                     resume.clear()
-                    if closing:
+                    if leaving:
                         return
             finally:
-                close = getattr(coming, "aclose", None)
-                if close is not None:
+                if (close := getattr(coming, "aclose", None)) is not None:
                     await close()
 
-        task = loop.create_task(work())
-        task.add_done_callback(halt)
-        cancelled: list[bool] = []
-
         def look() -> None:  # on the loop's thread, which may read ahead
+            nonlocal leaving
             try:
                 patience = self.patience()
             except _Gone:
-                if not cancelled:  # once: what the coroutine still does in `finally` is let be
-                    cancelled.append(True)
+                if not leaving:  # once: what the coroutine still does in `finally` is let be
+                    leaving = True
                     task.cancel()
             else:
                 if patience != math.inf:
@@ -4940,6 +4930,8 @@ class _Waiter:
             with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
                 loop.call_soon_threadsafe(look)
 
+        task = loop.create_task(work())
+        task.add_done_callback(halt)
         try:
             while True:
                 self.enter(wake)
@@ -4953,8 +4945,7 @@ class _Waiter:
                 self.patience()  # raises _Gone; else the coroutine was cancelled by its own code
             task.result()
         finally:
-            closing = True
-            cancelled.append(True)
+            leaving = True
             resume.set()
             if not task.done() and not self.server.stopping:
                 loop.call_later(_STOP_SECONDS, halt)
@@ -4969,11 +4960,8 @@ class _Waiter:
         async def once() -> AsyncIterator[_T]:
             yield await awaitable
 
-        steps = self.steps(once())
-        try:
+        with closing(self.steps(once())) as steps:
             return next(steps)
-        finally:
-            steps.close()
 
     def end(self) -> None:
         """The answer is over."""
@@ -4996,12 +4984,17 @@ class _Waiter:
 
 
 class _Sink:
-    """Where the events of an answer go."""
+    """Where the events of an answer go: to the client of a connection, unless said otherwise."""
+
+    def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
+        self.encoder = encoder
+        self.connection = connection
+        self.reply = reply
 
     @property
     def begun(self) -> bool:
         """Whether the client was told something: an error comes too late for a status."""
-        return False
+        return self.connection.headed
 
     def write(self, events: Sequence[_Event]) -> None:
         raise NotImplementedError
@@ -5020,11 +5013,16 @@ class _Sink:
 
     def end(self) -> None:
         """All is said."""
-        raise NotImplementedError
+        self.write(self.encoder.end())
+        self._finish()
 
     def fail(self, error: APIError) -> None:
         """The answer ends with an error, in the API's way."""
-        raise NotImplementedError
+        self.write(self.encoder.fail(error))
+        self._finish()
+
+    def _finish(self) -> None:
+        """All is written."""
 
     def break_off(self, error: APIError) -> None:
         """The handler failed in the middle: the client is told, but the answer is cut, not ended."""
@@ -5035,17 +5033,11 @@ class _StreamSink(_Sink):
     """Server-sent events on a connection. What is known to follow is gathered; nothing waits to be gathered."""
 
     def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
-        self.encoder = encoder
-        self.connection = connection
-        self.reply = reply
+        super().__init__(encoder, connection, reply)
         self.pending: list[bytes] = []
         self.size = 0
         self.limit = _FIRST_BATCH
         self.render: Callable[[_Event], str] = _sse
-
-    @property
-    def begun(self) -> bool:
-        return self.connection.headed
 
     def write(self, events: Sequence[_Event]) -> None:
         for texts in _texts(events, self.render):
@@ -5085,14 +5077,6 @@ class _StreamSink(_Sink):
         self.flush()
         self.connection.hang_up(reset)
 
-    def end(self) -> None:
-        self.write(self.encoder.end())
-        self._finish()
-
-    def fail(self, error: APIError) -> None:
-        self.write(self.encoder.fail(error))
-        self._finish()
-
     def break_off(self, error: APIError) -> None:
         with suppress(_Gone):
             self.write(self.encoder.fail(error))
@@ -5108,18 +5092,14 @@ class _StreamSink(_Sink):
 class _BodySink(_Sink):
     """A JSON body, sent when all is said. Raw bytes and a cut fall between its parts, which have equal shares of it."""
 
-    def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
-        self.encoder = encoder
-        self.connection = connection
-        self.reply = reply
-        self.said = 0
-        self.insertions: list[tuple[int, bytes]] = []  # after how many parts, what
+    said = 0
+    insertions: Sequence[tuple[int, bytes]] = ()  # after how many parts, what
 
     def write(self, events: Sequence[_Event]) -> None:
         self.said += 1
 
     def raw(self, data: bytes) -> None:
-        self.insertions.append((self.said, data))
+        self.insertions = (*self.insertions, (self.said, data))
 
     def fail(self, error: APIError) -> None:
         raise error
@@ -5130,44 +5110,46 @@ class _BodySink(_Sink):
         self.connection.hang_up(reset)
 
     def end(self, shares: int | None = None) -> None:
-        """Sends the JSON; of its `shares`, one a part and one for the end, only so many where it is cut."""
-        shares = self.said + 1 if shares is None else shares
+        """Sends the JSON; of its shares, one a part and one for the end, only so many where it is cut."""
         body = _utf8(_dumps(self.encoder.body())) if self.said or not self.insertions else b""
-        length, pieces, at = len(body), [b""], 0
-        for said, data in (*self.insertions, (shares, b"")):
+        pieces, at = [b""], 0
+        for said, data in (*self.insertions, (self.said + 1 if shares is None else shares, b"")):
             share = len(body) * said // (self.said + 1)
             pieces += [body[at:share], data]
-            length += len(data)
             at = share
+        length = len(body) + sum(len(data) for _, data in self.insertions)
         pieces[0] = self.connection.head(200, "application/json", _ON_REPLIES, self.reply.headers, length)
-        self.connection.send(b"".join(pieces), last=shares > self.said)
+        self.connection.send(b"".join(pieces), last=shares is None)
 
 
 _OPEN_TOOLS = ("mcp", "namespace", "tool_search")  # types of tools that stand for others, whose names are not known
 
 
 class _Delivery:
-    """One answer on its way: calls the handler, and carries its parts through an encoder into a sink."""
+    """One answer on its way: calls the handler, and carries its parts through an encoder into a sink.
+
+    To make one raises APIError for a request that is refused.
+    """
 
     encoder: _Encoder
     sink: _Sink
     waiter: _Waiter
     make_sink: Callable[[Any, _Connection, Reply], _Sink] | None = None  # other than a connection's own
+    store: Callable[[Any, _Log | None], object] | None = None  # keeps what the encoder will have said
+    log: _Log | None = None  # in the background
     ttft = itl = 0.0  # seconds before the first token, and between tokens
     over = False  # a Disconnect or a StreamError has ended the answer, with parts perhaps left
 
     def __init__(
-        self,
-        fake: FakeOpenAI,
-        request: Request,
-        make: type[_ChatEncoder | _ResponsesEncoder | _CompletionsEncoder],
-        store: Callable[[Any, _Log | None], None] | None = None,
+        self, fake: FakeOpenAI, request: Request, make: type[_ChatEncoder | _ResponsesEncoder | _CompletionsEncoder]
     ) -> None:
         self.fake = fake
         self.request = request
-        self.streamed = request._json.get("stream") is True
         self.make = make
-        self.store = store  # keeps what will be said
+        self.body = request._parse()
+        if fake.validate:
+            _check_request(request.api, self.body, fake.strict)
+        self.streamed = self.body.get("stream") is True
         self.handler: Callable[[Request], Any] = fake.handler
         self.streams: list[Stream] = []  # that the answer is made of
 
@@ -5176,7 +5158,7 @@ class _Delivery:
         self.waiter = _Waiter(connection.server, connection, self.streamed)
         try:
             reply = self._ask()
-            self._begin(reply, None)
+            self.request._encoder = self._begin(reply)
             make_sink = self.make_sink or (_StreamSink if self.streamed else _BodySink)
             self.sink = make_sink(self.encoder, connection, reply)
             self._carry(reply)
@@ -5190,7 +5172,7 @@ class _Delivery:
         """
         server = self.fake._running()
         self.waiter = _Waiter(server, None, True)
-        log = _Log(self.waiter)
+        self.sink = self.log = log = _Log(self.waiter)
         asked: queue.SimpleQueue[Reply | BaseException] = queue.SimpleQueue()
         begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
@@ -5209,7 +5191,7 @@ class _Delivery:
             except _Gone:
                 pass
             finally:
-                log.end()
+                log.close()
                 self.waiter.end()
 
         server.run(work)
@@ -5217,10 +5199,9 @@ class _Delivery:
         with suppress(queue.Empty):
             reply = asked.get(timeout=_AT_ONCE)
         try:
-            self._begin(reply if isinstance(reply, Reply) else Reply(), log)
-            self.sink = _LogSink(self.encoder, log)
-            self.sink.write(self.encoder.begin())
-            queued = cast(_ResponsesEncoder, self.encoder).response("queued")
+            log.encoder = encoder = self._begin(reply if isinstance(reply, Reply) else Reply())
+            log.write(encoder.begin())
+            queued = cast(_ResponsesEncoder, encoder).response("queued")
         except BaseException:
             begun.put(False)
             raise
@@ -5241,12 +5222,11 @@ class _Delivery:
         self.itl = self.fake.itl if reply.itl is None else reply.itl
         return reply
 
-    def _begin(self, reply: Reply, log: _Log | None) -> None:
+    def _begin(self, reply: Reply) -> _Encoder:
         self.encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
-        if log is None:
-            self.request._encoder = self.encoder
         if self.store is not None:
-            self.store(self.encoder, log)
+            self.store(self.encoder, self.log)
+        return self.encoder
 
     def _carry(self, reply: Reply | BaseException) -> None:
         """Says all parts. An error that comes too late for a status is told in the stream."""
@@ -5274,27 +5254,30 @@ class _Delivery:
                 self.streams.append(content)
                 with self.fake._lock:
                     self.fake._streams.add(content)
+        slow = bool(self.ttft or self.itl)
         known = reply._known()
-        if known is not None and (len(known) > 1 or self.encoder.n > 1):
-            known = _arranged(known, self.encoder)
-        cut = self.encoder.streams or self.encoder.logprobs or bool(self.ttft or self.itl)
-        parts = self._coming(reply.parts) if known is None else _runs(known, reply._fragments, cut)
+        if known is None:
+            parts = self._coming(reply.parts)
+        else:
+            if len(known) > 1 or self.encoder.n > 1:
+                known = _arranged(known, self.encoder)
+            parts = _runs(known, reply._fragments, self.encoder.streams or self.encoder.logprobs or slow)
         told = False
-        try:
+        with closing(parts):
             for part, texts in parts:
                 told = True
                 if isinstance(part, _Call) and part.name:
                     self._check_call(part.name)
                 if not isinstance(part, _Spoken):
                     part._act(self)
-                elif self.ttft or self.itl:
-                    self._say_slowly(part, texts)
+                elif slow:
+                    for fragment in part._cut(texts):
+                        self._pace()
+                        self.sink.write(self.encoder.say(fragment, fragment._as_given()))
                 else:
                     self.sink.write(self.encoder.say(part, texts))
                 if self.over:
                     return
-        finally:
-            parts.close()
         if not told and not self.streams:
             raise ValueError("handler returned empty response: no part in it")
         self.sink.end()
@@ -5317,11 +5300,6 @@ class _Delivery:
             self.fake._warned.add(name)
             warnings.warn(f"the handler called the tool {name!r}, {fault}", stacklevel=2)
 
-    def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
-        for fragment in part._cut(texts):
-            self._pace()
-            self.sink.write(self.encoder.say(fragment, fragment._as_given()))
-
     def _pace(self) -> None:
         """Waits for the time of the next token."""
         seconds, self.ttft = self.ttft or self.itl, 0.0
@@ -5339,12 +5317,11 @@ class _Delivery:
         self.waiter.sleep(seconds)
 
     def cut(self, reset: bool) -> None:
-        if self.waiter.connection is None:  # in the background nobody is connected
-            return
-        self.over = True
-        self.request._outcome = "cut"
-        self.sink.cut(reset)
-        self.encoder.abandon()
+        if self.log is None:  # in the background nobody is connected
+            self.over = True
+            self.request._outcome = "cut"
+            self.sink.cut(reset)
+            self.encoder.abandon()
 
     def fail(self, error: APIError) -> None:
         self.over = True
@@ -5357,40 +5334,38 @@ class _Delivery:
     # Where parts come from.
 
     def _coming(self, contents: Iterable[_Content]) -> Generator[tuple[_Part, Sequence[str]]]:
+        """The parts of an answer of which some come in time, each with its texts."""
         for content in contents:
+            alone = isinstance(content, (str, _Part, Completion))
             for part in self._source(content):
-                alone = isinstance(content, (str, _Part, Completion))
                 if isinstance(part, _Spoken):
                     yield part, part._fragments() if alone else part._as_given()
                 else:
                     yield part, ()
 
-    def _source(self, content: Any) -> Iterator[_Part]:
+    def _source(self, content: Any) -> Iterable[_Part]:
         if isinstance(content, Stream):
             return self._live(content)
         if isinstance(content, (str, _Part)):
-            return iter([_part(content)])
+            return [_part(content)]
         if isinstance(content, Completion):
-            return iter(content._parts())
+            return content._parts()
         if isinstance(content, AsyncIterable):
             return self._generated(self.waiter.steps(aiter(cast(Any, content))))
         return self._generated(iter(content))
 
     def _generated(self, parts: Iterator[Any]) -> Iterator[_Part]:
         """The parts of a generator: each is on the wire before the next is asked for."""
-        waiter = self.waiter
-        if waiter.streams:
-            waiter.enter(bool)  # from now on it is seen between two parts that the client has left
+        if self.waiter.streams:
+            self.waiter.enter(bool)  # from now on it is seen between two parts that the client has left
         try:
             for part in parts:
                 yield _part(part)
                 self.sink.flush()
-                waiter.patience()
+                self.waiter.patience()
         finally:
-            close = getattr(parts, "close", None)
-            if close is not None:
-                with suppress(BaseException):  # it may ignore GeneratorExit, or raise: the answer is over
-                    close()
+            with suppress(BaseException):  # close() may ignore GeneratorExit, or raise: the answer is over
+                getattr(parts, "close", bool)()
 
     def _live(self, stream: Stream) -> Iterator[_Part]:
         """The parts of a Stream, as the test sends them."""
@@ -5429,10 +5404,7 @@ class _Delivery:
 
 def _arranged(parts: list[_Part], encoder: _Encoder) -> list[_Part]:
     """The parts of an answer that is known: as they are, but repeated for n, and parallel calls as the API has them."""
-    calls: dict[int, int] = {}
-    for part in parts:
-        if isinstance(part, _Call) and part.name:
-            calls[part.choice] = calls.get(part.choice, 0) + 1
+    calls = Counter(part.choice for part in parts if isinstance(part, _Call) and part.name)
     if max(calls.values(), default=0) > 1:
         encoder.parallel = True
         if isinstance(encoder, _ChatEncoder):
@@ -5499,103 +5471,88 @@ def _is_continued(part: _Spoken, parts: Sequence[_Part], at: int) -> bool:
     return False
 
 
-class _Log:
-    """The events of a response that is made in the background, for who follows it."""
+class _News:
+    """What others follow: they look again whenever there is news."""
 
-    def __init__(self, waiter: _Waiter) -> None:
-        self.waiter = waiter
-        self.lock = threading.Lock()  # guards the fields below
-        self.events: list[_Event] = []
-        self.over = False
-        self.followers: list[queue.SimpleQueue[Any]] = []
-        self.cancelled = False
+    def __init__(self) -> None:
+        self.followers: set[queue.SimpleQueue[Any]] = set()
 
-    def add(self, events: Sequence[_Event]) -> None:
-        """Appends events, unless the response was cancelled."""
-        with self.lock:
-            if self.over:
-                return
-            for event in events:
-                self.events.extend(event.events() if isinstance(event, _Deltas) else [event])
-            self._wake_followers()
-
-    def end(self) -> None:
-        with self.lock:
-            self.over = True
-            self._wake_followers()
-
-    def _wake_followers(self) -> None:
-        for follower in self.followers:
+    def wake(self) -> None:
+        for follower in tuple(self.followers):
             follower.put(None)
 
-    def cancel(self) -> None:
-        """Stops the answer, if it is not over."""
-        with self.lock:
-            if self.over:
-                return
-            self.over = self.cancelled = True
-            self._wake_followers()
-        self.waiter.cancelled = True
-        self.waiter.wake()
+    def follow(self, waiter: _Waiter, look: Callable[[], float | None]) -> None:
+        """Calls `look` now, when there is news, and after the seconds that it returned; None ends it."""
+        news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.followers.add(news)
+        try:
+            while (seconds := look()) is not None:
+                with suppress(queue.Empty):
+                    waiter.get(news, seconds)
+        finally:
+            self.followers.discard(news)
+            waiter.end()
 
 
-class _LogSink(_Sink):
-    """The log of a response in the background: there is no wire, and nobody to hang up on."""
+class _Log(_Sink, _News):
+    """The events of a response that is made in the background, for who follows it: there is no wire."""
+
+    over = False
+    cancelled = False
 
     @property
     def begun(self) -> bool:
         return True
 
-    def __init__(self, encoder: _Encoder, log: _Log) -> None:
-        self.encoder = encoder
-        self.log = log
+    def __init__(self, waiter: _Waiter) -> None:
+        _News.__init__(self)
+        self.waiter = waiter
+        self.events: list[_Event] = []
+        self.lock = threading.Lock()  # guards events, over and cancelled while they change
 
     def write(self, events: Sequence[_Event]) -> None:
-        if self.log.cancelled:
-            raise _Gone
-        self.log.add(events)
+        with self.lock:
+            if self.over:  # cancelled
+                raise _Gone
+            for event in events:
+                self.events.extend(event.events() if isinstance(event, _Deltas) else [event])
+        self.wake()
 
-    def end(self) -> None:
-        self.write(self.encoder.end())
+    def close(self, cancelled: bool = False) -> None:
+        """Nothing more will be written."""
+        with self.lock:
+            if self.over:
+                return
+            self.over, self.cancelled = True, cancelled
+        self.wake()
+        self.waiter.cancelled = True
+        self.waiter.wake()
 
-    def fail(self, error: APIError) -> None:
-        self.write(self.encoder.fail(error))
 
-
-class _Replay:
+class _Replay(NamedTuple):
     """Streams a log's events, from a sequence number on, as they come."""
 
-    def __init__(self, log: _Log, begin: int) -> None:
-        self.log = log
-        self.begin = begin
+    log: _Log
+    begin: int
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection."""
-        waiter = _Waiter(connection.server, connection, True)
-        coming: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with self.log.lock:
-            self.log.followers.append(coming)
-        try:
-            connection.send(connection.head(200, _EVENTS, _ON_REPLIES))
-            self._follow(connection, waiter, coming)
-        finally:
-            with self.log.lock:
-                self.log.followers.remove(coming)
-            waiter.end()
+        at = self.begin
 
-    def _follow(self, connection: _Connection, waiter: _Waiter, coming: queue.SimpleQueue[Any]) -> None:
-        log, at, over = self.log, self.begin, False
-        while not over:
-            with log.lock:
-                events, over = log.events[at:], log.over
+        def look() -> float | None:
+            nonlocal at
+            over = self.log.over  # before the events: then these are all
+            events = self.log.events[at:]
             at += len(events)
             data = b"".join(_sse_bytes(texts, connection.http11) for texts in _texts(events))
             if over and connection.http11:
                 data += _LAST_CHUNK
             if data:
                 connection.send(data, last=over)
-            if not over:
-                waiter.get(coming)
+            return None if over else _LONGEST
+
+        connection.send(connection.head(200, _EVENTS, _ON_REPLIES))
+        self.log.follow(_Waiter(connection.server, connection, True), look)
 
 
 # ---- Endpoints -------------------------------------------------------------------------------------------------------
@@ -5626,25 +5583,6 @@ class _Route(NamedTuple):
 
 _APIS = {f"POST /{api.replace('.', '/')}": api for api in ("chat.completions", "responses", "completions")}
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
-
-
-def _values(template: list[str], segments: list[str]) -> tuple[str, ...] | None:
-    """The values of the {names} in a route's path; None where a path is not of this route.
-
-    `{name}` is one segment of a path; `{name*}` is the rest of it: a model's name may have slashes.
-    """
-    if template[-1].endswith("*}") and len(segments) > len(template):
-        last = len(template) - 1
-        segments = [*segments[:last], "/".join(segments[last:])]
-    if len(segments) != len(template):
-        return None
-    values: list[str] = []
-    for name, segment in zip(template, segments, strict=True):
-        if name.startswith("{") and segment:
-            values.append(segment)
-        elif name != segment:
-            return None
-    return tuple(values)
 
 
 class _Router:
@@ -5730,26 +5668,14 @@ def _check_model(fake: FakeOpenAI, request: Request) -> None:
     raise APIError(404, text, code="model_not_found")
 
 
-def _checked_body(fake: FakeOpenAI, request: Request) -> _JSON:
-    """The body of a request for an answer. Raises APIError where it is refused."""
-    body = request._parse()
-    if fake.validate:
-        _check_request(request.api, body, fake.strict)
-    return body
-
-
 @_endpoint("POST /chat/completions")
 def _create_chat_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
-    body = _checked_body(fake, request)
+    delivery = _Delivery(fake, request, _ChatEncoder)
     if fake.strict:
         _check_model(fake, request)
-    if body.get("store") is not True:
-        return _Delivery(fake, request, _ChatEncoder)
-
-    def store(encoder: _ChatEncoder, log: _Log | None) -> None:
-        fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
-
-    return _Delivery(fake, request, _ChatEncoder, store)
+    if delivery.body.get("store") is True:
+        delivery.store = lambda encoder, _: fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
+    return delivery
 
 
 class _StoredChat:
@@ -5898,18 +5824,16 @@ _NO_HISTORY = _History(None, list)
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    log: _Log | None = None  # in the background
-
-    def __init__(self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None) -> None:
+    def __init__(
+        self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None, log: _Log | None
+    ) -> None:
         self.encoder = encoder
-        self.input = [_stored_item(item, self.encoder._id) for item in items]
+        self.log = log  # in the background
+        self.input = [_stored_item(item, encoder._id) for item in items]
         if kept is None:
             self.history = _History(past, self.said)
         else:  # a conversation gets nothing of it before it is over
-            self.history = kept.add(lambda: self.said() if self.over() else [])
-
-    def over(self) -> bool:
-        return self.encoder.status in ("completed", "incomplete")
+            self.history = kept.add(lambda: self.said() if encoder.status in ("completed", "incomplete") else [])
 
     def said(self) -> list[Any]:
         """The items that it adds to what was before."""
@@ -5985,7 +5909,8 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
 
 @_endpoint("POST /responses")
 def _create_response(fake: FakeOpenAI, request: Request) -> Any:
-    body = _checked_body(fake, request)
+    delivery = _Delivery(fake, request, _ResponsesEncoder)
+    body = delivery.body
     request._before = before = _history(fake, request, body)
     items = _input_items(body.get("input"))
     resolved = _resolved(fake, items)
@@ -5998,15 +5923,14 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
         _check_model(fake, request)
     background = body.get("background") is True
 
-    def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
+    def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:  # does not know the delivery: no cycle
         kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
-        stored = _StoredResponse(encoder, resolved, before, kept)
-        stored.log = log
+        stored = _StoredResponse(encoder, resolved, before, kept, log)
         fake._remember(fake._responses, encoder.id, stored)
         fake._remember(fake._histories, id(stored.history), stored.history)
 
-    stores = background or body.get("store") is not False
-    delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
+    if background or body.get("store") is not False:
+        delivery.store = store
     if items and _item_type(_dict(items[-1])) == "compaction_trigger":
         delivery.handler = Script(Item("compaction"))
     return delivery.in_background() if background else delivery
@@ -6040,7 +5964,7 @@ def _cancel_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     stored = _stored_response(fake, id)
     if stored.log is None:
         raise APIError(400, "Cannot cancel a synchronous response.")
-    stored.log.cancel()
+    stored.log.close(cancelled=True)
     return stored.body()
 
 
@@ -6216,10 +6140,10 @@ def _embedding(text: str, dimensions: int) -> list[float]:
 
 @_endpoint("POST /completions")
 def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
-    _checked_body(fake, request)
+    delivery = _Delivery(fake, request, _CompletionsEncoder)
     if fake.strict:
         _check_model(fake, request)
-    return _Delivery(fake, request, _CompletionsEncoder)
+    return delivery
 
 
 @_endpoint("POST /embeddings")
@@ -6373,16 +6297,16 @@ def _journal_entry(request: Request) -> _JSON:
     return entry
 
 
-class _Control:
+class _Control(_News):
     """What is queued for the sessions of a server, and who follows its requests."""
 
     def __init__(self, fake: FakeOpenAI) -> None:
+        super().__init__()
         self.fake = fake
         self.handler, fake.handler = fake.handler, self.answer
         self.lock = threading.Lock()  # guards queues
         self.queues: dict[str, deque[Any]] = {}
         self.numbers = iter(range(1, sys.maxsize))
-        self.followers: set[queue.SimpleQueue[Any]] = set()
         self.watchers: list[Callable[[Request], object]] = []  # called with each that has ended
         fake._control, fake._observe = self, self.end
         fake._router = _Router({**_CONTROLS, **fake._router.endpoints})
@@ -6425,24 +6349,8 @@ class _Control:
             ending = any(not each._seconds and id(each) not in self.fake._flying for each in found)
             return rest if rest > 0 and (ending or len(found) < wanted) else None
 
-        self.follow(asking._connection, False, look)
+        self.follow(_Waiter(self.fake._running(), asking._connection, False), look)
         return self.of(session)
-
-    def follow(self, connection: _Connection | None, streams: bool, look: Callable[[], float | None]) -> None:
-        """Calls `look` now, when a request comes or ends, and after the seconds that it returned; None ends it."""
-        waiter, news = _Waiter(self.fake._running(), connection, streams), queue.SimpleQueue[Any]()
-        self.followers.add(news)
-        try:
-            while (seconds := look()) is not None:
-                with suppress(queue.Empty):
-                    waiter.get(news, seconds)
-        finally:
-            self.followers.discard(news)
-            waiter.end()
-
-    def wake(self) -> None:
-        for follower in tuple(self.followers):
-            follower.put(None)
 
 
 def _checked(fake: FakeOpenAI, request: Request) -> tuple[_Control, str]:
@@ -6534,7 +6442,7 @@ class _Live(NamedTuple):
             return _GLANCE if self.control.fake._flying else _LONGEST
 
         connection.send(connection.head(200, _EVENTS, _USUAL))
-        self.control.follow(connection, True, look)
+        self.control.follow(_Waiter(connection.server, connection, True), look)
 
 
 @_endpoint("GET /_fake/events", _CONTROLS)

@@ -9850,10 +9850,10 @@ class ControlTest(LeakTest):
                 gate.wait(WAIT)
                 ended(*arguments)
 
-            def opening(connection: Any, streams: bool, look: Callable[[], Any]) -> None:
+            def opening(waiter: Any, look: Callable[[], Any]) -> None:
                 if look() is not None:
                     gate.set()
-                follow(connection, streams, look)
+                follow(waiter, look)
 
             with mock.patch.object(server, "_ended", late), mock.patch.object(control_, "follow", opening):
                 try:
