@@ -5112,12 +5112,12 @@ class _BodySink(_Sink):
     def end(self, shares: int | None = None) -> None:
         """Sends the JSON; of its shares, one a part and one for the end, only so many where it is cut."""
         body = _utf8(_dumps(self.encoder.body())) if self.said or not self.insertions else b""
-        pieces, at = [b""], 0
+        length, pieces, at = len(body), [b""], 0
         for said, data in (*self.insertions, (self.said + 1 if shares is None else shares, b"")):
             share = len(body) * said // (self.said + 1)
             pieces += [body[at:share], data]
+            length += len(data)
             at = share
-        length = len(body) + sum(len(data) for _, data in self.insertions)
         pieces[0] = self.connection.head(200, "application/json", _ON_REPLIES, self.reply.headers, length)
         self.connection.send(b"".join(pieces), last=shares is None)
 
@@ -5263,7 +5263,7 @@ class _Delivery:
                 known = _arranged(known, self.encoder)
             parts = _runs(known, reply._fragments, self.encoder.streams or self.encoder.logprobs or slow)
         told = False
-        with closing(parts):
+        try:
             for part, texts in parts:
                 told = True
                 if isinstance(part, _Call) and part.name:
@@ -5278,6 +5278,8 @@ class _Delivery:
                     self.sink.write(self.encoder.say(part, texts))
                 if self.over:
                     return
+        finally:
+            parts.close()
         if not told and not self.streams:
             raise ValueError("handler returned empty response: no part in it")
         self.sink.end()
@@ -5585,22 +5587,19 @@ _APIS = {f"POST /{api.replace('.', '/')}": api for api in ("chat.completions", "
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
-class _Router:
-    """Finds the route of a request among "METHOD /path" names: the first that fits.
+@lru_cache(256)
+def _pattern(path: str) -> str:
+    """The pattern of a route's path: `{name}` is one segment, `{name*}` the rest, as a model's name may have slashes."""
+    names = r"(?<=/)\\{[^/]*?(\\\*)?\\}(?![^/])"
+    return "(?s:" + re.sub(names, lambda match: "(.+)" if match[1] else "([^/]+)", re.escape(path)) + ")"
 
-    `{name}` in a path is one segment of it; `{name*}` is the rest: a model's name may have slashes.
-    """
+
+class _Router:
+    """Finds the route of a request among "METHOD /path" names: the first that fits."""
 
     def __init__(self, endpoints: Mapping[str, _Endpoint]) -> None:
         self.endpoints = endpoints
         self.known: dict[tuple[str, str], _Route] = {}  # of names without {}, so that it stays small
-        self.table: list[tuple[str, str, str, _Endpoint]] = []
-        for name, endpoint in endpoints.items():
-            method, _, path = name.partition(" ")
-            pattern = re.sub(
-                r"(?<=/)\\{[^/]*?(\\\*)?\\}(?![^/])", lambda match: "(.+)" if match[1] else "([^/]+)", re.escape(path)
-            )
-            self.table.append((name, method, f"(?s:{pattern})", endpoint))
 
     def find(self, method: str, path: str) -> _Route:
         """HEAD is served as GET; every path also under /v1 and in Azure's form."""
@@ -5618,8 +5617,9 @@ class _Router:
 
     def _search(self, method: str, path: str) -> _Route:
         allowed: set[str] = set()
-        for name, served, pattern, endpoint in self.table:
-            match = re.fullmatch(pattern, path)
+        for name, endpoint in self.endpoints.items():
+            served, _, template = name.partition(" ")
+            match = re.fullmatch(_pattern(template), path)
             if match is None:
                 continue
             values = match.groups()
@@ -5630,11 +5630,6 @@ class _Router:
         if allowed:
             return _Route(_wrong_method, (", ".join(sorted(allowed)),))
         return _Route(_unknown_route, (f"{method} {path}",))
-
-
-@lru_cache(1)
-def _usual_router() -> _Router:
-    return _Router(_ENDPOINTS)
 
 
 def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
@@ -5688,7 +5683,7 @@ class _StoredChat:
         self.request_id = "req_" + encoder.ids.hex(32)
         self.seed = encoder.ids.bits(63)  # there is one, also unasked (R)
 
-    def body(self, id: str = "") -> _JSON:
+    def body(self) -> _JSON:
         """As the API lists it: with what was asked, and less of what was said than the answer had (R)."""
         told, asked = self.encoder.body(), self.request.body
         for choice in told["choices"]:
@@ -5734,10 +5729,7 @@ def _listing(
     show: Callable[[Any], _JSON] = _dict,
     last: str = "last_id",
 ) -> _JSON:
-    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown.
-
-    Which of its keys is the last depends on the list (R).
-    """
+    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown."""
     query: dict[str, Any] = {"limit": "20", "order": order, **_query(request)}
     if re.fullmatch("-?[0-9]{1,18}", query["limit"]):
         query["limit"] = int(query["limit"])
@@ -5748,10 +5740,12 @@ def _listing(
         raise APIError(404, f"There is no item with id '{after}' in this list.", param="after")
     begin = ids.index(after) + 1 if after else 0
     page = ids[begin : begin + query["limit"]]
-    first_id, last_id = (page[0], page[-1]) if page else (None, None)
-    listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": first_id}
-    ends = {"has_more": len(ids) > begin + query["limit"], "last_id": last_id}
-    return listing | (ends if last == "last_id" else dict(reversed(ends.items())))
+    listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": None, "last_id": None}
+    if page:
+        listing.update(first_id=page[0], last_id=page[-1])
+    listing["has_more"] = len(ids) > begin + query["limit"]
+    listing[last] = listing.pop(last)  # it depends on the list (R)
+    return listing
 
 
 def _kept(store: Mapping[str, _T], kind: str, id: str) -> _T:
@@ -5865,13 +5859,9 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
 def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> _History:
     """What is stored from before this request's input. Raises APIError for what is not stored."""
     conversation, previous = body.get("conversation"), body.get("previous_response_id")
-    if isinstance(conversation, dict):
-        conversation = _dict(conversation).get("id")
-    if isinstance(conversation, str):
-        if (kept := fake._conversations.get(conversation)) is not None:
-            return kept.last
-        if fake.validate:
-            raise APIError(404, f"Conversation with id '{conversation}' not found.")
+    conversation = _dict(conversation).get("id", conversation)
+    if isinstance(conversation, str) and (fake.validate or conversation in fake._conversations):
+        return _conversation_of(fake, conversation).last
     if isinstance(previous, str):
         if (stored := request._remembered.get(previous) or fake._responses.get(previous)) is not None:
             return stored.history
@@ -5896,11 +5886,8 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
     references = [_item_type(_dict(item)) == "item_reference" for item in items]
     if not any(references):
         return items
-    stored: dict[str, Any] = {
-        str(_dict(item).get("id")): item
-        for response in tuple(fake._responses.values())
-        for item in (*response.input, *response.encoder.output())
-    }
+    responses = tuple(fake._responses.values())
+    stored: dict[str, Any] = {str(item.get("id")): item for response in responses for item in response.said()}
     for conversation in tuple(fake._conversations.values()):
         stored |= conversation.items()
     pairs = zip(items, references, strict=True)
@@ -5994,7 +5981,8 @@ def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
 class _Conversation:
     """A conversation object: items that were put in, and the responses made in it."""
 
-    def __init__(self, created: int, metadata: Any, items: list[Any]) -> None:
+    def __init__(self, id: str, created: int, metadata: Any, items: list[Any]) -> None:
+        self.id = id
         self.created = created
         self.metadata = metadata
         self.lock = threading.Lock()  # guards last: several responses may begin in a conversation at a time
@@ -6012,8 +6000,8 @@ class _Conversation:
         """All items, by id."""
         return {str(item["id"]): item for item in self.last}
 
-    def body(self, id: str) -> _JSON:
-        return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
+    def body(self) -> _JSON:
+        return {"id": self.id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
 
 
 def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
@@ -6033,9 +6021,9 @@ def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse() if request.raw_body else {}
     items = _new_items(fake, body)
     id = "conv_" + fake._ids().hex(48)
-    conversation = _Conversation(int(fake.clock()), _new_metadata(fake, body), items)
+    conversation = _Conversation(id, int(fake.clock()), _new_metadata(fake, body), items)
     fake._remember(fake._conversations, id, conversation)
-    return conversation.body(id)
+    return conversation.body()
 
 
 @_endpoint("GET /conversations/{id}/items")
@@ -6063,21 +6051,21 @@ def _delete_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _
     conversation = _conversation_of(fake, id)
     _kept(conversation.items(), "Item", item_id)
     conversation.deleted.add(item_id)
-    return conversation.body(id)
+    return conversation.body()
 
 
 def _stored_routes(path: str, kind: str, find: Callable[[FakeOpenAI, str], Any], store: str) -> None:
     """What is stored is fetched, updated and deleted in one way."""
 
     def get(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-        return cast(_JSON, find(fake, id).body(id))
+        return cast(_JSON, find(fake, id).body())
 
     def update(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
         stored, body = find(fake, id), request._parse()
         if "metadata" not in body:  # what is there would be lost
             raise _missing("metadata")
         stored.metadata = _new_metadata(fake, body)
-        return cast(_JSON, stored.body(id))
+        return cast(_JSON, stored.body())
 
     def delete(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
         find(fake, id)
@@ -7878,7 +7866,7 @@ class FakeOpenAI:
         self._warned: set[str] = set()  # tools that were called, but not offered
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
         others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
-        self._router = _Router({**own, **others}) if own else _usual_router()
+        self._router = _Router({**own, **others})
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
         self._count = 0
