@@ -6195,12 +6195,12 @@ _HIDDEN = ("authorization", "api-key", "proxy-authorization", "cookie")  # heade
 _GLANCE = 0.1  # seconds between looks at an answer under way; a person does not notice
 _RAN_OUT = "No queued answer is left for this request. POST /_fake/answers queues more; DELETE ends the queue."
 _NO_ANSWERS = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
-_SAID = (Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch)
-_PARTS: dict[str, Any] = {kind.__name__: kind for kind in (*_SAID, Finish, Usage, Pause, Disconnect, StreamError)}
+_QUEUED = (Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch, Finish, Usage, Pause, Disconnect, StreamError)
+_PARTS: dict[str, Callable[..., _Part]] = {kind.__name__: kind for kind in _QUEUED}
 
 
 def _part_json(part: Any) -> _JSON:
-    """A part as JSON, as `_queued_answer` takes it: its type, and the fields that say something."""
+    """A part as JSON, as `_queued_part` takes it: its type, and the fields that say something."""
     if isinstance(part, WebSearch):
         return {"type": "WebSearch", "query": part.query, "sources": part.sources, "id": part.id}
     if isinstance(part, Item):
@@ -6210,31 +6210,28 @@ def _part_json(part: Any) -> _JSON:
     return {"type": type(part).__name__, **said}
 
 
+def _queued_part(part: _JSON) -> _Part:
+    """A part from its class's name and fields, or an output item from its keys."""
+    name = part.pop("type")
+    if name in _PARTS:
+        return _PARTS[name](*part.pop("summaries", ()), **part)
+    if not name.islower():
+        raise ValueError(f"no part is named {name!r}")
+    return Item(name, **part)
+
+
 def _queued_answer(value: Any) -> Any:
     """The answer that JSON stands for. Raises AttributeError, KeyError, TypeError or ValueError for what is none."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        parts: list[Any] = [{"type": "Text", "text": each} if isinstance(each, str) else each for each in _list(value)]
-        return [_queued_part(dict(part)) for part in parts]
+        return [each if isinstance(each, str) else _queued_part(dict(each)) for each in _list(value)]
     if "object" in value:
         return recorded(value)
     if "error" in value:
         known = {name: value["error"].get(name) for name in ("type", "code", "param")}
         return APIError(value.get("status", 500), value["error"]["message"], **known, headers=value.get("headers"))
-    return _queued_answer([value])
-
-
-def _queued_part(part: _JSON) -> _Part:
-    """A part from its class's name and fields, or an output item from its keys."""
-    kind = _PARTS.get(part["type"])
-    if kind is None:
-        if not part["type"].islower():
-            raise ValueError(f"no part is named {part['type']!r}")
-        return Item(**part)
-    del part["type"]
-    made: _Part = kind(*part.pop("summaries", ()), **part)
-    return made
+    return [_queued_part(dict(value))]
 
 
 def _attached(message: Message) -> list[str]:
@@ -6247,15 +6244,6 @@ def _tool_words(request: Request) -> list[str]:
     """The tools that are offered, as name(parameter, parameter)."""
     names = [(tool.name or tool.type, _dict(_dict(tool.parameters).get("properties"))) for tool in request.tools]
     return [f"{name}({', '.join(parameters)})" for name, parameters in names]
-
-
-def _trouble(request: Request) -> str:
-    """The kind of what went wrong; "" for nothing, and where an error was the answer that was wanted."""
-    if request._outcome.startswith("handler "):
-        return "failed"
-    if request._outcome == _RAN_OUT:
-        return "ran_out"
-    return "refused" if request._status >= 400 and not request._note["asked"] else ""
 
 
 def _became(request: Request) -> _JSON:
@@ -6292,8 +6280,8 @@ class _Control(_News):
         super().__init__()
         self.fake = fake
         self.handler, fake.handler = fake.handler, self.answer
-        self.lock = threading.Lock()  # guards queues
-        self.queues: dict[str, deque[Any]] = {}
+        self.lock = threading.Lock()  # guards who queues and who deletes; taking an answer is one operation
+        self.queues: dict[str, deque[Any]] = {}  # by session
         self.numbers = iter(range(1, sys.maxsize))
         self.watchers: list[Callable[[Request], object]] = []  # called with each that has ended
         fake._control, fake._observe = self, self.end
@@ -6316,12 +6304,11 @@ class _Control(_News):
     def answer(self, request: Request) -> Any:
         """The handler. Where nothing is queued, for the session or without one, the server's own is asked."""
         request._note["asked"] = True
-        with self.lock:
-            queued = self.queues.get(self.session(request), self.queues.get(""))
-            if queued:
-                return queued.popleft()
+        queued = self.queues.get(self.session(request), self.queues.get(""))
         if queued is None:
             return self.handler(request)
+        with suppress(IndexError):
+            return queued.popleft()
         raise APIError(500, _RAN_OUT, headers={"x-should-retry": "false"})
 
     def of(self, session: str) -> list[Request]:
@@ -6339,6 +6326,27 @@ class _Control(_News):
 
         self.follow(_Waiter(self.fake._running(), asking._connection, False), look)
         return self.of(session)
+
+    def send(self, connection: _Connection) -> None:
+        """Streams the requests on a connection, those that came before first, and what becomes of them."""
+        told: dict[int, _JSON] = {}  # {}: it is over
+
+        def look() -> float:
+            before, texts = told.copy(), list[str]()
+            told.clear()
+            for each in self.fake.requests:
+                number, over = each._note["number"], "answer" in each._note
+                last = before.get(number)
+                became = _became(each) if last != {} else {}
+                if became != last:
+                    texts.append(_sse(became if last else _journal_entry(each)))
+                told[number] = {} if over else became
+            if texts:
+                connection.send(_sse_bytes(texts, connection.http11))
+            return _GLANCE if self.fake._flying else _LONGEST
+
+        connection.send(connection.head(200, _EVENTS, _USUAL))
+        self.follow(_Waiter(connection.server, connection, True), look)
 
 
 def _checked(fake: FakeOpenAI, request: Request) -> tuple[_Control, str]:
@@ -6358,8 +6366,9 @@ def _queue_answers(fake: FakeOpenAI, request: Request) -> _JSON:
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise APIError(400, f"{_NO_ANSWERS} {type(error).__name__}: {error}") from None
     with control.lock:
-        fake._remember(control.queues, session, control.queues.get(session, deque()))
-        control.queues[session] += answers
+        queued = control.queues.get(session, deque())
+        queued += answers
+        fake._remember(control.queues, session, queued)
     return {"queued": len(answers)}
 
 
@@ -6381,13 +6390,12 @@ def _reset(fake: FakeOpenAI, request: Request) -> _JSON:
 @_endpoint("GET /_fake/requests", _CONTROLS)
 def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
     """Those that came, the oldest first. With ?wait=N, once N have, or a 504 after ?timeout=SECONDS."""
-    control, _ = _checked(fake, request)
     asked = {"wait": "0", "timeout": "5", **_query(request)}
     for name, form in (("wait", "[0-9]{1,9}"), ("timeout", r"[0-9]{1,9}(\.[0-9]{0,9})?")):
         if not re.fullmatch(form, asked[name]):
             raise APIError(400, f"Expected a number for '{name}', not {asked[name]!r}.", param=name)
     wanted, seconds = int(asked["wait"]), float(asked["timeout"])
-    found = control.settled(request, wanted, seconds)
+    found = cast(_Control, fake._control).settled(request, wanted, seconds)
     if len(found) < wanted:
         raise APIError(504, f"{len(found)} of {wanted} requests came in {seconds:g} s.")
     return {"object": "list", "data": [*map(_journal_entry, found)]}
@@ -6397,51 +6405,29 @@ def _get_requests(fake: FakeOpenAI, request: Request) -> _JSON:
 def _get_errors(fake: FakeOpenAI, request: Request) -> _JSON:
     """What went wrong: `ran_out`, `refused` (the client's mistake), `failed` (the handler's), `left_over`."""
     control, session = _checked(fake, request)
-    became = [(_trouble(each), _became(each)) for each in control.settled(request)]
-    found = [{"kind": kind, "number": each["number"], "message": each["outcome"]} for kind, each in became if kind]
-    with control.lock:
-        left = sum(len(answers) for name, answers in control.queues.items() if session in ("", name))
-    rest = {"kind": "left_over", "number": None, "message": f"{left} queued answers were not used"}
-    return {"object": "list", "data": [*found, rest] if left else found}
-
-
-class _Live(NamedTuple):
-    """Streams requests, those that came before first, and what becomes of them."""
-
-    control: _Control
-
-    def send(self, connection: _Connection) -> None:
-        """Answers on a connection."""
-        told: dict[int, _JSON] = {}  # {}: it is over
-
-        def look() -> float:
-            before, events = told.copy(), list[_JSON]()
-            told.clear()
-            for each in self.control.of(""):
-                number, over = each._note["number"], bool(each._seconds)
-                last = before.get(number)
-                became = _became(each) if last != {} else {}
-                if became != last:
-                    events.append(became if last else _journal_entry(each))
-                told[number] = {} if over else became
-            frame = _http_chunk if connection.http11 else bytes
-            if events:
-                connection.send(b"".join(frame(b"data: %b\n\n" % _utf8(_dumps(each))) for each in events))
-            return _GLANCE if self.control.fake._flying else _LONGEST
-
-        connection.send(connection.head(200, _EVENTS, _USUAL))
-        self.control.follow(_Waiter(connection.server, connection, True), look)
+    found: list[_JSON] = []
+    for each in control.settled(request):
+        if each._outcome.startswith("handler "):
+            kind = "failed"
+        elif each._outcome == _RAN_OUT:
+            kind = "ran_out"
+        elif each._status >= 400 and not each._note["asked"]:
+            kind = "refused"
+        else:  # an error may be the answer that was wanted
+            continue
+        found.append({"kind": kind, "number": each._note["number"], "message": _became(each)["outcome"]})
+    if left := sum(len(queued) for name, queued in tuple(control.queues.items()) if session in ("", name)):
+        found.append({"kind": "left_over", "number": None, "message": f"{left} queued answers were not used"})
+    return {"object": "list", "data": found}
 
 
 @_endpoint("GET /_fake/events", _CONTROLS)
 def _get_events(fake: FakeOpenAI, request: Request) -> Any:
-    control, _ = _checked(fake, request)
-    return _Live(control) if request.method == "GET" else _HTTPResponse(b"", _EVENTS)
+    return fake._control if request.method == "GET" else _HTTPResponse(b"", _EVENTS)
 
 
 @_endpoint("GET /", _CONTROLS)
 def _get_page(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
-    _checked(fake, request)
     return _HTTPResponse(_PAGE.encode(), "text/html; charset=utf-8", headers={"content-security-policy": _POLICY})
 
 
@@ -6485,9 +6471,10 @@ _PAGE = r"""<!doctype html>
   const seconds = each => each.seconds === null ? "…" : `${each.seconds.toFixed(3)} s`
   const part = (label, text) => make("div", "part", make("span", "dim", label), make("pre", "", text))
   const titled = (title, parts) => parts.length ? [make("h2", "", title), ...parts] : []
-  function said({type, ...fields}) {  // a part of an answer: its text, or else all of its fields
+  function said({type, ...fields}) {  // a part of an answer: its texts, or else all of its fields
     if ("name" in fields) return part("call", `${fields.name}(${fields.arguments ?? fields.input ?? ""})`)
-    return part(type.toLowerCase(), fields.text ?? fields.summary ?? fields.query ?? JSON.stringify(fields))
+    const texts = [...(fields.summaries ?? []), fields.text ?? fields.query ?? JSON.stringify(fields)]
+    return part(type.toLowerCase(), texts.filter(Boolean).join("\n"))
   }
   function curl({method, path, query, body}) {
     const quoted = text => "'" + text.replaceAll("'", "'\\''") + "'"
@@ -6845,6 +6832,7 @@ def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Call
 # connection's own thread reads; what it is asked to create runs in lanes, on threads of theirs.
 
 _TEXT, _BINARY, _CLOSE, _PING, _PONG = 1, 2, 8, 9, 10  # opcodes; 0 goes on with a message
+_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}  # of a Close (RFC 6455 7.4)
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 1.3
 _MAX_ACTIVE = 16  # responses that a connection makes at the same time; more wait (S)
 _MAX_LANES = 32  # names of lanes that a connection may use (S)
@@ -6867,7 +6855,6 @@ class _Closing(Exception):
     """The WebSocket ends with this code (RFC 6455 7.4); 1005 is none."""
 
     def __init__(self, code: int, reason: str = "") -> None:
-        super().__init__(reason)
         self.frame = _frame(_CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode())
 
 
@@ -6897,36 +6884,26 @@ def _read_messages(inbox: _Inbox) -> Generator[_State | tuple[int, bytes] | None
         if not control and len(fragments) + length > _MAX_BODY:
             raise _Closing(1009, f"The message is larger than {_MAX_BODY} bytes.")
         mask = (yield from _exactly(inbox, 4)) * (length // 4 + 1)
-        data = int.from_bytes((yield from _exactly(inbox, length)), "big") ^ int.from_bytes(mask[:length], "big")
-        message = data.to_bytes(length, "big")
+        masked = int.from_bytes((yield from _exactly(inbox, length)), "big")
+        data = (masked ^ int.from_bytes(mask[:length], "big")).to_bytes(length, "big")
         if not control:
             begun = begun or opcode
-            fragments += message
+            fragments += data
             if not final:
                 continue
-            opcode, message, begun, fragments = begun, bytes(fragments), 0, bytearray()
-        yield opcode, _checked_message(opcode, message)
-
-
-def _checked_message(opcode: int, data: bytes) -> bytes:
-    """The message. Raises _Closing for text that is not UTF-8, and for a Close with a code that may not be sent."""
-    text = data if opcode == _TEXT else data[2:] if opcode == _CLOSE else b""
-    code = int.from_bytes(data[:2], "big") if opcode == _CLOSE and data else 1000
-    if code in (1004, 1005, 1006) or not (1000 <= code < 1015 or 3000 <= code < 5000):
-        raise _Closing(1002, "A Close frame begins with a code that may not be sent.")
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        raise _Closing(1007, "The text is not UTF-8.") from None
-    return data
+            opcode, data, begun, fragments = begun, bytes(fragments), 0, bytearray()
+        if opcode == _CLOSE and data and int.from_bytes(data[:2], "big") not in _CODES:
+            raise _Closing(1002, "A Close frame begins with a code that may not be sent.")
+        try:
+            if opcode in (_TEXT, _CLOSE):
+                data[0 if opcode == _TEXT else 2 :].decode()
+        except UnicodeDecodeError:
+            raise _Closing(1007, "The text is not UTF-8.") from None
+        yield opcode, data
 
 
 def _names(headers: Mapping[str, str], field: str, token: str) -> bool:
     return token in re.split(r"[\t ]*,[\t ]*", headers.get(field, "").lower())
-
-
-def _asks_websocket(head: _Head) -> bool:
-    return head.method == "GET" and _names(head.headers, "upgrade", "websocket")
 
 
 def _upgrade_required() -> APIError:
@@ -6934,36 +6911,23 @@ def _upgrade_required() -> APIError:
     return APIError(426, text, headers={"upgrade": "websocket", "sec-websocket-version": "13"})
 
 
-@_endpoint("GET /responses")
-def _open_websocket(fake: FakeOpenAI, request: Request) -> _WebSocket:
-    """Answers the handshake (RFC 6455 4.2)."""
-    connection, headers = cast("_Connection", request._connection), request.headers
-    key, version = headers.get("sec-websocket-key", ""), headers.get("sec-websocket-version")
-    fits = re.fullmatch("[A-Za-z0-9+/]{22}==", key) and version == "13"  # a key of 16 bytes
-    if not (fits and connection.http11 and _names(headers, "connection", "upgrade")):
-        raise _upgrade_required()
-    accept = b2a_base64(hashlib.sha1(key.encode() + _GUID).digest(), newline=False)
-    return _WebSocket(fake, connection, b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: " + accept)
-
-
+@dataclass(eq=False)
 class _LaneTurn:
     """A response that a lane is to make, makes, or has made, which its connection remembers."""
 
-    encoder: _ResponsesEncoder
-    ended = False
-
-    def __init__(self, lane: Any, request: Request, warms: bool = False, fault: APIError | None = None) -> None:
-        self.lane = lane  # None has no name
-        self.request = request
-        self.warms = warms  # makes nothing, but can be gone on with
-        self.fault = fault
-        self.history = _NO_HISTORY  # up to the end of this response
-        self.steers: dict[str, list[Any]] = {}  # input that waits for the end, by the id of its steering
+    lane: Any  # None has no name
+    request: Request
+    warms: bool = False  # makes nothing, but can be gone on with
+    fault: APIError | None = None  # with what the client said of the lane
+    encoder: _ResponsesEncoder = field(init=False)
+    history: _History = _NO_HISTORY  # up to the end of this response
+    ended: bool = False
+    steers: list[tuple[_JSON, list[Any]]] = field(default_factory=list[Any])  # input that waits for the end
 
     def steered(self) -> list[Any]:
         """The input that has waited."""
-        steers, self.steers = self.steers, {}
-        return [item for items in steers.values() for item in items]
+        steers, self.steers = self.steers, []
+        return [item for _, items in steers for item in items]
 
     def routed(self, event: _Event) -> str:
         """An event as JSON, with the name of its lane."""
@@ -6997,6 +6961,7 @@ class _MessageSink(_StreamSink):
 
     def cut(self, reset: bool) -> None:
         super().cut(reset)
+        self.websocket.fake._flying.pop(id(self.request), None)
         with suppress(OSError):
             self.connection.sock.shutdown(socket.SHUT_RD)  # the connection's thread sees it, and ends
 
@@ -7011,20 +6976,28 @@ class _MessageSink(_StreamSink):
 class _WebSocket:
     """The WebSocket of a connection: reads what the client wants, and answers in lanes."""
 
-    def __init__(self, fake: FakeOpenAI, connection: _Connection, accept: bytes) -> None:
+    def __init__(self, fake: FakeOpenAI, request: Request) -> None:
+        """The endpoint. Raises APIError for what is no handshake (RFC 6455 4.2)."""
         self.fake = fake
-        self.connection = connection
-        self.accept = accept
+        self.connection = connection = cast("_Connection", request._connection)
+        headers = request.headers
+        key, version = headers.get("sec-websocket-key", ""), headers.get("sec-websocket-version")
+        fits = re.fullmatch("[A-Za-z0-9+/]{22}==", key) and version == "13"  # a key of 16 bytes
+        if not (fits and connection.http11 and _names(headers, "connection", "upgrade")):
+            raise _upgrade_required()
+        self.accept = b2a_base64(hashlib.sha1(key.encode() + _GUID).digest(), newline=False)
         self.turns: dict[str, _LaneTurn] = {}  # by id, stored or not; each access is one operation
         self.sending = threading.Lock()  # guards the writing side: frames go out whole
         self.lock = threading.Lock()  # guards the fields below, and `ended` and `steers` of turns
-        self.lanes: dict[str | None, deque[_LaneTurn]] = {}  # what waits in each
-        self.busy: set[str | None] = set()  # lanes that are being served
+        self.lanes: set[str | None] = set()  # that were used
+        self.busy: set[str | None] = set()  # of them, those that are being served
+        self.waiting: list[_LaneTurn] = []
 
     def send(self, connection: _Connection) -> None:
         """Accepts, and serves until one side closes."""
         connection.asked._status, last = 101, b""
-        connection.send(_STATUS_LINES[101] + self.accept + b"\r\n" + _date_field(int(_Clock.time())) + b"\r\n")
+        head = b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-accept: %b\r\n" % self.accept
+        connection.send(_STATUS_LINES[101] + head + _date_field(int(_Clock.time())) + b"\r\n")
         connection.websocket, connection.state = self, _State.WEBSOCKET
         connection.until = connection.deadline = _Clock.monotonic() + connection.server.limits[_State.WEBSOCKET]
         try:
@@ -7069,11 +7042,8 @@ class _WebSocket:
             data = connection.sock.recv(_BATCH)
             connection.inbox.data += data
             connection.inbox.ended = not data
-            if not data and _Clock.monotonic() >= connection.until:
-                connection.until = math.inf
-                if connection.deadline <= _Clock.monotonic():  # else it is that of a write that is blocked
-                    connection.deadline = math.inf
-                self._refuse(_bad_request(_TOO_OLD, None, "websocket_connection_limit_reached"))
+            if not data and _Clock.monotonic() >= connection.until:  # the server's loop has ended the input
+                self._refuse(APIError(400, _TOO_OLD, code="websocket_connection_limit_reached"))
                 raise _Closing(1000)
 
     def _take(self, opcode: int, data: bytes) -> None:
@@ -7084,12 +7054,13 @@ class _WebSocket:
         elif opcode != _PONG:
             try:
                 if opcode == _BINARY:
-                    raise _bad_request("Expected JSON in a text message, but got a binary message.", None)
+                    raise APIError(400, "Expected JSON in a text message, but got a binary message.")
                 event = Request("responses", "", "", "", {}, data)._parse()
                 kinds = {"response.create": self._create, "response.steer": self._steer}
-                if event.get("type") not in [*kinds]:
-                    raise _unsupported("type", str(event.get("type")), kinds)
-                kinds[event["type"]](event)
+                kind = str(event.get("type"))
+                if kind not in kinds:
+                    raise _unsupported("type", kind, kinds)
+                kinds[kind](event)
             except APIError as error:
                 self._refuse(error)
 
@@ -7099,64 +7070,36 @@ class _WebSocket:
             parent = self.turns.get(_string(event.get("previous_response_id")))
             if parent is not None and parent.ended and parent.lane == lane and parent.steers:
                 event["input"] = [*parent.steered(), *_input_items(event.get("input"))]
-            turn = _LaneTurn(lane, self._request(event), generate is False, self._lane_fault(lane))
-            if turn.fault is None:
-                self.lanes.setdefault(lane, deque()).append(turn)
-            ready = None if turn.fault is not None else self._next()
+            turn = _LaneTurn(lane, self._request(event), generate is False)
+            if lane is not None and not re.fullmatch("[A-Za-z0-9_.-]{1,256}", _string(lane)):
+                turn.fault = APIError(400, _LANE_FAULT, param="stream_id", code="invalid_stream_id")
+            elif len(self.lanes | {None, lane}) > 1 + _MAX_LANES:
+                turn.fault = APIError(400, _LANES_FAULT, param="stream_id", code="websocket_stream_limit_reached")
+            else:
+                self.lanes.add(lane)
+                self.waiting.append(turn)
         if turn.fault is not None:
             self._respond(turn)
-        if ready is not None:
+        elif lane not in self.busy:  # else the thread that serves it goes on with this
             try:
-                self.connection.server.run(lambda: self._work(ready))
+                self.connection.server.run(self._work)
             except RuntimeError:
                 raise _Closing(1011, "The server has no more threads.") from None
 
-    def _steer(self, event: _JSON) -> None:
-        id, given = _string(event.get("previous_response_id")), event.get("input")
-        items, turn = [_dict(item) for item in _input_items(given)], self.turns.get(id)
-        by_user = [_item_type(item) == "message" and item.get("role") == "user" for item in items]
-        with self.lock:
-            for wrong, code, message in (
-                (turn is None, "response_not_found", f"Response with id '{id}' not found on this connection."),
-                (not items or not all(by_user), "invalid_input", "Expected input of text, or of messages by the user."),
-                (turn and turn.ended, "response_already_completed", f"The response '{id}' has ended."),
-                (turn and turn.encoder.base.get("conversation"), "steering_not_supported", "It is of a conversation."),
-            ):
-                if wrong:
-                    error = {"code": code, "message": message, "type": "invalid_request_error"}
-                    self._tell_steer("failed", turn, {"input": given, "previous_response_id": id}, error=error)
+    def _work(self) -> None:
+        """A thread: answers as long as there is something that may begin, which is one response in each lane."""
+        while True:
+            with self.lock:
+                ready = [turn for turn in self.waiting if turn.lane not in self.busy]
+                if not ready or len(self.busy) == _MAX_ACTIVE:
                     return
-            steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
-            self._tell_steer("accepted", turn, steer)
-            cast(_LaneTurn, turn).steers[steer["id"]] = items
-
-    def _successor(self, turn: _LaneTurn) -> _LaneTurn | None:
-        """What steering makes of a response that has ended. Needs the lock."""
-        turn.ended = True
-        if not turn.steers or self.connection.gone:
-            return None
-        encoder, failed = turn.encoder, turn.encoder.status not in ("completed", "incomplete")
-        calls = [item for item in encoder.output() if item["type"] in _STUBS]
-        if not failed and not calls:
-            body = {**encoder.asked, "input": turn.steered(), "previous_response_id": encoder.id}
-            return _LaneTurn(turn.lane, self._request(body))
-        error = {"code": "response_not_active", "message": "The response failed.", "type": "invalid_request_error"}
-        stubs = [
-            {"type": call["type"] + "_output"} | {key: call[key] for key in _STUBS[call["type"]]} for call in calls
-        ]
-        for id, items in turn.steers.items():
-            steer = {"id": id, "previous_response_id": encoder.id}
-            if failed:
-                self._tell_steer("failed", turn, {**steer, "input": items}, error=error)
-            else:
-                told = {"reason": "waiting_for_required_input", "required_input": stubs}
-                self._tell_steer("pending", turn, steer, **told)
-        turn.steers = {} if failed else turn.steers
-        return None
-
-    def _tell_steer(self, kind: str, turn: _LaneTurn | None, steer: _JSON, **fields: Any) -> None:
-        number = 0 if turn is None else turn.encoder.number
-        self._tell({"type": f"response.steer.{kind}", **fields, "sequence_number": number, "steer": steer}, turn)
+                turn = ready[0]
+                self.waiting.remove(turn)
+                self.busy.add(turn.lane)
+            self._respond(turn)
+            with self.lock:
+                self.waiting[:0] = self._successors(turn)
+                self.busy.discard(turn.lane)
 
     def _request(self, body: _JSON) -> Request:
         """The request that has come with this body, as if it were that of a POST for a stream."""
@@ -7166,34 +7109,9 @@ class _WebSocket:
         self.fake._arrive(request)
         return request
 
-    def _lane_fault(self, lane: Any) -> APIError | None:
-        if lane is not None and not (isinstance(lane, str) and re.fullmatch("[A-Za-z0-9_.-]{1,256}", lane)):
-            return _bad_request(_LANE_FAULT, "stream_id", "invalid_stream_id")
-        if lane is not None and lane not in self.lanes and len({*self.lanes} - {None}) >= _MAX_LANES:
-            return _bad_request(_LANES_FAULT, "stream_id", "websocket_stream_limit_reached")
-        return None
-
-    def _next(self) -> _LaneTurn | None:
-        """What may begin: its lane is free, and not too many are active. Needs the lock."""
-        for lane, waiting in self.lanes.items():
-            if waiting and lane not in self.busy and len(self.busy) < _MAX_ACTIVE:
-                self.busy.add(lane)
-                return waiting.popleft()
-        return None
-
-    def _work(self, turn: _LaneTurn | None) -> None:
-        """The thread of a lane: answers, as long as there is something that may begin."""
-        while turn is not None:
-            self._respond(turn)
-            with self.lock:
-                successor = self._successor(turn)
-                if successor is None:
-                    self.busy.discard(turn.lane)
-                turn = successor or self._next()
-
     def _respond(self, turn: _LaneTurn) -> None:
         fake, request, began = self.fake, turn.request, _Clock.perf_counter()
-        parent = _string(request.body.get("previous_response_id"))
+        parent = self.turns.get(_string(request._json.get("previous_response_id")))
 
         def make_sink(encoder: _ResponsesEncoder, connection: _Connection, reply: Reply) -> _Sink:
             turn.encoder = encoder
@@ -7207,8 +7125,9 @@ class _WebSocket:
                 raise _Gone
             if turn.fault is not None:
                 raise turn.fault
-            if request.body.get("background") is True:
-                raise _bad_request("Not supported over WebSocket: 'background'.", "background", "unsupported_parameter")
+            if request._json.get("background") is True:
+                words = "Not supported over WebSocket: 'background'."
+                raise APIError(400, words, param="background", code="unsupported_parameter")
             delivery: _Delivery = _create_response(fake, request)
             if turn.warms:
                 delivery.handler = lambda request: Usage(_estimate(request._items), 0)
@@ -7222,17 +7141,61 @@ class _WebSocket:
         except BaseException as error:  # the handler's fault: or else this server's own
             self._refuse(APIError(500, fake._keep_error(error, request)), turn)
         finally:
-            known = self.turns.get(parent)
-            if request._outcome and known is not None and known.lane == turn.lane:  # a fork's failure spares it (S)
-                self.turns.pop(parent, None)
+            if request._outcome and parent is not None and parent.lane == turn.lane:  # a fork's failure spares it (S)
+                self.turns.pop(parent.encoder.id, None)
             fake._ended(request, began)
             request._forget()
 
+    def _steer(self, event: _JSON) -> None:
+        id, given = _string(event.get("previous_response_id")), event.get("input")
+        items, turn = [_dict(item) for item in _input_items(given)], self.turns.get(id)
+        by_user = [_item_type(item) == "message" and item.get("role") == "user" for item in items]
+        with self.lock:
+            for wrong, code, message in (
+                (turn is None, "response_not_found", f"Response with id '{id}' not found on this connection."),
+                (not items or not all(by_user), "invalid_input", "Expected input of text, or of messages by the user."),
+                (turn and turn.ended, "response_already_completed", f"The response '{id}' has ended."),
+                (turn and turn.encoder.base.get("conversation"), "steering_not_supported", "It is of a conversation."),
+            ):
+                if wrong:
+                    self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
+                    return
+            steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
+            self._tell_steer("accepted", turn, steer)
+            cast(_LaneTurn, turn).steers.append((steer, items))
+
+    def _successors(self, turn: _LaneTurn) -> list[_LaneTurn]:
+        """What steering makes of a response that has ended: one that goes on with it, or none. Needs the lock."""
+        turn.ended = True
+        if not turn.steers or self.connection.gone:
+            return []
+        encoder = turn.encoder
+        if encoder.status not in ("completed", "incomplete"):
+            for steer, items in turn.steers:
+                self._fail_steer(turn, {**steer, "input": items}, "response_not_active", "The response failed.")
+            turn.steers = []
+        elif calls := [item for item in encoder.output() if item["type"] in _STUBS]:  # it waits for their outputs
+            stubs = [
+                {"type": f"{call['type']}_output", **{key: call[key] for key in _STUBS[call["type"]]}} for call in calls
+            ]
+            for steer, _ in turn.steers:
+                self._tell_steer("pending", turn, steer, reason="waiting_for_required_input", required_input=stubs)
+        else:
+            body = {**encoder.asked, "input": turn.steered(), "previous_response_id": encoder.id}
+            return [_LaneTurn(turn.lane, self._request(body))]
+        return []
+
+    def _fail_steer(self, turn: _LaneTurn | None, steer: _JSON, code: str, message: str) -> None:
+        error = {"code": code, "message": message, "type": "invalid_request_error"}
+        self._tell_steer("failed", turn, steer, error=error)
+
+    def _tell_steer(self, kind: str, turn: _LaneTurn | None, steer: _JSON, **fields: Any) -> None:
+        number = 0 if turn is None else turn.encoder.number
+        self._tell({"type": f"response.steer.{kind}", **fields, "sequence_number": number, "steer": steer}, turn)
+
     def _refuse(self, error: APIError, turn: _LaneTurn | None = None) -> None:
         """Sends an error in the place of an answer."""
-        told = error._error()
-        if error.headers:
-            told["headers"] = error.headers
+        told = error._error() | ({"headers": error.headers} if error.headers else {})
         if turn is not None:
             turn.request._status, turn.request._outcome = error.status, error.message
             self.fake._flying.pop(id(turn.request), None)
@@ -7242,6 +7205,9 @@ class _WebSocket:
         """Sends an event of the connection's own, if the client is still there."""
         with suppress(_Gone):
             self.push(_frame(_TEXT, _utf8(_dumps(event) if turn is None else turn.routed(event))))
+
+
+_endpoint("GET /responses")(_WebSocket)
 
 
 # ---- HTTP: connections and the server --------------------------------------------------------------------------------
@@ -7328,35 +7294,32 @@ class _Connection(BaseRequestHandler):
         self.inbox.data += data
         self.inbox.ended = not data
 
+    def _glance(self, size: int, flags: int = 0) -> bytes | None:
+        """What has come, without waiting for it: b"" where the client has closed or reset, None where nothing has."""
+        try:
+            if _DONT_WAIT or select.select([self.sock], [], [], 0)[0]:
+                return self.sock.recv(size, flags | _DONT_WAIT)
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError):
+            return b""
+        return None
+
     def read_ahead(self) -> bool:
         """Reads what has arrived behind the request that is being answered. Returns whether the client is still there.
 
         One that sends without end what nobody will read is as good as gone.
         """
-        try:
-            if not _DONT_WAIT and not select.select([self.sock], [], [], 0)[0]:
-                return True
-            data = self.sock.recv(_BATCH, _DONT_WAIT)
-        except BlockingIOError:
-            return True
-        except (OSError, ValueError):
-            data = b""
-        self.inbox.data += data
-        if not data or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:
+        data = self._glance(_BATCH)
+        self.inbox.data += data or b""
+        if data == b"" or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:
             self.state = _State.GONE
         return not self.gone
 
     def peer_gone(self) -> bool:
         """Whether the client has closed, seen without reading."""
-        if not self.gone:
-            try:
-                readable = _DONT_WAIT or select.select([self.sock], [], [], 0)[0]
-                if readable and not self.sock.recv(1, socket.MSG_PEEK | _DONT_WAIT):
-                    self.state = _State.GONE
-            except BlockingIOError:
-                pass
-            except (OSError, ValueError):
-                self.state = _State.GONE
+        if not self.gone and self._glance(1, socket.MSG_PEEK) == b"":
+            self.state = _State.GONE
         return self.gone
 
     # Sending.
@@ -7390,8 +7353,7 @@ class _Connection(BaseRequestHandler):
 
     def hang_up(self, reset: bool) -> None:
         """Ends the connection after what is sent."""
-        if not self.gone:
-            self.state = _State.RESETTING if reset else _State.CLOSING
+        self.state = max(self.state, _State.RESETTING if reset else _State.CLOSING)
 
     def head(
         self, status: int, content_type: str, usual: bytes, fields: Mapping[str, str] = {}, length: int | None = None
@@ -7431,12 +7393,9 @@ class _Connection(BaseRequestHandler):
         responses = request.api == "responses"
         unknown_model = error.code == "model_not_found" and error.param is None
         gateway = not responses and (status == 401 or (status == 404 and unknown_model))
-        if gateway:
-            usual = _GATEWAY
-        elif status == 401:
-            usual = _VERSION
-        else:
-            usual = _USUAL + (_RATE_LIMITS if request.api == "chat.completions" else b"")
+        usual = _ON_REPLIES if request.api == "chat.completions" else _USUAL
+        if gateway or status == 401:
+            usual = _GATEWAY if gateway else _VERSION
         if status == 401 and responses:
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
         content_type = "application/json; charset=utf-8" if gateway else "application/json"
@@ -7468,12 +7427,11 @@ class _Connection(BaseRequestHandler):
 
     def _end_of_input(self) -> _Refused | None:
         """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
-        begun = self.inbox.head is not None
-        if _Clock.monotonic() >= self.deadline and (begun or self.inbox.data):
+        if _Clock.monotonic() >= self.deadline and (self.inbox.head is not None or self.inbox.data):
             return _Refused(408, "The request did not arrive in time.")
-        if not begun:
-            return None
-        return _Refused(400, "The connection was closed before the request body was whole.")
+        if self.inbox.head is not None:
+            return _Refused(400, "The connection was closed before the request body was whole.")
+        return None
 
     def _refuse(self, refused: _Refused) -> None:
         self.state, self.deadline = _State.CLOSING, math.inf
@@ -7505,7 +7463,7 @@ class _Connection(BaseRequestHandler):
         self.asked = request = Request(route.api, head.method, head.path, head.query, head.headers, raw_body)
         request._connection = self
         request._deployment = route.deployment
-        opens = _asks_websocket(head)
+        opens = head.method == "GET" and _names(head.headers, "upgrade", "websocket")
         if not (opens or route.control):  # of a WebSocket the creates are what the client asks
             fake._arrive(request)
         try:
@@ -7514,7 +7472,7 @@ class _Connection(BaseRequestHandler):
             fake._check_page(request, "/" if route.control else head.route)
             if fake.api_key is not None and not route.control:
                 fake._check_key(request)
-            if opens != (route.endpoint is _open_websocket):
+            if opens != (route.endpoint is _WebSocket):
                 raise _upgrade_required()
             endpoint = _preflight if fake.cors and head.method == "OPTIONS" else route.endpoint
             answer = endpoint(fake, request, *route.values)
@@ -7535,8 +7493,8 @@ class _Connection(BaseRequestHandler):
             if not route.control:
                 fake._ended(request, self.started)
             request._forget()
-        if not head.keep_alive and self.state < _State.CLOSING:
-            self.state = _State.CLOSING
+        if not head.keep_alive:
+            self.hang_up(False)
 
 
 _LIMITS = {  # seconds that a connection may take: for reading in each state, and for a write that makes no progress
@@ -7673,23 +7631,23 @@ class _Server(ThreadingHTTPServer):
                 self.jobs.put((request, client_address))
                 return
         try:
-            self._start(self._work, "openai_fake connection")
+            self.run(self._work, "openai_fake connection")
         except RuntimeError:  # no more threads: this connection is lost, the server is not
             self.shutdown_request(request)
         else:
             self.jobs.put((request, client_address))
 
-    def _start(self, work: Callable[[], None], name: str) -> None:
-        """Starts a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
+    def run(self, function: Callable[[], None], name: str = "openai_fake background") -> None:
+        """Runs a function on a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
 
-        def run() -> None:
+        def work() -> None:
             try:
-                work()
+                function()
             finally:
                 with self.lock:
                     self.threads.discard(threading.current_thread())
 
-        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread = threading.Thread(target=work, name=name, daemon=True)
         with self.lock:  # whoever finds it in `threads` can join it
             thread.start()
             self.threads.add(thread)
@@ -7710,10 +7668,6 @@ class _Server(ThreadingHTTPServer):
             self.process_request_thread(*job)
             with self.lock:
                 self.idle += 1
-
-    def run(self, function: Callable[[], None]) -> None:
-        """Runs a function on a thread of its own, that stop() waits for."""
-        self._start(function, "openai_fake background")
 
     @override
     def shutdown_request(self, request: Any) -> None:

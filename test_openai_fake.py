@@ -9435,6 +9435,22 @@ class WebSocketTest(LeakTest):
             sock.rest()
             self.assertEqual((stream.flush(WAIT), stream.disconnected), (True, False))
 
+    def test_what_was_cut_is_not_in_flight(self) -> None:
+        """Who sees the end of the connection finds its request no more in flight."""
+        gate = threading.Event()
+        with FakeOpenAI(always(["a", Disconnect()])) as server, Socket(server) as sock:
+            ended = server._ended
+
+            def late(request: Request, began: float) -> None:
+                if request.text:
+                    gate.wait(WAIT)
+                ended(request, began)
+
+            with mock.patch.object(server, "_ended", late):
+                sock.create().rest()
+                self.assertEqual(server.in_flight, [])
+                gate.set()
+
     def test_a_blocked_write_is_given_up(self) -> None:
         """A write that makes no progress for too long ends the connection."""
         ended = threading.Event()
@@ -9949,6 +9965,21 @@ class ControlTest(LeakTest):
                     came = until('"outcome":"answered"')
                     self.assertEqual((came["number"], came["status"], came["answer"][0]["text"]), (2, 200, "So far"))
 
+    def test_an_end_that_is_just_being_noted(self) -> None:
+        """The events tell the usage of each request, also where they were looked at in the middle of its end."""
+        gate = threading.Event()
+        with controlled() as server, Wire(server) as wire:
+            end = cast(Any, server._control).end
+            server._observe = lambda request: end(request) if gate.wait(WAIT) else None
+            wire.send(http_bytes(None, "/_fake/events", "GET").replace(b"Host: test", b"Host: localhost"))
+            call(server, chat())
+            self.eventually(lambda: server.requests[0]._seconds > 0)
+            call(server, chat())  # makes them look
+            for said in (b'"outcome":"answered"', b'"Usage"'):
+                while not (said in (event := wire.until(b"\n\n")) and b'"number":1' in event):
+                    pass
+                gate.set()
+
     def test_stop(self) -> None:
         """stop() ends who follows or waits, within its bound."""
         wires: list[Wire] = []
@@ -10054,7 +10085,7 @@ class PageTest(unittest.TestCase):
     def test_in_a_browser(self) -> None:
         """The page shows requests as they come, the newest first, and text as it is streamed, in light and dark."""
         stream, evil = Stream(), "<img src=x onerror=document.title='evil'>"
-        with controlled(Script("First answer", stream, ToolCall("f", {"a": 1}))) as server:
+        with controlled(Script("First answer", stream, [Reasoning("Why?"), ToolCall("f", {"a": 1})])) as server:
             browser = Browser(self, CHROMIUM)
             browser.tell("Page.navigate", url=server.url + "/")
             browser.until("document.querySelector('[role=status]')?.textContent === 'live'")
@@ -10071,6 +10102,7 @@ class PageTest(unittest.TestCase):
                 browser.until("!document.querySelector('main .live')")
             call(server, responses("Last question"))
             browser.until("document.querySelector('main').innerText.includes('f({\"a\":1})')")
+            self.assertIn("Why?", browser.evaluate("document.querySelector('main').innerText"))
             rows = browser.evaluate("[...document.querySelectorAll('nav button')].map(row => row.innerText)")
             for row, said in zip(rows, ("Last question", evil, "First question"), strict=True):
                 self.assertIn(said, row)
