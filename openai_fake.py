@@ -4774,18 +4774,22 @@ def _sse(event: _Event) -> str:
     """An event as a server-sent event; Responses' name their type."""
     if isinstance(event, str):
         return f"data: {event}\n\n"
-    kind = cast(_JSON, event).get("type")
-    data = _dumps(event)
+    kind, data = cast(_JSON, event).get("type"), _dumps(event)
     return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
 
 
 def _texts(events: Iterable[_Event], render: Callable[[_Event], str] = _sse) -> Iterator[list[str]]:
-    """The text of each event, as server-sent events unless said otherwise; those of deltas some at a time."""
+    """The texts of events, some at a time, as server-sent events unless said otherwise."""
+    texts: list[str] = []
     for event in events:
         if isinstance(event, _Deltas):
-            yield from event.frames(render)
+            for frames in event.frames(render):
+                yield texts + frames
+                texts = []
         else:
-            yield [render(event)]
+            texts.append(render(event))
+    if texts:
+        yield texts
 
 
 def _sse_bytes(texts: list[str], chunked: bool) -> bytes:
@@ -5406,13 +5410,14 @@ class _Delivery:
 
 def _arranged(parts: list[_Part], encoder: _Encoder) -> list[_Part]:
     """The parts of an answer that is known: as they are, but repeated for n, and parallel calls as the API has them."""
-    calls = Counter(part.choice for part in parts if isinstance(part, _Call) and part.name)
-    if max(calls.values(), default=0) > 1:
+    calls = [at for at, part in enumerate(parts) if isinstance(part, _Call)]
+    named = [call.choice for at in calls if (call := cast(_Call, parts[at])).name]
+    if len(named) > len(set(named)):
         encoder.parallel = True
         if isinstance(encoder, _ChatEncoder):
             parts = [part._spaced() if isinstance(part, ToolCall) else part for part in parts]
-    if encoder.model.phase and calls:  # what is said before a call is commentary (R)
-        last = max(at for at, part in enumerate(parts) if isinstance(part, _Call))
+    if encoder.model.phase and named:  # what is said before a call is commentary (R)
+        last = calls[-1]
         parts = [
             replace(part, phase="commentary") if isinstance(part, Text) and part.phase is None and at < last else part
             for at, part in enumerate(parts)
@@ -6154,13 +6159,11 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
         dimensions = 3072 if model == "text-embedding-3-large" else 1536
     elif type(dimensions) is not int or dimensions < 1:
         raise APIError(400, f"{dimensions} is less than the minimum of 1 - 'dimensions'")
+    embed = fake.embeddings or partial(_embedding, dimensions=min(dimensions, 3072))
     data: list[str] = []  # encoded one by one: the encoder lets no other thread run
     for index, each in enumerate(inputs):
         text = each if isinstance(each, str) else _dumps(each)
-        if fake.embeddings is None:
-            vector: Any = _embedding(text, min(dimensions, 3072))
-        else:
-            vector = [float(number) for number in fake.embeddings(text)]
+        vector: Any = [*map(float, embed(text))]
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
         place = {"embedding": vector, "index": index} if "-3-" in model else {"index": index, "embedding": vector}  # R
@@ -6180,10 +6183,8 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     given = _list(body["input"]) or [""]
     _INPUTS(given, "input", {})
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
-    result = _moderation_result()
     model = _string(body.get("model")) or "omni-moderation-latest"
-    id = "modr-" + fake._ids().alnum(29)
-    return {"id": id, "model": model, "results": [result] * texts}
+    return {"id": "modr-" + fake._ids().alnum(29), "model": model, "results": [_moderation_result()] * texts}
 
 
 # ---- Control routes --------------------------------------------------------------------------------------------------
