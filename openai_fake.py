@@ -5181,17 +5181,15 @@ class _Delivery:
         begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
         def work() -> None:
+            answer: Reply | BaseException
             try:
-                try:
-                    answer: Reply | BaseException = self._ask()
-                except BaseException as error:
-                    answer = error
-                asked.put(answer)
+                answer = self._ask()
+            except BaseException as error:
+                answer = error
+            asked.put(answer)
+            try:
                 if begun.get():
-                    try:
-                        self._carry(answer)
-                    finally:
-                        self.request._settle(self.encoder)
+                    self._carry(answer)
             except _Gone:
                 pass
             finally:
@@ -5243,13 +5241,16 @@ class _Delivery:
             if isinstance(error, _Gone) or not self.sink.begun:
                 raise
             if isinstance(error, APIError):
-                self._fail(error._shared())
+                self.request._outcome = error.message
+                self.sink.fail(error._shared())
             else:  # the handler's own, or what can't be encoded
                 message = self.request._outcome = self.fake._keep_error(error, self.request)
                 self.sink.break_off(APIError(500, message))
         finally:
             for stream in self.streams:
                 self._conclude(stream)
+            if self.log is not None:
+                self.request._settle(self.encoder)
 
     def _say_all(self, reply: Reply) -> None:
         for content in reply.parts:  # all of them now: the client may leave before their turn comes
@@ -5331,9 +5332,6 @@ class _Delivery:
 
     def fail(self, error: APIError) -> None:
         self.over = True
-        self._fail(error)
-
-    def _fail(self, error: APIError) -> None:
         self.request._outcome = error.message
         self.sink.fail(error)
 
@@ -5543,7 +5541,6 @@ class _Replay(NamedTuple):
     begin: int
 
     def send(self, connection: _Connection) -> None:
-        """Answers on a connection."""
         at = self.begin
 
         def look() -> float | None:
