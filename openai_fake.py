@@ -5666,11 +5666,13 @@ def _check_model(fake: FakeOpenAI, request: Request) -> None:
 
 
 @_endpoint("POST /chat/completions")
-def _create_chat_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
-    delivery = _Delivery(fake, request, _ChatEncoder)
+@_endpoint("POST /completions")
+def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
+    chat = request.api == "chat.completions"
+    delivery = _Delivery(fake, request, _ChatEncoder if chat else _CompletionsEncoder)
     if fake.strict:
         _check_model(fake, request)
-    if delivery.body.get("store") is True:
+    if chat and delivery.body.get("store") is True:
         delivery.store = lambda encoder, _: fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
     return delivery
 
@@ -6126,14 +6128,6 @@ def _embedding(text: str, dimensions: int) -> list[float]:
         sums[0] = 1
     length = math.sqrt(sum(number * number for number in sums))
     return [round(number / length, 8) for number in sums]
-
-
-@_endpoint("POST /completions")
-def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
-    delivery = _Delivery(fake, request, _CompletionsEncoder)
-    if fake.strict:
-        _check_model(fake, request)
-    return delivery
 
 
 @_endpoint("POST /embeddings")
