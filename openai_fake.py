@@ -5259,14 +5259,11 @@ class _Delivery:
                 self.streams.append(content)
                 with self.fake._lock:
                     self.fake._streams.add(content)
-        slow = bool(self.ttft or self.itl)
         known = reply._known()
-        if known is None:
-            parts = self._coming(reply.parts)
-        else:
-            if len(known) > 1 or self.encoder.n > 1:
-                known = _arranged(known, self.encoder)
-            parts = _runs(known, reply._fragments, self.encoder.streams or self.encoder.logprobs or slow)
+        if known is not None and (len(known) > 1 or self.encoder.n > 1):
+            known = _arranged(known, self.encoder)
+        cut = self.encoder.streams or self.encoder.logprobs or bool(self.ttft or self.itl)
+        parts = self._coming(reply.parts) if known is None else _runs(known, reply._fragments, cut)
         told = False
         try:
             for part, texts in parts:
@@ -5275,7 +5272,7 @@ class _Delivery:
                     self._check_call(part.name)
                 if not isinstance(part, _Spoken):
                     part._act(self)
-                elif slow:
+                elif self.ttft or self.itl:
                     for fragment in part._cut(texts):
                         self._pace()
                         self.sink.write(self.encoder.say(fragment, fragment._as_given()))
@@ -7811,8 +7808,7 @@ class FakeOpenAI:
         self.errors: list[BaseException] = []
         self._warned: set[str] = set()  # tools that were called, but not offered
         own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
-        others = {name: each for name, each in _ENDPOINTS.items() if name not in own}
-        self._router = _Router({**own, **others})
+        self._router = _Router({**own, **_ENDPOINTS, **own})  # the user's come first, and in the place of others
         self._keep = keep
         self._journal: deque[Request] = deque(maxlen=keep)
         self._count = 0
