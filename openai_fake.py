@@ -5588,7 +5588,7 @@ _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 @lru_cache(256)
 def _pattern(path: str) -> str:
-    """The pattern of a route's path: `{name}` is one segment, `{name*}` the rest, as a model's name may have slashes."""
+    """The pattern of a route's path: `{name}` is one segment, `{name*}` the rest: a model's name may have slashes."""
     names = r"(?<=/)\\{[^/]*?(\\\*)?\\}(?![^/])"
     return "(?s:" + re.sub(names, lambda match: "(.+)" if match[1] else "([^/]+)", re.escape(path)) + ")"
 
