@@ -4902,7 +4902,7 @@ class _Waiter:
         resume, leaving, over = asyncio.Event(), False, False
 
         def halt(*_: object) -> None:
-            if not over:  # it may be due still: it must not end what comes after
+            if not over:  # else it would end what comes after
                 loop.stop()
 
         async def work() -> None:
@@ -4949,12 +4949,10 @@ class _Waiter:
                 self.patience()  # raises _Gone; else the coroutine was cancelled by its own code
             task.result()
         finally:
-            leaving = True
+            leaving = over = True
             resume.set()
             if not task.done() and not self.server.stopping:
-                loop.call_later(_STOP_SECONDS, halt)
-                loop.run_forever()
-            over = True
+                loop.run_until_complete(asyncio.wait([task], timeout=_STOP_SECONDS))
             if task.done() and not task.cancelled():
                 task.exception()  # looked at: asyncio would log it else
 
