@@ -5543,7 +5543,7 @@ class _Replay(NamedTuple):
             over = self.log.over  # before the events: then these are all
             events = self.log.events[at:]
             at += len(events)
-            data = b"".join(_sse_bytes(texts, connection.http11) for texts in _texts(events))
+            data = _sse_bytes([*map(_sse, events)], connection.http11)
             if over and connection.http11:
                 data += _LAST_CHUNK
             if data:
@@ -5624,20 +5624,14 @@ class _Router:
                 return _Route(endpoint, values, _APIS.get(name, ""), control=endpoint is _CONTROLS.get(name))
             if not values or not values[-1].isalpha():  # a word where an id belongs is a route that is not there
                 allowed |= {served, "HEAD"} if served == "GET" else {served}
-        if allowed:
-            return _Route(_wrong_method, (", ".join(sorted(allowed)),))
-        return _Route(_unknown_route, (f"{method} {path}",))
+        return _Route(_not_served, (", ".join(sorted(allowed)), f"{method} {path}"))
 
 
-def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
-    raise APIError(
-        405,
-        f"Not allowed to {request.method} on {request.path}. (HINT: Perhaps you meant to use a different HTTP method?)",
-        headers={"allow": allowed},
-    )
-
-
-def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
+def _not_served(fake: FakeOpenAI, request: Request, allowed: str, asked: str) -> NoReturn:
+    if allowed:
+        words = f"Not allowed to {request.method} on {request.path}. "
+        words += "(HINT: Perhaps you meant to use a different HTTP method?)"
+        raise APIError(405, words, headers={"allow": allowed})
     nearest = min(fake._router.endpoints, key=lambda name: _distance(name, asked[:99]))
     words = f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; all are in the "
     words += 'README\'s table of endpoints, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
@@ -5700,16 +5694,6 @@ _STORED_CHAT: _JSON = {  # its keys, in order, and what they are unasked (R)
     "top_p": 1.0, "temperature": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "system_fingerprint": None,
     "input_user": None, "service_tier": None, "tools": None, "metadata": None, "choices": None, "response_format": None,
 }  # fmt: skip
-
-
-def _stored_message(id: str, message: _JSON) -> _JSON:
-    content, parts = message.get("content"), None
-    if isinstance(content, list):
-        kinds = ("type", "text", "image_url", "input_audio", "file")
-        parts = [{kind: _dict(part).get(kind) for kind in kinds} for part in _list(content)]
-        content = _text_of(_list(content))
-    told = {"id": id, "role": message.get("role"), "content": content, "content_parts": parts}
-    return {**told, "name": message.get("name")}
 
 
 def _query(request: Request) -> dict[str, str]:
@@ -5785,8 +5769,14 @@ def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages = enumerate(_list(_stored_chat(fake, id).request._json.get("messages")))
-    stored = {f"{id}-{at}": _stored_message(f"{id}-{at}", _dict(each)) for at, each in messages}
+    kinds, stored = ("type", "text", "image_url", "input_audio", "file"), dict[str, _JSON]()
+    for at, message in enumerate(map(_dict, _list(_stored_chat(fake, id).request._json.get("messages")))):
+        content, parts = message.get("content"), None
+        if isinstance(content, list):
+            parts = [{kind: part.get(kind) for kind in kinds} for part in map(_dict, _list(content))]
+            content = _text_of(_list(content))
+        told = {"id": f"{id}-{at}", "role": message.get("role"), "content": content, "content_parts": parts}
+        stored[f"{id}-{at}"] = {**told, "name": message.get("name")}
     return _listing(request, stored, "asc", last="has_more")
 
 
@@ -5807,8 +5797,7 @@ class _History:
 
     def tokens(self) -> int:
         """About how many tokens the items are."""
-        said = self.said()
-        return self.told + _estimate(said) - _estimate(()) if said else self.told
+        return self.told + _estimate(self.said()) - _estimate(())
 
 
 _NO_HISTORY = _History(None, list)
