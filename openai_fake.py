@@ -5332,26 +5332,24 @@ class _Delivery:
 
     # Where parts come from.
 
-    def _coming(self, contents: Iterable[_Content]) -> Generator[tuple[_Part, Sequence[str]]]:
+    def _coming(self, contents: Iterable[Any]) -> Generator[tuple[_Part, Sequence[str]]]:
         """The parts of an answer of which some come in time, each with its texts."""
         for content in contents:
             alone = isinstance(content, (str, _Part, Completion))
-            for part in self._source(content):
+            parts: Iterable[_Part]
+            if isinstance(content, Stream):
+                parts = self._live(content)
+            elif isinstance(content, AsyncIterable):
+                parts = self._generated(self.waiter.steps(aiter(cast(Any, content))))
+            elif alone:
+                parts = Reply(content)._known() or ()
+            else:
+                parts = self._generated(iter(content))
+            for part in parts:
                 if isinstance(part, _Spoken):
                     yield part, part._fragments() if alone else part._as_given()
                 else:
                     yield part, ()
-
-    def _source(self, content: Any) -> Iterable[_Part]:
-        if isinstance(content, Stream):
-            return self._live(content)
-        if isinstance(content, (str, _Part)):
-            return [_part(content)]
-        if isinstance(content, Completion):
-            return content._parts()
-        if isinstance(content, AsyncIterable):
-            return self._generated(self.waiter.steps(aiter(cast(Any, content))))
-        return self._generated(iter(content))
 
     def _generated(self, parts: Iterator[Any]) -> Iterator[_Part]:
         """The parts of a generator: each is on the wire before the next is asked for."""
