@@ -5795,7 +5795,8 @@ class _History:
 
     def tokens(self) -> int:
         """About how many tokens the items are."""
-        return self.told + _estimate(self.said()) - _estimate(())
+        said = self.said()
+        return self.told + _estimate(said) - _estimate(()) if said else self.told
 
 
 _NO_HISTORY = _History(None, list)
@@ -5829,7 +5830,8 @@ _ITEM_PREFIXES = {"function_call": "fc_", "function_call_output": "fc_", "reason
 
 def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     """An input item as the API lists it: with an id, a status, and content parts."""
-    stored: _JSON = {**_dict(item), "type": _item_type(_dict(item))}
+    sent = _dict(item)
+    stored: _JSON = {**sent, "type": _item_type(sent)}
     if isinstance(stored.get("content"), str) and stored["type"] == "message":
         kind = "output_text" if stored.get("role") == "assistant" else "input_text"
         stored["content"] = [{"type": kind, "text": stored["content"]}]
@@ -5845,7 +5847,8 @@ def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
 def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> _History:
     """What is stored from before this request's input. Raises APIError for what is not stored."""
     conversation, previous = body.get("conversation"), body.get("previous_response_id")
-    conversation = _dict(conversation).get("id", conversation)
+    if isinstance(conversation, dict):
+        conversation = _dict(conversation).get("id")
     if isinstance(conversation, str) and (fake.validate or conversation in fake._conversations):
         return _conversation_of(fake, conversation).last
     if isinstance(previous, str):
@@ -5890,7 +5893,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if resolved is not items:
         request._resolved = resolved
     if fake.validate:
-        effort = _dict(body.get("reasoning")).get("effort") or _model(request.model).effort
+        effort = _dict(body.get("reasoning")).get("effort") or _model(_string(body.get("model"))).effort
         _check_turn(before, resolved, effort not in (None, "none"), body.get("store") is not False)
     if fake.strict:
         _check_model(fake, request)
