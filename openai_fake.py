@@ -4812,7 +4812,6 @@ _EVENTS = "text/event-stream; charset=utf-8"
 
 # ---- Answering: from the handler to a sink ---------------------------------------------------------------------------
 
-
 _T = TypeVar("_T")
 
 
@@ -5124,9 +5123,6 @@ class _BodySink(_Sink):
         self.connection.send(b"".join(pieces), last=shares is None)
 
 
-_OPEN_TOOLS = ("mcp", "namespace", "tool_search")  # types of tools that stand for others, whose names are not known
-
-
 class _Delivery:
     """One answer on its way: calls the handler, and carries its parts through an encoder into a sink.
 
@@ -5290,7 +5286,8 @@ class _Delivery:
         offered = {tool.name for tool in tools if tool.name}
         offered |= {_string(_dict(each).get("name")) for each in _list(self.request.body.get("functions"))}
         chosen = _tool(choice)
-        if name not in offered and not any(tool.type in _OPEN_TOOLS for tool in tools):
+        open_ones = ("mcp", "namespace", "tool_search")  # they stand for others, whose names are not known
+        if name not in offered and not any(tool.type in open_ones for tool in tools):
             fault = f"which the request did not offer; it offered: {', '.join(sorted(offered)) or 'none'}"
         elif choice == "none" or (chosen.type in ("function", "custom") and chosen.name != name):
             fault = f"against the request's tool_choice: {_dumps(choice)}"
