@@ -3659,13 +3659,6 @@ class _Deltas:
         self.first = first  # number of the first event
         self.make = make  # (text, padding, number) -> event
 
-    def events(self) -> list[_JSON]:
-        """The events one by one."""
-        return [
-            self.make(text, _obfuscation(number, -len(text) & 15), number)
-            for number, text in enumerate(self.texts, self.first)
-        ]
-
     def frames(self, frame: Callable[[_Event], str]) -> Iterator[list[str]]:
         """What `frame` gives for each of the events, some at a time, at a fifth of the time that it would take."""
         form, order = self.item.forms.get(self.section) or self._form(frame)
@@ -5502,15 +5495,15 @@ class _Log(_Sink, _News):
     def __init__(self, waiter: _Waiter) -> None:
         _News.__init__(self)
         self.waiter = waiter
-        self.events: list[_Event] = []
+        self.texts: list[str] = []  # of its events
         self.lock = threading.Lock()  # guards events, over and cancelled while they change
 
     def write(self, events: Sequence[_Event]) -> None:
         with self.lock:
             if self.over:  # cancelled
                 raise _Gone
-            for event in events:
-                self.events.extend(event.events() if isinstance(event, _Deltas) else [event])
+            for texts in _texts(events):
+                self.texts += texts
         self.wake()
 
     def close(self, cancelled: bool = False) -> None:
@@ -5535,10 +5528,10 @@ class _Replay(NamedTuple):
 
         def look() -> float | None:
             nonlocal at
-            over = self.log.over  # before the events: then these are all
-            events = self.log.events[at:]
-            at += len(events)
-            data = _sse_bytes([*map(_sse, events)], connection.http11)
+            over = self.log.over  # before the texts: then these are all
+            texts = self.log.texts[at:]
+            at += len(texts)
+            data = _sse_bytes(texts, connection.http11)
             if over and connection.http11:
                 data += _LAST_CHUNK
             if data:
