@@ -72,42 +72,20 @@ import warnings
 import zlib
 from binascii import b2a_base64
 from collections import Counter, deque
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from contextvars import Context
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from email.utils import formatdate
 from enum import IntEnum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise, repeat, starmap
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    TextIO,
-    TypedDict,
-    TypeVar,
-    cast,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from weakref import WeakSet
 
@@ -115,8 +93,8 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import unittest
-    from types import TracebackType
-    from typing import TypeAlias
+    from collections.abc import AsyncIterator
+    from typing import NoReturn, TextIO, TypeAlias
 
     from typing_extensions import Self, Unpack, override
 else:
@@ -178,20 +156,18 @@ def _default(value: object) -> NoReturn:
     raise TypeError(f"cannot be sent as JSON: {value!r} is of type {type(value).__name__}")
 
 
-def _make_dumps() -> Callable[[object], str]:
-    """Compact JSON that leaves non-ASCII alone, from CPython's C encoder made once, where there is one."""
-    make: Any = getattr(json.encoder, "c_make_encoder", None)
-    quote: Any = getattr(json.encoder, "encode_basestring", None)
-    if make is None:  # PyPy
-        return json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default).encode
-    # markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
-    # RecursionError, and threads may encode one object at a time.
-    encode: Any = make(None, _default, quote, None, ":", ",", False, False, False)
-    return lambda value: "".join(encode(value, 0))
-
-
-_dumps = _make_dumps()
 _quote: Callable[[str], str] = json.encoder.encode_basestring
+_plain_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_default)
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)  # PyPy has none
+# markers, default, encoder, indent, separators, sort_keys, skipkeys, allow_nan; no markers: a cycle is a
+# RecursionError, and threads may encode one object at a time.
+_encode: Any = _make_encoder and _make_encoder(None, _default, _quote, None, ":", ",", False, False, False)
+
+
+def _dumps(value: object) -> str:
+    """Compact JSON that leaves non-ASCII alone, from CPython's C encoder made once, where there is one."""
+    return "".join(_encode(value, 0)) if _encode else _plain_encoder.encode(value)
+
 
 # Line readers of clients split at U+0085, U+2028 and U+2029; a lone surrogate has no UTF-8 form.
 _UNSENDABLE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
@@ -331,11 +307,8 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
     """Raises TypeError where a field is not of its type: the mistake shows where the value is made."""
     for name, (value, kind) in fields.items():
         if not isinstance(value, kind):
-            wanted = (
-                kind.__name__
-                if isinstance(kind, type)
-                else " or ".join(each.__name__ for each in kind if each is not type(None))
-            )
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(each.__name__ for each in kinds if each is not type(None))
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
         if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
@@ -351,8 +324,6 @@ _SECONDS = (int, float, type(None))
 
 class _Headers(Mapping[str, str]):
     """Header fields by name, in any case; a field sent several times is joined with commas (RFC 9110 5.3)."""
-
-    __slots__ = ("_fields",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._fields: dict[str, str] = {}
@@ -385,8 +356,7 @@ def _text_of(content: object) -> str:
     """All the text of a message's content: a string, or a list of content parts."""
     if isinstance(content, str):
         return content
-    parts = (part if isinstance(part, str) else _dict(part).get("text") for part in _list(content))
-    return "".join(part for part in parts if isinstance(part, str))
+    return "".join(_string(part if isinstance(part, str) else _dict(part).get("text")) for part in _list(content))
 
 
 def _last_text(items: list[Any]) -> str:
@@ -439,22 +409,20 @@ def _tool(value: object) -> Tool:
 
 def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
     call = _dict(value)
-    for key, kind, text in (("function", ToolCall, "arguments"), ("custom", CustomToolCall, "input")):
-        if about := _dict(call.get(key)):
-            return kind(_string(about.get("name")), _string(about.get(text)), id=_string(call.get("id")))
+    for make in (ToolCall, CustomToolCall):
+        if about := _dict(call.get(make._key)):
+            return make(_string(about.get("name")), _string(about.get(make._grows)), id=_string(call.get("id")))
     return None
 
 
 def _chat_messages(value: object) -> list[Message]:
     """The messages of a Chat Completions request."""
     messages: list[Message] = []
-    for each in _list(value):
-        sent = _dict(each)
-        calls = sent.get("tool_calls")
-        made = [call for each in _list(calls) if (call := _chat_call(each)) is not None] if calls else ()
-        content = _own(sent.get("content"))
+    for sent in map(_dict, _list(value)):
+        calls = tuple(call for call in map(_chat_call, _list(sent.get("tool_calls"))) if call is not None)
         id = sent.get("tool_call_id")
-        messages.append(Message(_string(sent.get("role")), content, tuple(made), id if isinstance(id, str) else None))
+        content = _own(sent.get("content"))
+        messages.append(Message(_string(sent.get("role")), content, calls, id if isinstance(id, str) else None))
     return messages
 
 
@@ -466,21 +434,17 @@ def _item_type(item: _JSON) -> Any:
 
 def _items_messages(items: Iterable[object]) -> list[Message]:
     """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
+    calls = {make._type: make for make in (ToolCall, CustomToolCall)}
     messages: list[Message] = []
-    for each in items:
-        item = _dict(each)
-        kind = _item_type(item)
+    for item in map(_dict, items):
+        kind = _string(_item_type(item))
         if kind == "message":
             messages.append(Message(_string(item.get("role")), _own(item.get("content"))))
-        elif kind in ("function_call", "custom_tool_call"):
-            make, key = (ToolCall, "arguments") if kind == "function_call" else (CustomToolCall, "input")
-            call = make(_string(item.get("name")), _string(item.get(key)), id=_string(item.get("call_id")))
-            if messages and messages[-1].role == "assistant":
-                before = messages.pop()
-                messages.append(Message("assistant", before.content, (*before.tool_calls, call)))
-            else:
-                messages.append(Message("assistant", None, (call,)))
-        elif kind in ("function_call_output", "custom_tool_call_output"):
+        elif make := calls.get(kind):
+            call = make(_string(item.get("name")), _string(item.get(make._grows)), id=_string(item.get("call_id")))
+            before = messages.pop() if messages and messages[-1].role == "assistant" else Message("assistant")
+            messages.append(replace(before, tool_calls=(*before.tool_calls, call)))
+        elif kind.removesuffix("_output") in calls:
             messages.append(Message("tool", _own(item.get("output")), tool_call_id=_string(item.get("call_id"))))
     return messages
 
@@ -503,20 +467,11 @@ _NOT_JSON = {  # by whether it came to Chat Completions
 
 def _too_deep(value: Any) -> bool:
     """Whether JSON is nested deeper than what follows it recursively can bear."""
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
-_OWN_KEYS = frozenset(("model", "messages", "stream", "tools", "prompt", "input"))
+    level, depth = [value], 0
+    while level and depth < _MAX_DEPTH:
+        inner = chain.from_iterable(_dict(each).values() or _list(each) for each in level)
+        level, depth = [each for each in inner if each.__class__ in (dict, list)], depth + 1
+    return bool(level)
 
 
 def _prompts(value: Any) -> list[Any]:
@@ -534,29 +489,17 @@ class Request:
     body of the same POST.
     """
 
-    __slots__ = (
-        "_before",
-        "_body",
-        "_connection",
-        "_deployment",
-        "_encoder",
-        "_gone",
-        "_messages",
-        "_note",
-        "_outcome",
-        "_remembered",
-        "_resolved",
-        "_said",
-        "_seconds",
-        "_shown",
-        "_status",
-        "api",
-        "headers",
-        "method",
-        "path",
-        "query",
-        "raw_body",
-    )
+    _deployment: str | None = None  # Azure names the model in the path
+    _resolved: list[Any] | None = None  # Responses: the input, where it referred to stored items
+    _connection: _Connection | None = None
+    _remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
+    _gone = False
+    # What became of it, for the transcript and the command line.
+    _status = 0  # 0: cut before any reply
+    _seconds = 0.0
+    _outcome = ""  # why the answer is not whole
+    _said: Sequence[_Utterance] = ()
+    _encoder: _Encoder | None = None  # that says it
 
     def __init__(
         self, api: str, method: str, path: str, query: str, headers: Mapping[str, str], raw_body: bytes = b""
@@ -567,63 +510,42 @@ class Request:
         self.query = query
         self.headers = headers
         self.raw_body = raw_body
-        self._deployment: str | None = None  # Azure names the model in the path
-        self._body: _JSON | None = None  # the server's
-        self._shown: _JSON | None = None  # the reader's
-        self._messages: list[Message] | None = None
         self._before: _History = _NO_HISTORY  # Responses: what is stored from before the input
-        self._resolved: list[Any] | None = None  # the input, where it referred to stored items
-        self._connection: _Connection | None = None
-        self._remembered: Mapping[str, _LaneTurn] = {}  # what its WebSocket may go on with
-        self._gone = False
-        # What became of it, for the transcript and the command line.
-        self._status = 0  # 0: cut before any reply
-        self._seconds = 0.0
-        self._outcome = ""  # why the answer is not whole
-        self._encoder: _Encoder | None = None  # what was said; the last few requests have it
-        self._said: Sequence[_Utterance] = ()  # the same, without what the encoder holds beside it
         self._note: _JSON = {}  # what the control routes tell beside
 
     def _parse(self) -> _JSON:
         """The JSON object in the body. Raises APIError where there is none."""
+        data = self.raw_body
         try:
-            found: Any = _loads(self.raw_body.removeprefix(b"\xef\xbb\xbf").decode().strip(" \t\r\n"))
-            if self.raw_body.count(b"{") + self.raw_body.count(b"[") > _MAX_DEPTH and _too_deep(found):
-                raise RecursionError
+            found: Any = _loads(data.removeprefix(b"\xef\xbb\xbf").decode().strip(" \t\r\n"))
         except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or (data.count(b"{") + data.count(b"[") > _MAX_DEPTH and _too_deep(found)):
             raise APIError(400, _NOT_JSON[self.api == "chat.completions"])
-        self._body = body = cast(_JSON, found)
+        self._json = body = cast(_JSON, found)
         if self._deployment is not None and not body.get("model"):
             body["model"] = self._deployment
         return body
 
-    @property
+    @cached_property
     def body(self) -> _JSON:
         """The JSON object that was sent; {} where there was none. It is the reader's own."""
-        shown = self._shown
-        if shown is None:
-            self._shown = shown = _own(self._json)
-        return shown
+        return cast(_JSON, _own(self._json))
 
-    @property
+    @cached_property
     def _json(self) -> _JSON:
         """The body as the server reads it."""
-        body = self._body
-        if body is None:
-            try:
-                body = self._parse()
-            except APIError:  # the client was told
-                body = self._body = {}
-        return body  # not the attribute: _forget() may clear it at any time
+        try:
+            return self._parse()
+        except APIError:  # the client was told
+            return {}
 
     def _forget(self) -> None:
         """Drops what can be made again from the bytes: the journal holds many requests."""
         if self._connection is not None:
             self._gone = self._connection.state is _State.GONE
-        self._body = self._shown = self._messages = self._connection = None
-        self._remembered = {}
+        for name in ("_json", "body", "messages", "_connection", "_remembered"):
+            self.__dict__.pop(name, None)
 
     @property
     def model(self) -> str:
@@ -635,23 +557,18 @@ class Request:
         """Whether the client wants server-sent events."""
         return self._json.get("stream") is True
 
-    @property
+    @cached_property
     def messages(self) -> list[Message]:
         """The conversation as the model sees it.
 
         For Responses: `instructions`, then the stored turns behind `previous_response_id`, then `input`. For
         Completions: one user message for each prompt.
         """
-        messages = self._messages
-        if messages is None:
-            if self.api == "responses":
-                messages = _items_messages(self._items)
-            elif self.api == "completions":
-                messages = [Message("user", each) for each in _prompts(self.prompt)]
-            else:
-                messages = _chat_messages(self._json.get("messages"))
-            self._messages = messages
-        return messages
+        if self.api == "responses":
+            return _items_messages(self._items)
+        if self.api == "completions":
+            return [Message("user", each) for each in _prompts(self.prompt)]
+        return _chat_messages(self._json.get("messages"))
 
     @property
     def turn(self) -> int:
@@ -662,13 +579,9 @@ class Request:
     @property
     def tool_results(self) -> list[Message]:
         """The tools' messages since the model's last answer, in order."""
-        results: list[Message] = []
-        for message in self.messages:
-            if message.role in ("tool", "function"):
-                results.append(message)
-            elif message.role == "assistant":
-                results = []
-        return results
+        messages = self.messages
+        begin = max((end for end, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
+        return [message for message in messages[begin:] if message.role in ("tool", "function")]
 
     def _told(self) -> tuple[list[Any], list[Any]]:
         """Instructions, and input, as items."""
@@ -701,10 +614,9 @@ class Request:
 
     def tool(self, name: str) -> Tool | None:
         """The tool of that name, or else of a name that ends so, as in "server__name"; None where none is offered."""
-        tools = self.tools
         ends = re.compile(f"(?:.*[^A-Za-z0-9])?{re.escape(name)}", re.DOTALL)
-        exact = [tool for tool in tools if tool.name == name]
-        return next(iter(exact or [tool for tool in tools if ends.fullmatch(tool.name)]), None)
+        found = [tool for tool in self.tools if ends.fullmatch(tool.name)]
+        return min(found, key=lambda tool: tool.name != name, default=None)
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -739,7 +651,8 @@ class Request:
     @property
     def options(self) -> dict[str, Any]:
         """Every key of the body that has no attribute of its own: `temperature`, `instructions`, ..."""
-        return {key: value for key, value in self.body.items() if key not in _OWN_KEYS}
+        own = ("model", "messages", "stream", "tools", "prompt", "input")
+        return {key: value for key, value in self.body.items() if key not in own}
 
     @property
     def disconnected(self) -> bool:
@@ -755,13 +668,7 @@ class Request:
     @property
     def answer(self) -> list[_Spoken]:
         """What the model has said to it, each part whole."""
-        return [item.whole for item in (self._said if self._encoder is None else self._encoder.items)]
-
-    def _settle(self, encoder: _Encoder | None) -> None:
-        """Keeps what was said, and not the encoder that said it."""
-        if encoder is not None:
-            self._said = encoder.items
-        self._encoder = None
+        return [item.part._with(item.pieces) for item in self._said]
 
     @override
     def __repr__(self) -> str:
@@ -776,11 +683,7 @@ def _estimate(items: Iterable[object]) -> int:
     tokens = 3
     for item in items:
         sent = cast(_JSON, item) if isinstance(item, dict) else {}
-        content = sent.get("content")
-        text = content if isinstance(content, str) else _text_of(content)
-        for key in ("output", "arguments"):
-            if key in sent:
-                text += _text_of(sent[key])
+        text = "".join([_text_of(sent[key]) for key in ("content", "output", "arguments") if key in sent])
         tokens += 4 + (len(text) + 3) // 4
     return tokens
 
@@ -789,8 +692,9 @@ def _estimate(items: Iterable[object]) -> int:
 # Each parameter is one entry of `_CHAT` or `_RESPONSES`; the entries stand in the API's order of checks (P). Beside the
 # marks of the module's docstring, I* is a public report that was not verified, B what this server could not bear.
 
-# A rule looks at a value, its path ("tools[0].type") and the object that holds it, and raises APIError for a fault.
-_Rule: TypeAlias = "Callable[[Any, str, dict[str, Any]], None]"
+# A rule looks at a value, its path ("tools[0].type") and the request's body, and raises APIError for a fault. What else
+# it has to know comes first: `partial` makes a rule of that.
+_Rule: TypeAlias = "Callable[[Any, str, _JSON], None]"
 
 _KINDS: dict[type, str] = {
     dict: "an object", str: "a string", int: "an integer", float: "a decimal", bool: "a boolean", list: "an array",
@@ -799,7 +703,7 @@ _KINDS: dict[type, str] = {
 
 
 def _bad_request(message: str, param: str | None, code: str | None = None) -> APIError:
-    return APIError(400, message, type="invalid_request_error", code=code, param=param)
+    return APIError(400, message, param=param, code=code)
 
 
 def _missing(path: str) -> APIError:
@@ -816,352 +720,294 @@ def _unsupported(path: str, value: str, supported: Iterable[str]) -> APIError:
     return _bad_request(f"Invalid value: '{value}'. Supported values are: {listed}.", path, "invalid_value")
 
 
-def _anything(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _anything(value: Any, path: str, body: _JSON) -> None:
     """What no source constrains."""
 
 
-def _either(expected: str, *rules: tuple[type, _Rule]) -> _Rule:
+def _either(expected: str, by_type: dict[type, _Rule]) -> _Rule:
     """A value of one of these exact types (to the API a boolean is no integer), by its type's rule."""
-    by_type = dict(rules)
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         further = by_type.get(value.__class__)
         if further is None:
-            got = _KINDS.get(value.__class__, "an object")
-            raise _bad_request(
-                f"Invalid type for '{path}': expected {expected}, but got {got} instead.", path, "invalid_type"
-            )
-        further(value, path, holder)
+            words = f"Invalid type for '{path}': expected {expected}, but got {_KINDS[value.__class__]} instead."
+            raise _bad_request(words, path, "invalid_type")
+        further(value, path, body)
 
     return rule
 
 
-_boolean, _any_object = _either("a boolean", (bool, _anything)), _either("an object", (dict, _anything))
+_boolean, _any_object = _either("a boolean", {bool: _anything}), _either("an object", {dict: _anything})
 
 
-def _length(kind: str, low: int, high: int) -> _Rule:
+def _length(kind: str, low: int, high: int, value: Any, path: str, body: _JSON) -> None:
+    noun = kind.split()[1]
+    if len(value) < low:
+        expected = f"{kind} with minimum length {low}"
+        raise _outside(path, f"empty {noun}", expected, f"an empty {noun}", f"empty_{noun}")
+    if len(value) > high:
+        expected, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
+        raise _outside(path, f"{noun} too long", expected, got, f"{noun}_above_max_length")
+
+
+def _string_of(low: int, high: int = sys.maxsize) -> _Rule:
+    return _either("a string", {str: partial(_length, "a string", low, high)})
+
+
+_any_string, _name = _either("a string", {str: _anything}), _string_of(1)  # empty: I* 'tools[0].function.name'
+
+
+def _number(kind: str, types: Iterable[type], low: float = -math.inf, high: float = math.inf) -> _Rule:
     noun = kind.split()[1]
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        if len(value) < low:
-            least = f"{kind} with minimum length {low}"
-            raise _outside(path, f"empty {noun}", least, f"an empty {noun}", f"empty_{noun}")
-        if len(value) > high:
-            most, got = f"{kind} with maximum length {high}", f"{kind} with length {len(value)}"
-            raise _outside(path, f"{noun} too long", most, got, f"{noun}_above_max_length")
-
-    return rule
-
-
-def _bounded_string(low: int = 0, high: int = sys.maxsize) -> _Rule:
-    return _either("a string", (str, _length("a string", low, high)))
-
-
-_any_string, _name = _either("a string", (str, _anything)), _bounded_string(low=1)  # empty: I* 'tools[0].function.name'
-
-
-def _between(word: str, low: float, high: float) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if value < low:
-            raise _outside(path, f"{word} below minimum value", f"a value >= {low}", value, f"{word}_below_min_value")
+            raise _outside(path, f"{noun} below minimum value", f"a value >= {low}", value, f"{noun}_below_min_value")
         if value > high:
-            raise _outside(path, f"{word} above maximum value", f"a value <= {high}", value, f"{word}_above_max_value")
+            raise _outside(path, f"{noun} above maximum value", f"a value <= {high}", value, f"{noun}_above_max_value")
 
-    return rule
-
-
-def _integer(low: float = -math.inf, high: float = math.inf) -> _Rule:
-    return _either("an integer", (int, _between("integer", low, high)))
+    return _either(kind, dict.fromkeys(types, rule))
 
 
-def _decimal(low: float, high: float) -> _Rule:
-    between = _between("decimal", low, high)
-    return _either("a decimal", (float, between), (int, between))
+_integer, _decimal = partial(_number, "an integer", (int,)), partial(_number, "a decimal", (int, float))
 
 
 def _enum(*supported: str) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         if value not in supported:
             raise _unsupported(path, value, supported)
 
-    return _either("a string", (str, rule))
+    return _either("a string", {str: rule})
 
 
 def _array(of: _Rule, expected: str = "an array of objects", low: int = 0, high: int = sys.maxsize) -> _Rule:
-    length = _length("an array", low, high)
-
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        length(value, path, holder)
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        _length("an array", low, high, value, path, body)
         for i, member in enumerate(value):
-            of(member, f"{path}[{i}]", holder)
+            of(member, f"{path}[{i}]", body)
 
-    return _either(expected, (list, rule))
+    return _either(expected, {list: rule})
 
 
-def _object(required: dict[str, _Rule], optional: dict[str, _Rule] | None = None) -> _Rule:
+def _object(required: dict[str, _Rule], **optional: _Rule) -> _Rule:
     """Required members may not be null; optional ones may, as clients send explicit nulls."""
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
+    def rule(value: Any, path: str, body: _JSON) -> None:
         for name, member in required.items():
             if name not in value:
                 raise _missing(f"{path}.{name}")
-            member(value[name], f"{path}.{name}", value)
-        for name, member in (optional or {}).items():
+            member(value[name], f"{path}.{name}", body)
+        for name, member in optional.items():
             if value.get(name) is not None:
-                member(value[name], f"{path}.{name}", value)
+                member(value[name], f"{path}.{name}", body)
 
-    return _either("an object", (dict, rule))
+    return _either("an object", {dict: rule})
+
+
+def _strings(*names: str) -> _Rule:
+    return _object(dict.fromkeys(names, _any_string))
 
 
 def _tagged(tag: str, cases: dict[str, _Rule], closed: bool = True) -> _Rule:
     """An object whose `tag` names its rule; a tag that isn't in `cases` passes unless `closed`."""
-    tag_rule = _object({tag: _any_string})
+    tag_rule = _object({tag: _enum(*cases) if closed else _any_string})
 
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        tag_rule(value, path, holder)
-        case = cases.get(value[tag])
-        if case is not None:
-            case(value, path, holder)
-        elif closed:
-            raise _unsupported(f"{path}.{tag}", value[tag], cases)
+    def rule(value: Any, path: str, body: _JSON) -> None:
+        tag_rule(value, path, body)
+        cases.get(value[tag], _anything)(value, path, body)
 
     return rule
 
 
-def _map(of: _Rule, properties: int = sys.maxsize, name_length: int = sys.maxsize) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        if len(value) > properties:
-            most, got = f"an object with at most {properties} properties", f"an object with {len(value)} properties"
-            raise _outside(path, "too many properties", most, got, "object_above_max_properties")
-        for name, member in value.items():
-            if len(name) > name_length:  # the words are by analogy, the code is P
-                most, got = f"a property name with maximum length {name_length}", f"one with length {len(name)}"
-                raise _outside(path, "property name too long", most, got, "property_name_above_max_length")
-            of(member, f"{path}.{name}", value)
-
-    return _either("an object", (dict, rule))
+def _map(of: _Rule, most: float, longest: float, value: Any, path: str, body: _JSON) -> None:
+    """An object of so many properties, with names of such a length."""
+    if len(value) > most:
+        expected, got = f"an object with at most {most} properties", f"an object with {len(value)} properties"
+        raise _outside(path, "too many properties", expected, got, "object_above_max_properties")
+    for name, member in value.items():
+        if len(name) > longest:  # the words are by analogy, the code is P
+            expected, got = f"a property name with maximum length {longest}", f"one with length {len(name)}"
+            raise _outside(path, "property name too long", expected, got, "property_name_above_max_length")
+        of(member, f"{path}.{name}", body)
 
 
-def _string_or(*parts: tuple[type, _Rule]) -> _Rule:
-    return _either("one of a string or array of objects", (str, _anything), *parts)  # P
+def _string_or_parts(of: _Rule) -> _Rule:
+    return _either("one of a string or array of objects", {str: _anything, list: _array(of)})  # P
 
 
-def _is_simple(item: Any) -> bool:
-    """Just a role and a text, as nearly all messages are: nothing more to look at."""
-    return (
-        item.__class__ is dict
-        and len(item) == 2
-        and item.get("role") in _SIMPLE_ROLES
-        and item.get("content").__class__ is str
+def _choice(of: _Rule, *words: str) -> _Rule:
+    return _either("one of a string or object", {str: _enum(*words), dict: of})
+
+
+def _needed(rule: _Rule, instead: Iterable[str], value: Any, path: str, body: _JSON) -> None:
+    """A parameter that may lack, or be null, only where another stands for it."""
+    if value is not None:
+        rule(value, path, body)
+    elif all(body.get(name) is None for name in instead):
+        raise _missing(path)
+
+
+_PLAIN = ("user", "assistant", "system", "developer")  # roles
+
+
+def _turns(further: _Rule, value: Any, path: str, body: _JSON) -> None:
+    """A list by a further rule, unless all of it is just roles and texts, as nearly always: nothing more to look at."""
+    plain = value.__class__ is list and all(
+        type(turn) is dict and len(turn) == 2 and turn.get("role") in _PLAIN and type(turn.get("content")) is str
+        for turn in value
     )
+    if not (plain and value):
+        further(value, path, body)
 
 
 # Chat's messages
 
-_SIMPLE_ROLES = ("user", "assistant", "system", "developer")
 _chat_parts: dict[str, _Rule] = {  # S, order I*
-    "text": _object({"text": _any_string}),
-    "image_url": _object({"image_url": _object({"url": _any_string})}),
+    "text": _strings("text"),
+    "image_url": _object({"image_url": _strings("url")}),
     "input_audio": _object({"input_audio": _any_object}),
-    "refusal": _object({"refusal": _any_string}),
+    "refusal": _strings("refusal"),
     "audio": _any_object,
     "file": _object({"file": _any_object}),
 }
-_message_content = _string_or((list, _array(_tagged("type", _chat_parts))))
+_message_content = _string_or_parts(_tagged("type", _chat_parts))
+_function_call = _strings("name", "arguments")
 _chat_calls: dict[str, _Rule] = {  # S
-    "function": _object({"id": _any_string, "function": _object({"name": _any_string, "arguments": _any_string})}),
-    "custom": _object({"id": _any_string, "custom": _object({"name": _any_string, "input": _any_string})}),
+    "function": _object({"id": _any_string, "function": _function_call}),
+    "custom": _object({"id": _any_string, "custom": _strings("name", "input")}),
 }
-_text_message = _object({"content": _message_content}, {"name": _any_string})
+_calls = _array(_tagged("type", _chat_calls), low=1)  # I*: Invalid 'messages[1].tool_calls': empty array.
+_text_message = _object({"content": _message_content}, name=_any_string)
 _calling_message = _object(
-    {},
-    {
-        "content": _message_content,
-        "name": _any_string,
-        "refusal": _any_string,
-        "tool_calls": _array(_tagged("type", _chat_calls), low=1),  # I*: Invalid 'messages[1].tool_calls': empty array.
-        "function_call": _object({"name": _any_string, "arguments": _any_string}),
-    },
+    {}, content=_message_content, name=_any_string, refusal=_any_string, tool_calls=_calls, function_call=_function_call
 )
 
 
-def _assistant_message(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _assistant_message(value: Any, path: str, body: _JSON) -> None:
     """S: an assistant's content may only lack where it said something else."""
-    otherwise = ("tool_calls", "function_call", "refusal", "audio")
-    rule = _text_message if all(value.get(name) is None for name in otherwise) else _calling_message
-    rule(value, path, holder)
+    otherwise = any(value.get(name) is not None for name in ("tool_calls", "function_call", "refusal", "audio"))
+    (_calling_message if otherwise else _text_message)(value, path, body)
 
 
 _roles: dict[str, _Rule] = {  # S, order I*
     "system": _text_message,
     "assistant": _assistant_message,
     "user": _text_message,
-    "function": _object({"name": _any_string}, {"content": _message_content}),
+    "function": _object({"name": _any_string}, content=_message_content),
     "tool": _object({"content": _message_content, "tool_call_id": _any_string}),
     "developer": _text_message,
 }
 _message_array = _array(_tagged("role", _roles), low=1)  # P, R (empty array)
 
 
-def _messages(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None:
-        raise _missing(path)
-    if value.__class__ is list and value and all(map(_is_simple, value)):
-        return
-    _message_array(value, path, holder)
-    _pairing(value)
-
-
-def _pairing(messages: list[Any]) -> None:
+def _messages(value: Any, path: str, body: _JSON) -> None:
     """I: tool messages follow their call, and a call's answers come before anything else."""
-    answered: dict[str, bool] = {}  # by the id of the last message's calls
-    ended: list[Any] = [*messages, {"role": ""}]
+    _message_array(value, path, body)
+    waiting: dict[str, bool] = {}  # by the id of the last message's calls, whether it has no answer yet
+    ended: list[Any] = [*value, {"role": ""}]
     for index, message in enumerate(ended):
         if message["role"] == "tool":
-            if message["tool_call_id"] not in answered:
+            if message["tool_call_id"] not in waiting:
                 words = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
                 raise _bad_request(f"Invalid parameter: {words}", f"messages.[{index}].role")
-            answered[message["tool_call_id"]] = True
-            continue
-        if lacking := [call for call, done in answered.items() if not done]:
+            waiting[message["tool_call_id"]] = False
+        elif lacking := [call for call, waits in waiting.items() if waits]:
             raise _bad_request(
                 "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
                 f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(lacking)}",
-                f"messages.[{min(index, len(messages) - 1)}].role",
+                f"messages.[{min(index, len(value) - 1)}].role",
             )
-        calls = message.get("tool_calls") if message["role"] == "assistant" else None
-        answered = {call["id"]: False for call in calls or ()}
+        else:
+            calls = message.get("tool_calls") if message["role"] == "assistant" else None
+            waiting = {call["id"]: True for call in calls or ()}
 
 
 # The Responses' input
 
 _input_parts = ("input_text", "input_image", "output_text", "refusal", "input_file", "computer_screenshot")  # S, I*
-_input_message = _object(
-    {"content": _string_or((list, _array(_tagged("type", dict.fromkeys(_input_parts, _anything)))))}
-)
-_output_parts: dict[str, _Rule] = {"output_text": _anything, "refusal": _anything}  # I*, S
-_output_message = _object({"content": _string_or((list, _array(_tagged("type", _output_parts))))})
-_call_output = _object({"call_id": _any_string, "output": _string_or((list, _array(_any_object)))})
-_item_roles: dict[str, _Rule] = {  # S
-    "assistant": _output_message,
-    "system": _input_message,
-    "developer": _input_message,
-    "user": _input_message,
-}
+_input_message = _object({"content": _string_or_parts(_object({"type": _enum(*_input_parts)}))})
+_output_message = _object({"content": _string_or_parts(_object({"type": _enum("output_text", "refusal")}))})  # I*, S
+_call_output = _object({"call_id": _any_string, "output": _string_or_parts(_any_object)})
+_item_roles = {"assistant": _output_message, **dict.fromkeys(("system", "developer", "user"), _input_message)}  # S
 _item_types: dict[str, _Rule] = {  # S; other types pass, as they grow
     "message": _tagged("role", _item_roles),
-    "function_call": _object({"call_id": _any_string, "name": _any_string, "arguments": _any_string}),
+    "function_call": _strings("call_id", "name", "arguments"),
     "function_call_output": _call_output,
-    "custom_tool_call": _object({"call_id": _any_string, "name": _any_string, "input": _any_string}),
+    "custom_tool_call": _strings("call_id", "name", "input"),
     "custom_tool_call_output": _call_output,
-    "item_reference": _object({"id": _any_string}),
+    "item_reference": _strings("id"),
 }
-_typed_item = _tagged("type", _item_types, closed=False)
+_named_item, _typed_item = _object({}, id=_any_string), _tagged("type", _item_types, closed=False)
 
 
-def _input_item(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if _is_simple(value):
-        return
-    if value.__class__ is dict:
-        if value.get("id") is not None:
-            _any_string(value["id"], f"{path}.id", value)
-        if value.get("type") is None:
-            value = {**value, "type": _item_type(value)}
-    _typed_item(value, path, holder)
+def _input_item(value: Any, path: str, body: _JSON) -> None:
+    _named_item(value, path, body)
+    _typed_item({**value, "type": _item_type(value)}, path, body)
 
 
-_item_array = _either("one of a string or array of input items", (str, _anything), (list, _array(_input_item)))  # P
-
-
-def _input(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is not None:
-        _item_array(value, path, holder)
-        return
-    instead = ("previous_response_id", "prompt", "conversation")  # S: each can stand for it
-    if all(holder.get(name) is None for name in instead):
-        raise _missing(path)
-
+_input = _either(
+    "one of a string or array of input items", {str: _anything, list: partial(_turns, _array(_input_item))}
+)  # P
 
 # Rules about more than one value
 
 
-def _chat_model(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None or value == "":
+def _chat_model(value: Any, path: str, body: _JSON) -> None:
+    if value in (None, ""):
         raise _bad_request("you must provide a model parameter", None)
-    if value.__class__ is not str:
-        _any_string(value, path, holder)
+    _any_string(value, path, body)
 
 
-def _responses_model(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if value is None and holder.get("prompt") is not None:  # R: a prompt has its own
-        return
-    if value is None:
-        raise _missing(path)
-    if value.__class__ is not str:
-        _any_string(value, path, holder)
+_stream_flags = _object({}, include_usage=_boolean, include_obfuscation=_boolean)
 
 
-_stream_flags = _object({}, {"include_usage": _boolean, "include_obfuscation": _boolean})
-
-
-def _stream_options(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if holder.get("stream") is not True:
+def _stream_options(value: Any, path: str, body: _JSON) -> None:
+    if body.get("stream") is not True:
         raise _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
-    _stream_flags(value, path, holder)
+    _stream_flags(value, path, body)
 
 
-_conversation_id = _either("one of a string or object", (str, _anything), (dict, _object({"id": _any_string})))
+_conversation_id = _either("one of a string or object", {str: _anything, dict: _strings("id")})
 
 
-def _conversation_parameter(value: Any, path: str, holder: dict[str, Any]) -> None:
-    if holder.get("previous_response_id") is not None:
-        words = (
-            "Mutually exclusive parameters: ''. Ensure you are only providing one of: 'pre..._id' or 'conversation'."
-        )
-        raise _bad_request(words, None, "mutually_exclusive_parameters")  # as the probe saw it, quotes and dots
-    _conversation_id(value, path, holder)
+def _conversation_parameter(value: Any, path: str, body: _JSON) -> None:
+    if body.get("previous_response_id") is not None:
+        words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: "
+        words += "'pre..._id' or 'conversation'."  # as the probe saw it, quotes and dots
+        raise _bad_request(words, None, "mutually_exclusive_parameters")
+    _conversation_id(value, path, body)
 
 
-def _closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
+def _check_closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
     """R, I*: in what is strict, objects are closed, and their properties all required."""
-    node, fault = _dict(schema), ""
-    if node.get("type") == "object" or not (context or "$ref" in node):
-        lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
-        if node.get("additionalProperties") is not False:
-            fault = "'additionalProperties' is required to be supplied and to be false."
-        elif lacking:
+    node = _dict(schema)
+    closed = node.get("additionalProperties") is False
+    lacking = [name for name in _dict(node.get("properties")) if name not in _list(node.get("required"))]
+    if (lacking or not closed) and (node.get("type") == "object" or not (context or "$ref" in node)):
+        fault = "'additionalProperties' is required to be supplied and to be false."
+        if closed:
             fault = "'required' is required to be supplied and to be an array including every key in properties. "
             fault += f"Missing '{lacking[0]}'."
-    if fault:
         raise _bad_request(f"Invalid schema for {of}: In context={context!r}, {fault}", param, code)
     for key in filter(node.__contains__, ("properties", "$defs", "anyOf", "items")):
         inner = enumerate(node[key]) if isinstance(node[key], list) else _dict(node[key]).items()
         for name, each in [((), node[key])] if key == "items" else [((str(name),), each) for name, each in inner]:
-            _closed(each, of, param, code, (*context, key, *name))
+            _check_closed(each, of, param, code, (*context, key, *name))
 
 
-def _strict(form: _Rule, of: str, key: str, code: str | None, param: str = "") -> _Rule:
+def _strict(form: _Rule, of: str, key: str, code: str | None, value: Any, path: str, body: _JSON) -> None:
     """A rule, and then the one that a schema is closed where it is strict."""
-
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        form(value, path, holder)
-        if value.get("strict") is True:
-            _closed(value.get(key), f"{of} '{value['name']}'", param or f"{path}.{key}", code)
-
-    return rule
+    form(value, path, body)
+    if value.get("strict") is True:
+        param = f"{path}.{key}" if code else of
+        _check_closed(value.get(key), f"{of} '{value['name']}'", param, code)
 
 
-def _moved(new: str) -> _Rule:
-    def rule(value: Any, path: str, holder: dict[str, Any]) -> None:
-        raise _bad_request(
-            f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. Try again "
-            "with the new parameter. See the API documentation for more information: "
-            "https://platform.openai.com/docs/api-reference/responses/create.",
-            None,
-            "unsupported_parameter",
-        )
-
-    return rule
+def _moved(new: str, value: Any, path: str, body: _JSON) -> None:
+    words = f"Unsupported parameter: '{path}'. In the Responses API, this parameter has moved to '{new}'. "
+    words += "Try again with the new parameter. See the API documentation for more information: "
+    words += "https://platform.openai.com/docs/api-reference/responses/create."
+    raise _bad_request(words, None, "unsupported_parameter")
 
 
 # The tables
@@ -1169,15 +1015,16 @@ def _moved(new: str) -> _Rule:
 _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
 _VERBOSITIES = _enum("low", "medium", "high")  # P
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
-_metadata = _map(_bounded_string(high=512), properties=16, name_length=64)  # P
+_metadata = _either("an object", {dict: partial(_map, _string_of(0, 512), 16, 64)})  # P
 _named = _object({"name": _name})
-_function = _strict(_named, "function", "parameters", "invalid_function_parameters")
+_function = partial(_strict, _named, "function", "parameters", "invalid_function_parameters")
 _chat_tools = {"function": _object({"function": _function}), "custom": _object({"custom": _named})}  # S, closed: I*
 _chat_choices = {**_chat_tools, "allowed_tools": _object({"allowed_tools": _any_object})}  # S
-_named_tools: dict[str, _Rule] = {"function": _function, "custom": _named}  # S; hosted tools pass, as they grow
-_schema = _strict(_object({"name": _name, "schema": _any_object}), "response_format", "schema", "invalid_json_schema")
+_tool_of = _tagged("type", {"function": _function, "custom": _named}, closed=False)  # S; hosted ones pass, as they grow
+_schema_format = _object({"name": _name, "schema": _any_object})
+_schema = partial(_strict, _schema_format, "response_format", "schema", "invalid_json_schema")
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
-_chat_schema = _strict(_named, "response_format", "schema", None, "response_format")
+_chat_schema = partial(_strict, _named, "response_format", "schema", None)  # R: no code, and another param
 _chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
 _stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
@@ -1186,14 +1033,9 @@ _includes = (  # S
     "reasoning.encrypted_content", "message.output_text.logprobs",
 )  # fmt: skip
 
-
-def _choice(of: _Rule, *words: str) -> _Rule:
-    return _either("one of a string or object", (str, _enum(*words)), (dict, of))
-
-
 _CHAT: dict[str, _Rule] = {
     "model": _chat_model,  # P; B
-    "messages": _messages,  # P, R, I; B
+    "messages": partial(_needed, partial(_turns, _messages), ()),  # P, R, I; B
     "functions": _array(_named),  # S
     "function_call": _choice(_named, "none", "auto"),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
@@ -1216,13 +1058,13 @@ _CHAT: dict[str, _Rule] = {
     "prompt_cache_key": _any_string,  # S
     "prompt_cache_options": _any_object,  # S
     "prompt_cache_retention": _any_string,  # S; no enum: "in-memory" was once its spelling
-    "safety_identifier": _bounded_string(high=128),  # S
+    "safety_identifier": _string_of(0, 128),  # S
     "response_format": _tagged("type", _chat_formats),  # S
     "service_tier": _enum(*_SERVICE_TIERS),  # S
     "max_tokens": _integer(1),  # S
     "reasoning_effort": _EFFORTS,  # S
-    "logit_bias": _map(_decimal(-100, 100)),  # S
-    "stop": _either("one of a string or array of strings", (str, _anything), (list, _stop)),  # S
+    "logit_bias": _either("an object", {dict: partial(_map, _decimal(-100, 100), math.inf, math.inf)}),  # S
+    "stop": _either("one of a string or array of strings", {str: _anything, list: _stop}),  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
     "store": _boolean,  # S
@@ -1231,32 +1073,30 @@ _CHAT: dict[str, _Rule] = {
     "verbosity": _VERBOSITIES,  # P
 }
 
+
+def _as_in_chat(names: str) -> dict[str, _Rule]:
+    return {name: _CHAT[name] for name in names.split()}
+
+
 _RESPONSES: dict[str, _Rule] = {
-    "model": _responses_model,  # P; B
-    "messages": _moved("input"),  # P
-    "response_format": _moved("text.format"),  # I*
-    "reasoning_effort": _moved("reasoning.effort"),  # I*
+    "model": partial(_needed, _any_string, ["prompt"]),  # P; B; R: a prompt has its own
+    "messages": partial(_moved, "input"),  # P
+    "response_format": partial(_moved, "text.format"),  # I*
+    "reasoning_effort": partial(_moved, "reasoning.effort"),  # I*
     "moderation": _any_object,  # S
-    "input": _input,  # P; B
+    "input": partial(_needed, _input, ["previous_response_id", "prompt", "conversation"]),  # P; B; S
     "include": _array(_enum(*_includes), "an array of strings"),  # S
-    "tools": _array(_tagged("type", _named_tools, closed=False), "an array of tools"),  # P; S
+    "tools": _array(_tool_of, "an array of tools"),  # P; S
     "metadata": _metadata,  # P
-    "text": _object({}, {"format": _tagged("type", _formats), "verbosity": _VERBOSITIES}),  # S
-    "temperature": _decimal(0, 2),  # R, P; S
-    "top_p": _decimal(0, 1),  # S
-    "tool_choice": _choice(_tagged("type", _named_tools, closed=False), "none", "auto", "required"),  # S
-    "parallel_tool_calls": _boolean,  # S
-    "stream": _boolean,  # B
-    "stream_options": _stream_options,  # S
+    "text": _object({}, format=_tagged("type", _formats), verbosity=_VERBOSITIES),  # S
+    **_as_in_chat("temperature top_p"),
+    "tool_choice": _choice(_tool_of, "none", "auto", "required"),  # S
+    **_as_in_chat("parallel_tool_calls stream stream_options"),
     "background": _boolean,  # S
     "max_output_tokens": _integer(16),  # P
     "max_tool_calls": _integer(),  # S
-    "reasoning": _object({}, {"effort": _EFFORTS, "summary": _enum("auto", "concise", "detailed")}),  # S
-    "user": _any_string,  # S
-    "prompt_cache_key": _any_string,  # S
-    "prompt_cache_options": _any_object,  # S
-    "prompt_cache_retention": _any_string,  # S
-    "safety_identifier": _bounded_string(high=128),  # S
+    "reasoning": _object({}, effort=_EFFORTS, summary=_enum("auto", "concise", "detailed")),  # S
+    **_as_in_chat("user prompt_cache_key prompt_cache_options prompt_cache_retention safety_identifier"),
     "truncation": _enum("auto", "disabled"),  # S
     "instructions": _any_string,  # S
     "store": _boolean,  # S
@@ -1265,23 +1105,23 @@ _RESPONSES: dict[str, _Rule] = {
     **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
     "client_metadata": _anything,  # R: Codex
     "conversation": _conversation_parameter,  # P
-    "prompt": _object({"id": _any_string}),  # S
+    "prompt": _strings("id"),  # S
     "previous_response_id": _any_string,  # S
 }
 
 
-def _token(value: Any, path: str, holder: dict[str, Any]) -> None:
+def _token(value: Any, path: str, body: _JSON) -> None:
     if not 0 <= value <= 100257:  # R
         words = f"Invalid token in prompt: {value}. Minimum value is 0, maximum value is 100257 (inclusive)."
         raise _bad_request(words, None)
 
 
-_prompt_tokens = _array(_either("an integer", (int, _token)))
-_prompt = _either("a string or an array of integers", (str, _anything), (int, _token), (list, _prompt_tokens))
-_same = "model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream stream_options"
+_tokens_array = _array(_either("an integer", {int: _token}))
+_prompt = _either("a string or an array of integers", {str: _anything, int: _token, list: _tokens_array})
 _COMPLETIONS: dict[str, _Rule] = {  # S; R
-    **{name: _CHAT[name] for name in _same.split()},
-    "prompt": _either("one of a string or array", (str, _anything), (list, _array(_prompt))),
+    **_as_in_chat("model temperature top_p presence_penalty frequency_penalty user seed logit_bias stop stream"),
+    **_as_in_chat("stream_options"),
+    "prompt": _either("one of a string or array", {str: _anything, list: _array(_prompt)}),
     "max_tokens": _integer(0), "n": _integer(1, 128), "best_of": _integer(0, 20), "logprobs": _integer(0, 5),
     "echo": _boolean, "suffix": _any_string,
 }  # fmt: skip
@@ -1291,107 +1131,106 @@ _INSTRUCT_MODELS = r"(gpt-3\.5-turbo-instruct|davinci-002|babbage-002).*"
 _UNTAKEN = "Unsupported parameter: '{where}' is not supported with this model."
 _EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' model. Supported values are: "
 _ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
-_NO_IMAGE = (
-    "You uploaded an unsupported image. Please make sure your image has of one the following formats: "
-    "['png', 'jpeg', 'gif', 'webp']."
-)
-_NO_FILE = (
-    "Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:text/"
-    "plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://platform.openai."
-    "com/docs/assistants/tools/file-search#supported-files for supported file types."
-)
-# R. API, models, what they do not take, how it begins ("": any value); the words, param, code, and status.
-_REFUSALS: tuple[tuple[str, str, str, str, str, str | None, str | None, int], ...] = (
-    ("chat.completions", _INSTRUCT_MODELS, "model", "",
-     "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", ""), "model", None, 404),
-    ("chat.completions", r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "",
-     "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations",
-     None, "model_not_found", 404),
-    ("chat.completions", r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "",
-     _UNTAKEN + " Use 'max_completion_tokens' instead.", "{where}", "unsupported_parameter", 400),
-    ("chat.completions", r"o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", _UNTAKEN, "{where}",
-     "unsupported_parameter", 400),
-    ("chat.completions", r"gpt-4(?!.*search).*", "web_search_options", "",
-     "Web search options not supported with this model.", "{where}", None, 400),
-    ("chat.completions", "o1-mini.*", "messages.[].role", "(system|developer)",
-     "Unsupported value: '{where}' does not support '{value}' with this model.", "{where}", "unsupported_value", 400),
-    ("chat.completions", f"(?!.*audio){_ANY_CHAT}", "messages.[].content.[].type", "input_audio",
-     "Invalid '{top}'. Content blocks are expected to be either text or image_url type.", "{top}", "invalid_value",
-     400),
-    ("chat.completions", ".*", "messages.[].content.[].image_url.url",
-     "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)", _NO_IMAGE, None, "invalid_image_format", 400),
-    ("responses", "o[134].*|gpt-5-codex.*", "reasoning.effort", "(none|minimal|xhigh|max)$",
-     _EFFORT + "'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-    ("responses", "gpt-5(-mini|-nano)?(-20.*)?", "reasoning.effort", "(none|xhigh|max)$",
-     _EFFORT + "'minimal', 'low', 'medium', and 'high'.", "{where}", "unsupported_value", 400),
-    ("responses", ".*", "input.[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)",
-     _NO_FILE, "{where}", "invalid_value", 400),
-    ("responses", ".*", "input.[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)",
-     "The file type you uploaded is not supported. Please try again with a pdf", "input", "unsupported_file", 400),
-    ("completions", _ANY_CHAT, "model", "", "This is a chat model and not " + _ELSEWHERE.format("", "chat/"), "model",
-     None, 404),
-    ("completions", "text-embedding-.*", "model", "", "You are not allowed to sample from this model", None, None, 403),
-    ("embeddings", f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "",
-     "You are not allowed to generate embeddings from this model", None, None, 403),
-)  # fmt: skip
+
+# R. By API: models, what of a parameter they do not take, how that begins; status, param, code, and words.
+_REFUSALS: dict[str, list[tuple[str, str, str, str, int, str | None, str | None, str]]] = {
+    "chat.completions": [
+        (_INSTRUCT_MODELS, "model", "", "", 404, "model", None,
+         "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", "")),
+        (r"gpt-3\.5-turbo-(16k-)?(0301|0613)", "model", "", "", 404, None, "model_not_found",
+         "The model `{model}` has been deprecated, learn more here: https://platform.openai.com/docs/deprecations"),
+        (r"(o[134]|gpt-[56])(?!.*chat).*", "max_tokens", "", "", 400, "{where}", "unsupported_parameter",
+         _UNTAKEN + " Use 'max_completion_tokens' instead."),
+        ("o1-mini.*|o3.*|o4-mini.*|gpt-5(-mini|-nano)?(-20.*)?", "stop", "", "", 400, "{where}",
+         "unsupported_parameter", _UNTAKEN),
+        ("gpt-4(?!.*search).*", "web_search_options", "", "", 400, "{where}", None,
+         "Web search options not supported with this model."),
+        ("o1-mini.*", "messages", "[].role", "(system|developer)", 400, "{where}", "unsupported_value",
+         "Unsupported value: '{where}' does not support '{value}' with this model."),
+        (f"(?!.*audio){_ANY_CHAT}", "messages", "[].content.[].type", "input_audio", 400, "{top}", "invalid_value",
+         "Invalid '{top}'. Content blocks are expected to be either text or image_url type."),
+        (".*", "messages", "[].content.[].image_url.url", "data:[^,]{0,99};base64,(?!iVBORw0KGgo|/9j/|R0lGOD|UklGR)",
+         400, None, "invalid_image_format",
+         ("You uploaded an unsupported image. Please make sure your image has of one the following formats: "
+          "['png', 'jpeg', 'gif', 'webp'].")),
+    ],
+    "responses": [
+        ("o[134].*|gpt-5-codex.*", "reasoning", "effort", "(none|minimal|xhigh|max)$", 400, "{where}",
+         "unsupported_value", _EFFORT + "'low', 'medium', and 'high'."),
+        ("gpt-5(-mini|-nano)?(-20.*)?", "reasoning", "effort", "(none|xhigh|max)$", 400, "{where}",
+         "unsupported_value", _EFFORT + "'minimal', 'low', 'medium', and 'high'."),
+        (".*", "input", "[].content.[].file_data", "data:(?P<kind>(audio|video)/[^;,]*)", 400, "{where}",
+         "invalid_value",
+         ("Invalid file data: '{where}'. Expected a base64-encoded data URL with a valid file MIME type (e.g. 'data:"
+          "text/plain;base64,SGVsbG8sIFdvcmxkIQ=='), but got unsupported MIME type '{kind}'. Please see https://"
+          "platform.openai.com/docs/assistants/tools/file-search#supported-files for supported file types.")),
+        (".*", "input", "[].content.[].file_url", r".*\.(mp3|wav|m4a|ogg|flac|mp4|mov)(\?|$)", 400, "input",
+         "unsupported_file", "The file type you uploaded is not supported. Please try again with a pdf"),
+    ],
+    "completions": [
+        (_ANY_CHAT, "model", "", "", 404, "model", None,
+         "This is a chat model and not " + _ELSEWHERE.format("", "chat/")),
+        ("text-embedding-.*", "model", "", "", 403, None, None, "You are not allowed to sample from this model"),
+    ],
+    "embeddings": [
+        (f"{_ANY_CHAT}|{_INSTRUCT_MODELS}", "model", "", "", 403, None, None,
+         "You are not allowed to generate embeddings from this model"),
+    ],
+}  # fmt: skip
+_pattern = lru_cache(64)(re.compile)  # each is compiled when it is first asked for; re's own cache costs more
 
 
-def _found(value: Any, path: list[str], where: str) -> Iterator[tuple[str, Any]]:
-    """The values at a path below a value, ["[]", "role"], and where they are."""
-    if not path:
-        yield where, value
-    elif path[0] == "[]":
+def _found(value: Any, path: str, where: str) -> Iterator[tuple[str, Any]]:
+    """The values at a path below a value, "[].role", and where they are."""
+    key, _, rest = path.partition(".")
+    if key == "[]":
         for at, each in enumerate(_list(value)):
-            yield from _found(each, path[1:], f"{where}[{at}]")
-    elif (inner := _dict(value).get(path[0])) is not None:
-        yield from _found(inner, path[1:], f"{where}.{path[0]}")
+            yield from _found(each, rest, f"{where}[{at}]")
+    elif key:
+        yield from _found(_dict(value).get(key), rest, f"{where}.{key}")
+    elif value is not None:
+        yield where, value
 
 
-def _check_recorded(api: str, body: dict[str, Any]) -> None:
+def _check_recorded(api: str, body: _JSON) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    turns: Any = body.get("messages") or body.get("input")
-    turns = turns if turns.__class__ is list else ()
-    parts = [1 for each in turns if each.__class__ is dict and each.get("content").__class__ is list]
-    for of, models, path, begin, words, param, code, status in _REFUSALS:
-        if of == api and (parts or ".content" not in path) and body.get(path.partition(".")[0]) is not None:
-            name, *rest = path.split(".")
-            model = _string(body.get("model"))
-            for where, value in _found(body[name], rest, name) if re.fullmatch(models, model) else ():
-                if match := re.match(begin, value if isinstance(value, str) else ""):
+    model = _string(body.get("model"))
+    turns = _list(body.get("messages") or body.get("input"))
+    parts = any(each.__class__ is dict and each.get("content").__class__ is list for each in turns)
+    for models, name, path, begin, status, param, code, words in _REFUSALS[api]:
+        if name in body and (parts or "content" not in path) and _pattern(models).fullmatch(model):
+            for where, value in _found(body[name], path, name):
+                if match := re.match(begin, _string(value)):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
                     told |= match.groupdict()
                     raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
 
 
-_ORDERS = {  # P. The rules; what is looked for before unknown parameters; and where null is as absent.
+# P. The rules; what may not lack, and is looked for before unknown parameters; what is looked for where it lacks.
+_ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...], tuple[str, ...]]] = {
     "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
     "responses": (_RESPONSES, ("model",), ("model", "input")),
     "completions": (_COMPLETIONS, ("model",), ("model",)),
 }
 
 
-def _check_request(api: str, body: dict[str, Any], strict: bool) -> None:
+def _check_request(api: str, body: _JSON, strict: bool) -> None:
     """Raises the first fault of a request, in the API's order of checks. `strict`: unknown parameters are faults."""
-    rules, first, required = _ORDERS[api]
+    rules, first, needed = _ORDERS[api]
     for name in first:
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
     _check_recorded(api, body)
-    if strict:
-        for name in body:
-            if name not in rules:
-                raise _unknown_parameter(name, body, rules)
-    for name in [name for name in rules if name in body or name in required]:
-        value = body.get(name)
-        if value is not None or name in required:
+    for name in body if strict else ():
+        if name not in rules:
+            others = [other for other in rules if other not in body and abs(len(other) - len(name)) < 3]
+            distance, other = min(((_distance(name, other), other) for other in others), default=(3, ""))
+            hint = f" Did you mean '{other}'?" if distance < 3 else ""
+            raise _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
+    given = {**dict.fromkeys(needed), **body}
+    for name in filter(given.__contains__, rules):
+        if (value := given[name]) is not None or name in needed:
             rules[name](value, name, body)
-
-
-def _unknown_parameter(name: str, body: dict[str, Any], known: Iterable[str]) -> APIError:
-    near = [(_distance(name, other), other) for other in known if other not in body and abs(len(other) - len(name)) < 3]
-    distance, other = min(near, default=(3, ""))
-    hint = f" Did you mean '{other}'?" if distance < 3 else ""
-    return _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
 
 
 def _distance(left: str, right: str) -> int:
@@ -1423,24 +1262,19 @@ def _check_conversation(items: list[Any], start: int, reasons: bool = True, stor
     whether the response will be: then what belongs to reasoning must be named (R).
     """
     facts = [
-        _ItemFacts(_string(_item_type(item)), *(_string(item.get(name)) for name in ("id", "call_id", "role")))
+        _ItemFacts(*map(_string, (_item_type(item), item.get("id"), item.get("call_id"), item.get("role"))))
         for item in map(_dict, items)
     ]
-    _check_ids(facts, start)
-    if not any(item.type in _OPAQUE for item in facts):
-        _check_calls(facts, start)
-    _check_reasoning(facts, start, reasons, stored)
-
-
-def _check_ids(facts: list[_ItemFacts], start: int) -> None:
-    """I: no id comes twice."""
-    seen: set[str] = set()
-    for index, item in enumerate(facts):
-        if item.id in seen and index >= start:
+    seen = {item.id for item in facts[:start]}
+    for item in facts[start:]:
+        if item.id and item.id in seen:  # I
             words = f"Duplicate item found with id {item.id}. Remove duplicate items from your input and try again."
             raise _bad_request(words, "input")
-        if item.id:
-            seen.add(item.id)
+        seen.add(item.id)
+    if not any(item.type in _OPAQUE for item in facts):
+        _check_calls(facts, start)
+    if any(seen):  # what has no id is new: it belongs to no reasoning
+        _check_reasoning(facts, start, reasons, stored)
 
 
 def _check_calls(facts: list[_ItemFacts], start: int) -> None:
@@ -1449,38 +1283,29 @@ def _check_calls(facts: list[_ItemFacts], start: int) -> None:
     answered = {item.call_id for item in facts if item.type.endswith("_call_output")}
     for item in facts[start:]:
         if item.type == "function_call_output" and item.call_id not in called:
-            words = f"No tool call found for function call output with call_id {item.call_id}."
-            raise _bad_request(words, "input")
+            raise _bad_request(f"No tool call found for function call output with call_id {item.call_id}.", "input")
     for item in facts:
         if item.type == "function_call" and item.call_id not in answered:
             raise _bad_request(f"No tool output found for function call {item.call_id}.", "input")
 
 
 def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored: bool) -> None:
-    """R, I*: a reasoning item goes with what the model said after it. What has no id is new: nothing belongs to it."""
+    """R, I*: a reasoning item goes with what the model said after it."""
     before = False  # whether reasoning has come since the user spoke
-    for index, item in enumerate(facts):
+    for index, (item, after) in enumerate(pairwise([*facts, _ItemFacts("message", "", "", "user")])):
         if item.type == "reasoning" or item.type in _OPAQUE:
             before = True
         elif item.role not in ("", "assistant"):
             before = False
-        if index < start or not item.id:
-            continue
-        if item.type == "reasoning" and _ends_turn(facts, index, stored):
-            words = f"Item '{item.id}' of type 'reasoning' was provided without its required following item."
+        # What follows is none of the model's, nor is a message without an id where it is to be stored.
+        ends = after.role not in ("", "assistant") or after.type.endswith("_output")
+        ends = ends or (stored and after.role == "assistant" and not after.id)
+        lacks = "following" if item.type == "reasoning" and ends else ""
+        if item.type == "web_search_call" and reasons and not before:
+            lacks = "'reasoning'"  # to which the API adds the missing item's id
+        if lacks and item.id and index >= start:
+            words = f"Item '{item.id}' of type '{item.type}' was provided without its required {lacks} item."
             raise _bad_request(words, "input")
-        if item.type == "web_search_call" and reasons and not before:  # the API adds the missing item's id
-            words = f"Item '{item.id}' of type 'web_search_call' was provided without its required 'reasoning' item."
-            raise _bad_request(words, "input")
-
-
-def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
-    """Whether nothing of the model's follows an item; a message without an id is none where it is to be stored."""
-    if index + 1 == len(facts):
-        return True
-    after = facts[index + 1]
-    nameless = stored and after.role == "assistant" and not after.id
-    return nameless or after.type.endswith("_output") or after.role not in ("", "assistant")
 
 
 # ---- What a handler answers ------------------------------------------------------------------------------------------
@@ -1491,16 +1316,14 @@ def _ends_turn(facts: list[_ItemFacts], index: int, stored: bool) -> bool:
 _TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
 
 
-def _split_text(text: str) -> tuple[str, ...]:
+@lru_cache(4096)
+def _short_tokens(text: str) -> tuple[str, ...]:
     return tuple(_TOKEN.findall(text))
 
 
-_split_short = lru_cache(4096)(_split_text)  # what a list of Texts or a generator gives is short, and comes again
-
-
 def _tokens(text: str) -> tuple[str, ...]:
-    """The word-sized pieces that a stream sends of a text; joined, they are the text."""
-    return _split_short(text) if len(text) <= 32 else _split_text(text)
+    """The word-sized pieces that a stream sends of a text; joined, they are the text. Short texts come again."""
+    return _short_tokens(text) if len(text) <= 32 else tuple(_TOKEN.findall(text))
 
 
 class _Next(str):
@@ -1553,6 +1376,7 @@ class _Utterance:
     sent = 0  # characters of a text, in the stream so far
     opened = False  # Responses: the events before the first delta are sent
     status = "in_progress"
+    form: _Form | None = None  # of the delta events of its section
 
     def __init__(self, part: _Spoken, position: int) -> None:
         self.part = part
@@ -1561,7 +1385,6 @@ class _Utterance:
         self.annotations: list[_JSON] = []
         self.cited = 0  # of them, in the stream so far
         self.sources: list[str] = []  # found by a web search, and not named in the text yet
-        self.forms: dict[int, tuple[str, list[str]]] = {}  # of its delta events, by section: see _Deltas
         self.position = position  # output_index in Responses
 
     @property
@@ -1573,25 +1396,43 @@ class _Utterance:
         first, *others = _sections(self.pieces)
         self.pieces[:] = [first, *map(_Next, others)]
 
-    @property
-    def whole(self) -> _Spoken:
-        return self.part._with(self.pieces)
 
-
-def _defaults(each: Any) -> tuple[Any, ...]:
-    return (each.default,) if each.default_factory is MISSING else (each.default_factory(),)
+# What a field may be, by its annotation.
+_FIELD_KINDS: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": int, "float": _SECONDS, "str | None": _WORD, "Mapping[str, Any] | None": (type(None), Mapping),
+}  # fmt: skip
 
 
 class _Part:
     """A part of an answer."""
 
     __slots__ = ()
+    _kinds: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # of its fields
+
+    def __init_subclass__(cls) -> None:
+        kinds = {name: _FIELD_KINDS[kind] for name, kind in cls.__annotations__.items() if kind in _FIELD_KINDS}
+        cls._kinds = {**cls._kinds, **kinds}
+
+    def __post_init__(self) -> None:
+        for name, kind in self._kinds.items():
+            value = getattr(self, name)
+            fits = isinstance(value, kind)
+            if not fits or kind is _SECONDS or (kind is int and value < 0):  # seldom
+                _check_fields(self, **{name: (value, kind)})
+
+    def _set(self, **fields: object) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @override
     def __repr__(self) -> str:
         """What makes it: the fields that are not what they are by themselves."""
-        shown = [each.name for each in fields(cast(Any, self)) if getattr(self, each.name) not in _defaults(each)]
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+        shown: list[str] = []
+        for each in sorted(fields(cast(Any, self)), key=lambda each: bool(each.kw_only)):
+            value = getattr(self, each.name)
+            if each.repr and value != each.default and (value or each.default_factory is MISSING):
+                shown.append(f"{each.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _act(self, answer: _Delivery) -> None:
         """Does what a part does that is not said by the model."""
@@ -1609,7 +1450,7 @@ class _Spoken(_Part):
 
     def split(self) -> list[Self]:
         """The fragments that a stream sends: parts of the same kind, word-sized, the first with the name and id."""
-        return list(self._cut(self._fragments()))
+        return list(self._cut(self._texts(cut=True)))
 
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
@@ -1619,23 +1460,16 @@ class _Spoken(_Part):
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
-        return self._gather(fragment)._with([*self._pieces, *fragment._pieces])
+        return self._gather(fragment)._with([*self._texts(), *fragment._texts()])
 
     def _gather(self, fragment: _Spoken) -> Self:
         """This part with what a fragment after it has beside its text."""
         return self
 
-    @property
-    def _pieces(self) -> list[str]:
-        return [getattr(self, self._grows)]
-
-    def _fragments(self) -> Sequence[str]:
-        """Its text in word-sized pieces, as a stream sends a part that is alone."""
-        return _tokens(self._pieces[0])
-
-    def _as_given(self) -> Sequence[str]:
-        """Its text in one piece, as a stream sends a part that is a fragment itself."""
-        return [piece for piece in self._pieces if piece]
+    def _texts(self, cut: bool = False) -> Sequence[str]:
+        """Its text as a stream sends it: as it is given, or cut into words, as that of a part that is alone."""
+        text = getattr(self, self._grows)
+        return _tokens(text) if cut or not text else (text,)
 
     def _with(self, pieces: Sequence[str]) -> Self:
         """This part with another text."""
@@ -1650,13 +1484,14 @@ class _Spoken(_Part):
         return [self._with(texts[:1]), *map(self._more, texts[1:])] if texts else [self]
 
     def _continues(self, opened: _Spoken) -> bool:
-        return type(opened) is type(self) and opened.choice == self.choice
+        """Whether it goes on with what this part opened."""
+        return False
 
     # Chat Completions: deltas, and the message's fields.
 
     def _chat_role(self, item: _Utterance) -> _JSON:
         """The delta that opens a choice."""
-        return {"role": "assistant", "content": "", "refusal": None}
+        raise NotImplementedError
 
     def _chat_head(self, item: _Utterance) -> _JSON | None:
         """The delta that opens this part, where it needs one beside the role's."""
@@ -1674,83 +1509,123 @@ class _Spoken(_Part):
         """The item: whole, as in output_item.done and in the response, or nothing said, as in output_item.added."""
         raise NotImplementedError
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        """The events before the deltas of a section: their types, and the keys that are their own."""
+    def _opening(self, item: _Utterance) -> _Events:
+        """The events before the deltas of a section."""
         return []
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         raise NotImplementedError
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         """The events after the deltas of a section."""
         return []
 
 
-_PHASES = (None, "commentary", "final_answer")
+_Events: TypeAlias = "list[tuple[str, _JSON]]"  # their types, and the keys that are their own
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class _MessagePart(_Spoken):
     """What Text and Refusal share: a message item with one content part."""
 
-    __slots__ = ()
-    _prefix = "msg_"
-    _grows = "text"
-    _type: ClassVar[str]  # of the content part, and of its events
-    _key: ClassVar[str]  # of the text in both
     text: str
-    annotations: Sequence[Mapping[str, Any]] = ()
+    _: KW_ONLY
+    choice: int = 0
+    annotations: Sequence[Mapping[str, Any]] = field(default=(), init=False)  # of a Text
     logprobs: Sequence[Mapping[str, Any]] | None = None
     phase: str | None = None
     id: str | None = None
 
+    _prefix = "msg_"
+    _grows = "text"
+    _type: ClassVar[str]  # of the content part, and of its events
+    _key: ClassVar[str]  # of the text in both
+    _chat_key: ClassVar[str]
+
     def __post_init__(self) -> None:
-        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0:  # thousands in a stream
-            _check_fields(self, text=(self.text, str), choice=(self.choice, int))
-        if self.id is not None:
-            _check_fields(self, id=(self.id, str))
+        if type(self.text) is not str or type(self.choice) is not int or self.choice < 0 or self.id is not None:
+            _Part.__post_init__(self)  # thousands of a stream do without
         if self.annotations:
-            object.__setattr__(self, "annotations", tuple(map(_annotation, self.annotations)))
+            self._set(annotations=tuple(map(_annotation, self.annotations)))
         if self.logprobs is not None:
-            object.__setattr__(self, "logprobs", tuple(map(_entry, self.logprobs)))
-        if self.phase not in _PHASES:
+            self._set(logprobs=tuple(map(_entry, self.logprobs)))
+        if self.phase not in (None, "commentary", "final_answer"):
             raise ValueError(f"a phase is 'commentary' or 'final_answer', not {self.phase!r}")
 
-    def _fragments(self) -> Sequence[str]:
-        return _tokens(self.text) or ("",)
+    def _gather(self, fragment: _Spoken) -> Self:
+        more = cast(_MessagePart, fragment)
+        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
+        gathered = replace(self, logprobs=logprobs)
+        gathered._set(annotations=(*self.annotations, *more.annotations))
+        return gathered
 
-    def _as_given(self) -> Sequence[str]:
-        return (self.text,)
+    def _texts(self, cut: bool = False) -> Sequence[str]:
+        if not cut:
+            return (self.text,)
+        if self.logprobs is not None:
+            tokens = [entry["token"] for entry in self.logprobs]
+            return tokens if tokens and "".join(tokens) == self.text else (self.text,)
+        texts: list[str] = []
+        at = 0
+        spans = [(each.get("start_index"), each.get("end_index")) for each in self.annotations]
+        for begin, end in sorted((begin, end) for begin, end in spans if begin is not None and end is not None):
+            if at <= begin < end <= len(self.text):  # the API does not split a citation (R)
+                texts += [*_tokens(self.text[at:begin]), self.text[begin:end]]
+                at = end
+        return [*texts, *_tokens(self.text[at:])] or ("",)
 
     def _more(self, text: str) -> Self:
-        return type(self)(text, choice=self.choice)  # type: ignore[call-arg]  # both take these
+        return type(self)(text, choice=self.choice)
+
+    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
+        fragments = [self._with(texts[:1]), *map(self._more, texts[1:])]
+        if self.logprobs is None or len(self.logprobs) != len(texts):
+            return fragments
+        return [replace(part, logprobs=[entry]) for part, entry in zip(fragments, self.logprobs, strict=True)]
 
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
             return False
         return self.phase in (None, opened.phase) and self.id in (None, opened.id)
 
+    def _chat_role(self, item: _Utterance) -> _JSON:
+        return {"role": "assistant", "content": None, "refusal": None, self._chat_key: ""}
+
+    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
+        return {self._chat_key: text}
+
+    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
+        before = message[self._chat_key] or ""
+        message[self._chat_key] = before + item.text
+        for each in item.annotations:
+            if each["type"] == "url_citation":
+                moved = {key: each.get(key, 0) + len(before) for key in ("end_index", "start_index")}
+                told = {key: value for key, value in {**each, **moved}.items() if key != "type"}
+                message["annotations"].append({"type": "url_citation", "url_citation": told})
+
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         content = [self._content_part(item)] if whole else []
-        if whole and item.entries and self._type == "output_text":
+        if whole and item.entries and "logprobs" in content[0]:
             content[0]["logprobs"] = [_rounded(entry) for entry in item.entries]
         phase = self.phase or ("final_answer" if encoder.model.phase else None)
         status = item.status if whole else encoder.added_status
         told: _JSON = {"id": item.id, "type": "message", "status": status, "content": content}
-        return {**told, "phase": phase, "role": "assistant"} if phase else {**told, "role": "assistant"}
+        return {**told, **({"phase": phase} if phase else {}), "role": "assistant"}
 
     def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
-        raise NotImplementedError
+        return {"type": self._type, self._key: item.text if whole else ""}
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _opening(self, item: _Utterance) -> _Events:
         part = self._content_part(item, whole=False)
         return [("response.content_part.added", {"content_index": 0, "item_id": item.id, "part": part})]
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        where = {"content_index": 0, "item_id": item.id}
-        logprobs = {"logprobs": item.entries} if self._type == "output_text" else {}
+    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
+        return f"response.{self._type}.delta", {"content_index": 0, "item_id": item.id}
+
+    def _closing(self, item: _Utterance) -> _Events:
         return [
-            (f"response.{self._type}.done", {**where, **logprobs, self._key: item.text}),
-            ("response.content_part.done", {**where, "part": self._content_part(item)}),
+            (f"response.{self._type}.done", {**self._delta(item)[1], self._key: item.text}),
+            ("response.content_part.done", {"content_index": 0, "item_id": item.id, "part": self._content_part(item)}),
         ]
 
 
@@ -1790,99 +1665,30 @@ class Text(_MessagePart):
       with another phase or id than the one before it begins a new message.
     """
 
-    text: str
     _: KW_ONLY
-    choice: int = 0
     annotations: Sequence[Mapping[str, Any]] = ()
-    logprobs: Sequence[Mapping[str, Any]] | None = None
-    phase: str | None = None
-    id: str | None = None
 
     _type = "output_text"
     _key = "text"
-
-    def _fragments(self) -> Sequence[str]:
-        if self.logprobs is not None:
-            tokens = [entry["token"] for entry in self.logprobs]
-            return tokens if "".join(tokens) == self.text else (self.text,)
-        spans = sorted(
-            (each["start_index"], each["end_index"])
-            for each in self.annotations
-            if {"start_index", "end_index"} <= each.keys()
-        )
-        texts: list[str] = []
-        at = 0
-        for begin, end in spans:  # the API does not split a citation (R)
-            if at <= begin < end <= len(self.text):
-                texts += [*_tokens(self.text[at:begin]), self.text[begin:end]]
-                at = end
-        return [*texts, *_tokens(self.text[at:])] or ("",)
-
-    def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
-        if self.logprobs is None or len(self.logprobs) != len(texts):
-            return [self._with(texts[:1]), *map(self._more, texts[1:])]
-        pairs = zip(texts, self.logprobs, strict=True)
-        first, *others = (type(self)(text, choice=self.choice, logprobs=[entry]) for text, entry in pairs)
-        return [replace(first, annotations=self.annotations, phase=self.phase, id=self.id), *others]
-
-    def _gather(self, fragment: _Spoken) -> Self:
-        more = cast(Text, fragment)
-        logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
-        return replace(self, annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
-
-    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        return {"content": text}
-
-    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
-        before = message["content"] or ""
-        message["content"] = before + item.text
-        for each in item.annotations:
-            if each["type"] == "url_citation":
-                moved = {key: value for key, value in each.items() if key != "type"}
-                for key in ("end_index", "start_index"):
-                    moved[key] = moved.get(key, 0) + len(before)
-                message["annotations"].append({"type": "url_citation", "url_citation": moved})
+    _chat_key = "content"
 
     def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
         annotations, text = ([*item.annotations], item.text) if whole else ([], "")
         return {"type": "output_text", "annotations": annotations, "logprobs": [], "text": text}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.output_text.delta", {"content_index": 0, "logprobs": []}
+        return "response.output_text.delta", {"content_index": 0, "item_id": item.id, "logprobs": item.entries}
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class Refusal(_MessagePart):
     """The model refuses, in these words (`message.refusal`; a refusal content part in Responses).
 
     `logprobs`, `phase` and `id` as in Text.
     """
 
-    text: str
-    _: KW_ONLY
-    choice: int = 0
-    logprobs: Sequence[Mapping[str, Any]] | None = None
-    phase: str | None = None
-    id: str | None = None
-
-    _type = "refusal"
-    _key = "refusal"
+    __slots__ = ()
+    _type = _key = _chat_key = "refusal"
     _padded = False
-
-    def _chat_role(self, item: _Utterance) -> _JSON:
-        return {"role": "assistant", "content": None, "refusal": ""}
-
-    def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        return {"refusal": text}
-
-    def _chat_message(self, item: _Utterance, message: _JSON) -> None:
-        message["refusal"] = (message["refusal"] or "") + item.text
-
-    def _content_part(self, item: _Utterance, whole: bool = True) -> _JSON:
-        return {"type": "refusal", "refusal": item.text if whole else ""}
-
-    def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.refusal.delta", {"content_index": 0}
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -1907,40 +1713,26 @@ class Reasoning(_Spoken):
     ) -> None:
         for summary in summaries:
             _check_fields(self, summary=(summary, str))
-        _check_fields(self, encrypted_content=(encrypted_content, _WORD), text=(text, str), id=(id, _WORD))
-        for key, value in (
-            ("summaries", summaries if any(summaries) else ()),
-            ("encrypted_content", encrypted_content),
-            ("text", text),
-            ("id", id),
-        ):
-            object.__setattr__(self, key, value)
+        self._set(summaries=summaries if any(summaries) else (), encrypted_content=encrypted_content, text=text, id=id)
+        self.__post_init__()
 
     @property
     def summary(self) -> str:
         """All summaries, one below the other."""
         return "\n\n".join(self.summaries)
 
-    @property
-    def _pieces(self) -> list[str]:
-        first, *others = self.summaries or ("",)
-        return [first, *map(_Next, others)]
-
-    def _fragments(self) -> Sequence[str]:
+    def _texts(self, cut: bool = False) -> Sequence[str]:
         texts: list[str] = []
-        for piece in self._pieces:
-            cut = _tokens(piece) or ("",)
-            texts += [type(piece)(cut[0]), *cut[1:]]
-        return texts if texts != [""] else ()
-
-    def _as_given(self) -> Sequence[str]:
-        return [piece for piece in self._pieces if piece or isinstance(piece, _Next)]
+        for at, summary in enumerate(self.summaries):
+            first, *others = (cut and _tokens(summary)) or (summary,)
+            texts += [_Next(first) if at else first, *others]
+        return texts
 
     def _with(self, pieces: Sequence[str]) -> Reasoning:
         return Reasoning(*_sections(pieces), encrypted_content=self.encrypted_content, text=self.text, id=self.id)
 
     def _more(self, text: str) -> Reasoning:
-        return Reasoning("", text) if isinstance(text, _Next) else Reasoning(text)
+        return Reasoning(*_sections([text]))
 
     def _continues(self, opened: _Spoken) -> bool:
         if not isinstance(opened, Reasoning) or self.text:
@@ -1948,17 +1740,16 @@ class Reasoning(_Spoken):
         return self.encrypted_content in (None, opened.encrypted_content) and self.id in (None, opened.id)
 
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        secret = self.encrypted_content or encoder.secret(item)  # it differs each time it is sent (R)
         summaries = _sections(item.pieces) if whole and item.pieces else []
         return {
             "id": item.id,
             "type": "reasoning",
             "content": [{"type": "reasoning_text", "text": self.text}] if whole and self.text else [],
-            "encrypted_content": secret,
+            "encrypted_content": self.encrypted_content or encoder.secret(item),  # it differs each time it is sent (R)
             "summary": [{"type": "summary_text", "text": text} for text in summaries],
         }
 
-    def _thought(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _thought(self, item: _Utterance) -> _Events:
         """The events of the text (S; none was recorded)."""
         where = {"content_index": 0, "item_id": item.id}
         part = {"type": "reasoning_text", "text": ""}
@@ -1969,38 +1760,40 @@ class Reasoning(_Spoken):
             ("response.content_part.done", {**where, "part": {**part, "text": self.text}}),
         ]
 
-    def _opening(self, item: _Utterance) -> list[tuple[str, _JSON]]:
-        where = {"item_id": item.id, "summary_index": item.section}
+    def _opening(self, item: _Utterance) -> _Events:
         part = {"type": "summary_text", "text": ""}
         thought = self._thought(item) if self.text and item.section == 0 else []
-        return [*thought, ("response.reasoning_summary_part.added", {**where, "part": part})]
+        return [*thought, ("response.reasoning_summary_part.added", {**self._delta(item)[1], "part": part})]
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
-        return "response.reasoning_summary_text.delta", {"summary_index": item.section}
+        return "response.reasoning_summary_text.delta", {"item_id": item.id, "summary_index": item.section}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         if not item.pieces:
             return self._thought(item) if self.text else []
-        where, text = {"item_id": item.id, "summary_index": item.section}, _sections(item.pieces)[item.section]
+        where, text = self._delta(item)[1], _sections(item.pieces)[item.section]
         return [
             ("response.reasoning_summary_text.done", {**where, "text": text}),
             ("response.reasoning_summary_part.done", {**where, "part": {"type": "summary_text", "text": text}}),
         ]
 
 
+@dataclass(frozen=True, slots=True, repr=False)
 class _Call(_Spoken):
     """What ToolCall and CustomToolCall share. A call without a name goes on with the one before it."""
 
-    __slots__ = ()
+    name: str
+    _: KW_ONLY
+    id: str | None = None
+    choice: int = 0
+    namespace: str | None = None
+    caller: Mapping[str, Any] | None = None
+
     _key: ClassVar[str]  # in Chat Completions: the call's type, and the key of its name and arguments
     _type: ClassVar[str]  # of the item in Responses
-    name: str
-    id: str | None
-    namespace: str | None
-    caller: Mapping[str, Any] | None
 
     def _more(self, text: str) -> Self:
-        return replace(self, name="", **{self._grows: text})  # type: ignore[type-var]
+        return replace(self._with([text]), name="")
 
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
@@ -2017,14 +1810,12 @@ class _Call(_Spoken):
         return {"role": "assistant", "content": None, **head, **({} if item.legacy else {"refusal": None})}
 
     def _chat_head(self, item: _Utterance) -> _JSON | None:
-        if item.legacy:
-            return {"function_call": {"name": self.name, "arguments": ""}}
-        return {"tool_calls": [{"index": item.index, **self._chat_call(item, "")}]}
+        call = {"index": item.index, **self._chat_call(item, "")}
+        return {"function_call": {"name": self.name, "arguments": ""}} if item.legacy else {"tool_calls": [call]}
 
     def _chat_delta(self, item: _Utterance, text: str) -> _JSON:
-        if item.legacy:
-            return {"function_call": {"arguments": text}}
-        return {"tool_calls": [{"index": item.index, self._key: {self._grows: text}}]}
+        call = {"index": item.index, self._key: {self._grows: text}}
+        return {"function_call": {"arguments": text}} if item.legacy else {"tool_calls": [call]}
 
     def _chat_message(self, item: _Utterance, message: _JSON) -> None:
         if item.legacy:
@@ -2033,24 +1824,22 @@ class _Call(_Spoken):
             message["tool_calls"].append(self._chat_call(item, item.text))
 
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
-        keys: _JSON = {self._grows: item.text if whole else "", "call_id": item.call_id, "name": self.name}
-        if self.namespace is not None:
-            keys["namespace"] = self.namespace
-        if self.caller is not None:
-            keys["caller"] = _by_key({"type": "program", **self.caller})
+        caller = None if self.caller is None else _by_key({"type": "program", **self.caller})
+        keys: _JSON = {"call_id": item.call_id, "caller": caller, "name": self.name, "namespace": self.namespace}
+        keys[self._grows] = item.text if whole else ""
         # What a program calls stays "in_progress" (R).
-        status = item.status if whole and self.caller is None else "in_progress"
-        return {"id": item.id, "type": self._type, "status": status, **dict(sorted(keys.items()))}
+        told: _JSON = {
+            "id": item.id,
+            "type": self._type,
+            "status": item.status if whole and not caller else "in_progress",
+        }
+        return {**told, **{key: keys[key] for key in sorted(keys) if keys[key] is not None}}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return f"response.{self._type}_{self._grows}.delta", {}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _closing(self, item: _Utterance) -> _Events:
         return [(f"response.{self._type}_{self._grows}.done", {self._grows: item.text, "item_id": item.id})]
-
-    def _check(self) -> None:
-        _check_fields(self, name=(self.name, str), id=(self.id, _WORD), choice=(self.choice, int))
-        _check_fields(self, namespace=(self.namespace, _WORD), caller=(self.caller, (Mapping, type(None))))
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -2062,12 +1851,7 @@ class ToolCall(_Call):
     tells the `namespace` of the function, and the `caller`, as {"caller_id": "call_..."}: a program's.
     """
 
-    name: str
     arguments: str
-    id: str | None
-    choice: int
-    namespace: str | None
-    caller: Mapping[str, Any] | None
     _ours: bool = field(init=False, repr=False, compare=False)  # the JSON is: its spaces may follow the API's habit
 
     _grows = "arguments"
@@ -2086,12 +1870,9 @@ class ToolCall(_Call):
         caller: Mapping[str, Any] | None = None,
     ) -> None:
         _check_fields(self, arguments=(arguments, (str, Mapping)))
-        ours = not isinstance(arguments, str)
         text = arguments if isinstance(arguments, str) else _dumps(dict(arguments))
-        values = (name, text, id, choice, namespace, caller, ours)
-        for key, value in zip(self.__slots__, values, strict=True):
-            object.__setattr__(self, key, value)
-        self._check()
+        self._set(arguments=text, _ours=text is not arguments)
+        _Call.__init__(self, name, id=id, choice=choice, namespace=namespace, caller=caller)
 
     def _spaced(self) -> ToolCall:
         """This call among several, whose arguments the API writes with spaces (R), unless the text was given."""
@@ -2104,22 +1885,12 @@ class ToolCall(_Call):
 class CustomToolCall(_Call):
     """The model calls a custom tool, whose input is free text. The other fields, and "" as a name: as in ToolCall."""
 
-    name: str
     input: str = ""
-    _: KW_ONLY
-    id: str | None = None
-    choice: int = 0
-    namespace: str | None = None
-    caller: Mapping[str, Any] | None = None
 
     _grows = "input"
     _prefix = "ctc_"
     _key = "custom"
     _type = "custom_tool_call"
-
-    def __post_init__(self) -> None:
-        _check_fields(self, input=(self.input, str))
-        self._check()
 
 
 class _Made(NamedTuple):
@@ -2130,7 +1901,6 @@ class _Made(NamedTuple):
     hex: bool = False
 
 
-_CALL_ID = _Made("call_", 24)
 _SECRET = _Made("gAAAAAB", 160)
 
 
@@ -2140,7 +1910,7 @@ class _ItemType(NamedTuple):
     prefix: str  # of the id
     keys: Mapping[str, Any] = {}  # that are there also where they are not given
     added: Mapping[str, Any] | None = {}  # by path, what output_item.added has instead; None: it has no such keys
-    steps: str = ""  # the events of its own, see _steps
+    steps: str = ""  # the events of its own
     status: str | None = "completed"
     asked: tuple[str, str] = ("", "")  # the path of what only `include` asks for, and its name there
 
@@ -2148,7 +1918,7 @@ class _ItemType(NamedTuple):
 # In the steps of an item, `a` is the event response.TYPE.a; `b.delta < key` tells the key's text in one piece, and
 # `b.delta << key` in many; `b.done = key` tells it whole. {end} is "failed" for an item that has failed.
 # fmt: off
-_CALLED: _JSON = {"call_id": _CALL_ID}
+_CALLED: _JSON = {"call_id": _Made("call_", 24)}
 _STAGES = "in_progress, searching, completed"
 _ITEM_TYPES: dict[str, _ItemType] = {
     "apply_patch_call": _ItemType(
@@ -2187,7 +1957,6 @@ _ITEM_TYPES: dict[str, _ItemType] = {
                                  asked=("action.sources", "web_search_call.action.sources")),
 }
 # fmt: on
-_ANY_ITEM = _ItemType("item_")
 
 
 def _at(value: Any, path: str) -> Any:
@@ -2205,62 +1974,46 @@ def _put(value: _JSON, path: str, new: Any) -> _JSON:
     return {**value, key: _put(_dict(value[key]), rest, new) if rest else new}
 
 
-def _typed_first(key: str, value: Any) -> Any:
-    """A value of an item, its keys as the API orders them; `arguments` are the model's own."""
-    return _by_key(cast(_JSON, value)) if key != "arguments" and "type" in _dict(value) else value
-
-
 def _joined(value: Any) -> str:
     """A text that may be given in the pieces that a stream sends of it."""
     return "".join(cast("Sequence[str]", value)) if isinstance(value, (list, tuple)) else value
 
 
-def _steps(kind: str, steps: str, fields: Mapping[str, Any], end: str) -> Iterator[tuple[str, _JSON]]:
-    """The events of an item's own, as its row names them: their types, and the keys that are their own."""
-    for step in filter(None, steps.format(end=end).split(", ")):
-        name, sign, path = (*step.split(" "), "", "")[:3]
-        value = _at(fields, path) if path else None
-        if sign == "*":
-            yield from _REPEATED_STEPS[name](value or [])
-        elif not sign:
-            yield f"response.{kind}.{name}", {}
-        elif value is None:  # a deleted file has no diff
-            continue
-        elif sign == "=":
-            yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
-        else:
-            given: Sequence[Any] = cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else [value]
-            for text in _tokens(value) if sign == "<<" and isinstance(value, str) else given:
-                yield f"response.{name}", {"delta": text}
+def _pieces(value: Any, cut: bool = True) -> Sequence[Any]:
+    """These pieces: as they are given, or word-sized where the text is to be cut."""
+    if isinstance(value, (list, tuple)):
+        return cast("Sequence[Any]", value)
+    return _tokens(value) if cut and isinstance(value, str) else [value]
 
 
 _IMAGE_KEYS = ("background", "output_format", "quality", "size")  # that each partial image tells
 
 
-def _partial_images(images: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
+def _partial_images(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    shown = {key: fields[key] for key in _IMAGE_KEYS if key in fields}
+    images: Sequence[Any] = fields.get("partial_images") or ()
     for index, image in enumerate(images):
         told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
-        yield "response.image_generation_call.partial_image", {**told, "partial_image_index": index}
+        yield "response.image_generation_call.partial_image", {**shown, **told, "partial_image_index": index}
 
 
-def _shell_commands(commands: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, command in enumerate(commands):
+def _shell_commands(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, command in enumerate(_at(fields, "action.commands") or ()):
         where = {"command_index": index, "item_id": None}  # these have no item_id (R)
         yield "response.shell_call_command.added", {**where, "command": ""}
-        for text in _tokens(command) if isinstance(command, str) else command:
-            yield "response.shell_call_command.delta", {**where, "delta": text}
+        yield from (("response.shell_call_command.delta", {**where, "delta": text}) for text in _pieces(command))
         yield "response.shell_call_command.done", {**where, "command": _joined(command)}
 
 
-def _shell_outputs(outputs: Sequence[Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, output in enumerate(outputs):
+def _shell_outputs(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+    for index, output in enumerate(fields.get("output") or ()):
         for stream in ("stdout", "stderr"):
             if text := _dict(output).get(stream):
                 yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
-        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(outputs)}
+        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(fields["output"])}
 
 
-_REPEATED_STEPS: dict[str, Callable[[Sequence[Any]], Iterator[tuple[str, _JSON]]]] = {
+_REPEATED_STEPS: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, _JSON]]]] = {
     "partial_image": _partial_images,
     "shell_call_command": _shell_commands,
     "shell_call_output_content": _shell_outputs,
@@ -2281,13 +2034,12 @@ class Item(_Spoken):
     fields: Mapping[str, Any]
 
     def __init__(self, type: str, **fields: Any) -> None:
-        _check_fields(self, type=(type, str))
+        self._set(type=type, fields=fields)
+        self.__post_init__()
         if type in ("message", "function_call", "custom_tool_call", "reasoning"):
             raise ValueError(
                 f"Item({type!r}): what the model says is Text, Refusal, ToolCall, CustomToolCall, Reasoning"
             )
-        object.__setattr__(self, "type", type)
-        object.__setattr__(self, "fields", fields)
 
     @override
     def __hash__(self) -> int:
@@ -2295,7 +2047,7 @@ class Item(_Spoken):
 
     @property
     def _row(self) -> _ItemType:
-        return _ITEM_TYPES.get(self.type, _ANY_ITEM)
+        return _ITEM_TYPES.get(self.type, _ItemType("item_"))
 
     @property
     def _prefix(self) -> str:  # type: ignore[override]
@@ -2315,51 +2067,52 @@ class Item(_Spoken):
         """Whether this is a search of the web, as the API counts them."""
         return self.type == "web_search_call" and _at(self.fields, "action.type") in (None, "search")
 
-    @property
-    def _pieces(self) -> list[str]:
-        return []
-
-    def _fragments(self) -> Sequence[str]:
+    def _texts(self, cut: bool = False) -> Sequence[str]:
         return ()
 
     def _with(self, pieces: Sequence[str]) -> Self:
         return self
 
-    def _continues(self, opened: _Spoken) -> bool:
-        return False
-
     def _item(self, item: _Utterance, encoder: _ResponsesEncoder, whole: bool) -> _JSON:
         row = self._row
         fields: _JSON = {**({"status": row.status} if row.status else {}), **row.keys, **self.fields}
-        for key, value in fields.items():
-            if isinstance(value, _Made):
-                fields[key] = encoder.made(item, key, value)
-        for path in re.findall(r"delta <<? ([\w.]+)", row.steps):
-            fields = _put(fields, path, _joined(_at(fields, path)))
-        if self.type == "shell_call":
-            fields = _put(fields, "action.commands", [_joined(each) for each in _list(_at(fields, "action.commands"))])
-        fields.pop("partial_images", None)
+        fields |= {key: encoder.made(item, key, value) for key, value in fields.items() if isinstance(value, _Made)}
+        for sign, path in re.findall(r"([<*]) ([\w.]+)", row.steps):
+            given = _at(fields, path)
+            fields = _put(fields, path, [_joined(each) for each in given or ()] if sign == "*" else _joined(given))
         if not whole:
             for path, value in {"status": "in_progress", **(row.added or {})}.items():
                 fields = _put(fields, path, value)
             if row.added is None:
                 fields = {"status": fields["status"]}
         path, name = row.asked
-        if path and not encoder.includes(name):
+        if path and name not in encoder.include:
             holder, _, key = path.rpartition(".")
             kept = {each: value for each, value in _dict(_at(fields, holder)).items() if each != key}
             fields = _put(fields, holder, kept) if holder else _put(fields, path, None)
+        # `type` comes first in what is typed, but for arguments: these are the model's own.
+        fields |= {key: _by_key(fields[key]) for key in fields.keys() - {"arguments"} if "type" in _dict(fields[key])}
         status = {"status": fields.pop("status")} if "status" in fields else {}
-        told = {key: _typed_first(key, fields[key]) for key in sorted(fields) if key != "id"}
-        return {"id": item.id, "type": self.type, **status, **told}
+        others = {key: fields[key] for key in sorted(fields.keys() - {"id", "partial_images"})}
+        return {"id": item.id, "type": self.type, **status, **others}
 
-    def _closing(self, item: _Utterance) -> list[tuple[str, _JSON]]:
+    def _steps(self) -> Iterator[tuple[str, _JSON]]:
+        """The events of its own, as its row names them."""
         failed = self.fields.get("status") == "failed" or self.fields.get("error") is not None
-        steps = _steps(self.type, self._row.steps, self.fields, "failed" if failed else "completed")
-        told = [(kind, {"item_id": item.id, **fields}) for kind, fields in steps]
-        if self.type == "image_generation_call":
-            shown = {key: self.fields[key] for key in _IMAGE_KEYS if key in self.fields}
-            told = [(kind, {**shown, **each} if "partial_image_index" in each else each) for kind, each in told]
+        steps = self._row.steps.format(end="failed" if failed else "completed")
+        for name, sign, path in re.findall(r"([\w.]+)(?: (\S+) ([\w.]+))?", steps):
+            value = _at(self.fields, path)
+            if not sign:
+                yield f"response.{self.type}.{name}", {}
+            elif sign == "*":
+                yield from _REPEATED_STEPS[name](self.fields)
+            elif sign == "=" and value is not None:  # a deleted file has no diff
+                yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
+            elif value is not None:
+                yield from ((f"response.{name}", {"delta": text}) for text in _pieces(value, sign == "<<"))
+
+    def _closing(self, item: _Utterance) -> _Events:
+        told = ((kind, {"item_id": item.id, **own}) for kind, own in self._steps())
         return [(kind, {key: value for key, value in each.items() if value is not None}) for kind, each in told]
 
 
@@ -2407,9 +2160,7 @@ _REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Finish(_Part):
-    """Why the answer ends. Without it: "tool_calls" where tools were called ("function_call" if they were `functions`),
-    else "stop".
-    """
+    """Why the answer ends; without it "tool_calls" ("function_call" for `functions`) after a call, else "stop"."""
 
     reason: _Reason
     _: KW_ONLY
@@ -2418,7 +2169,7 @@ class Finish(_Part):
     def __post_init__(self) -> None:
         if self.reason not in _REASONS:
             raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
-        _check_fields(self, choice=(self.choice, int))
+        _Part.__post_init__(self)
 
     def _act(self, answer: _Delivery) -> None:
         answer.encoder.finish[self.choice] = self.reason
@@ -2440,9 +2191,7 @@ class Usage(_Part):
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def __post_init__(self) -> None:
-        parts = {"cached_tokens": (self.cached_tokens, int), "reasoning_tokens": (self.reasoning_tokens, int)}
-        whole = {"prompt_tokens": (self.prompt_tokens, int), "completion_tokens": (self.completion_tokens, int)}
-        _check_fields(self, **whole, **parts)
+        _Part.__post_init__(self)
         for side, tokens in self.details.items():
             if side not in ("prompt", "completion"):
                 raise ValueError(f'Usage has details of "prompt" and "completion", not {side!r}: {tokens!r}')
@@ -2461,9 +2210,6 @@ class Pause(_Part):
     """Nothing happens for so many seconds. What was said before is on the wire by then; stop() ends the wait."""
 
     seconds: float
-
-    def __post_init__(self) -> None:
-        _check_fields(self, seconds=(self.seconds, _SECONDS))
 
     def _act(self, answer: _Delivery) -> None:
         answer.pause(self.seconds)
@@ -2488,7 +2234,7 @@ class Raw(_Part):
 
     def __post_init__(self) -> None:
         _check_fields(self, data=(self.data, (bytes, bytearray, memoryview)))
-        object.__setattr__(self, "data", bytes(self.data))
+        self._set(data=bytes(self.data))
 
     def _act(self, answer: _Delivery) -> None:
         answer.sink.raw(self.data)
@@ -2508,14 +2254,9 @@ class StreamError(_Part):
     param: str | None = None
     event: bool = True
 
-    def __post_init__(self) -> None:
-        _check_fields(self, message=(self.message, str), type=(self.type, str))
-        _check_fields(self, code=(self.code, _WORD), param=(self.param, _WORD))
-
     def _act(self, answer: _Delivery) -> None:
-        error = APIError(500, self.message, type=self.type, code=self.code, param=self.param)
         answer.encoder.error_event = self.event
-        answer.fail(error)
+        answer.fail(APIError(500, self.message, type=self.type, code=self.code, param=self.param))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -2549,18 +2290,6 @@ def _copy_hint(value: object) -> str:
     return f"; it is of another copy of openai_fake, {other}, than this server, {__file__}: import one of them only"
 
 
-def _is_content(value: object) -> bool:
-    iterable = isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping))
-    return iterable or isinstance(value, (str, _Part, Stream, Completion, AsyncIterable))
-
-
-def _check_content(value: object, whole: bool = False) -> None:
-    """Raises TypeError for what is no answer. `whole`: it may be one that has an envelope."""
-    if not (_is_content(value) or (whole and (isinstance(value, (Reply, Mapping)) or hasattr(value, "model_dump")))):
-        known = "a str, a part, a list or generator of parts, a Stream, a Reply, a recorded answer or an APIError"
-        raise TypeError(f"{_short(repr(value))} is no answer; an answer is {known}{_copy_hint(value)}")
-
-
 class Reply:
     """An answer with its envelope: what is said, and the id, model, time and headers around it.
 
@@ -2584,39 +2313,40 @@ class Reply:
         ttft: float | None = None,
         itl: float | None = None,
     ) -> None:
-        numbers = {"created": (created, _NUMBER), "ttft": (ttft, _SECONDS), "itl": (itl, _SECONDS)}
-        _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
+        if (id, model, created, ttft, itl) != (None,) * 5:  # seldom
+            numbers = {"created": (created, _NUMBER), "ttft": (ttft, _SECONDS), "itl": (itl, _SECONDS)}
+            _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
         inner: Any = parts[0] if len(parts) == 1 else None
         if isinstance(inner, Mapping) or hasattr(inner, "model_dump"):
             inner = recorded(cast(object, inner))
         if not isinstance(inner, Reply):
-            inner = None
             for part in parts:
-                if type(part) is not str:
-                    _check_content(part)
-        self.parts = cast("Sequence[_Content]", parts if inner is None else inner.parts)
-        self.id: str | None = id or getattr(inner, "id", None)
-        self.model: str | None = model or getattr(inner, "model", None)
-        self.created: int | None = getattr(inner, "created", None) if created is None else created
+                kind, known = type(part), (_Part, Stream, Completion, Iterable, AsyncIterable)
+                if kind is not str and (not issubclass(kind, known) or issubclass(kind, (bytes, bytearray, Mapping))):
+                    raise TypeError(
+                        f"{_short(repr(part))} is no answer; an answer is a str, a part, a list or generator of parts, "
+                        f"a Stream, a Reply, a recorded answer or an APIError{_copy_hint(part)}"
+                    )
+            inner = inner if isinstance(inner, Completion) else None
+        self.parts = cast("Sequence[_Content]", getattr(inner, "parts", parts))
+        self.id: str | None = id or getattr(inner, "id", None) or None
+        self.model: str | None = model or getattr(inner, "model", None) or None
+        self.created: int | None = (getattr(inner, "created", None) or None) if created is None else created
         self.headers: Mapping[str, str] = _header_fields(headers) if headers else getattr(inner, "headers", {})
         self.extra: Mapping[str, Any] = {**getattr(inner, "extra", {}), **(extra or {})}
-        self.only = only
-        self.ttft = ttft
-        self.itl = itl
+        self.only, self.ttft, self.itl = only, ttft, itl
         self._fragments: bool = getattr(inner, "_fragments", False)  # whether all parts are fragments, sent as given
 
     def _known(self) -> list[_Part] | None:
         """The parts, where they are all known before anything is sent; None where they come in time."""
         known: list[_Part] = []
         for content in self.parts:
-            if isinstance(content, (str, _Part)):
-                known.append(_part(content))
-            elif isinstance(content, Completion):
-                known.extend(content._parts())
-            elif isinstance(content, (list, tuple)):
-                known.extend(map(_part, content))
+            if isinstance(content, Completion):
+                known += content._parts()
+            elif isinstance(content, (str, _Part, list, tuple)):
+                known += map(_part, content if isinstance(content, (list, tuple)) else [content])
             else:
                 return None
         return known
@@ -2630,8 +2360,6 @@ def _reply(answer: Any) -> Reply:
         raise answer
     if answer is None:
         raise ValueError("handler returned empty response: None (forgot `return`?)")
-    if isinstance(answer, Completion):
-        return Reply(answer, id=answer.id or None, model=answer.model or None, created=answer.created or None)
     try:
         return Reply(answer)
     except (TypeError, ValueError) as error:
@@ -2642,12 +2370,13 @@ def _wait(changed: threading.Condition, ready: Callable[[], bool], timeout: floa
     """Whether `ready` within so many seconds. Raises RuntimeError where this wait is itself what it waits for."""
     loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", bool)()
     patience = min(timeout, _LOOP_PATIENCE) if loop else timeout
-    if not changed.wait_for(ready, patience) and patience < timeout:
-        raise RuntimeError(
-            f"{call}() blocks the event loop that runs on this thread, so that the loop's client cannot go on: "
-            f"use `await asyncio.to_thread({call})`"
-        )
-    return ready()
+    with changed:
+        if not changed.wait_for(ready, patience) and patience < timeout:
+            raise RuntimeError(
+                f"{call}() blocks the event loop that runs on this thread, so that the loop's client cannot go on: "
+                f"use `await asyncio.to_thread({call})`"
+            )
+        return ready()
 
 
 _END: Any = object()  # in a Stream's queue: close() was called
@@ -2657,16 +2386,17 @@ _WAKE: Any = object()  # in a Stream's queue: look whether the client has left
 class Stream:
     """A live answer: a test sends its parts, from any thread, while the client reads.
 
-    It serves one request; a second one is an error. A Stream that is never closed is an error when the server stops,
-    unless the test was told that the client has left, or when its client has waited for the next part for `timeout`
-    seconds (None: for ever). The waits block their thread: in a coroutine, `await asyncio.to_thread(stream.flush)`.
+    It serves one request, which is `request` once it came; a second one is an error. A Stream that is never closed is
+    an error when the server stops, unless the test was told that the client has left, or when its client has waited for
+    the next part for `timeout` seconds (None: for ever). The waits block their thread: in a coroutine, `await
+    asyncio.to_thread(stream.flush)`.
     """
 
     def __init__(self, *, timeout: float | None = 30.0) -> None:
         self._timeout = timeout
         self._queue: queue.SimpleQueue[_Part] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the fields below, and tells when they change
-        self._request: Request | None = None
+        self.request: Request | None = None
         self._sent = 0  # parts, and the end
         self._taken = 0  # parts, by the answer
         self._written = 0  # of what was sent, on the wire
@@ -2683,7 +2413,7 @@ class Stream:
         with self._changed:
             if self._ended:
                 raise RuntimeError("send() on a Stream that has ended: close() or fail() was called before")
-            if self._left_early():
+            if self.disconnected:
                 return False
             self._sent += len(checked)
             for part in checked:
@@ -2708,54 +2438,40 @@ class Stream:
 
         Raises TimeoutError after `timeout` seconds.
         """
-        with self._changed:
-            if not _wait(self._changed, lambda: self._gone or self._written >= self._sent, timeout, "stream.flush"):
-                missing = self._sent - self._written
-                why = "no request has come" if self._request is None else "the client does not read"
-                raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
-            return self._written >= self._sent or not self._left_early()
-
-    @property
-    def request(self) -> Request | None:
-        """The request that this Stream answers; None until it came."""
-        return self._request
+        if not _wait(self._changed, lambda: self._gone or self._written >= self._sent, timeout, "stream.flush"):
+            missing = self._sent - self._written
+            why = "no request has come" if self.request is None else "the client does not read"
+            raise TimeoutError(f"{missing} of {self._sent} parts are not on the wire after {timeout} s: {why}")
+        return self._written >= self._sent or not self.disconnected
 
     def wait_request(self, timeout: float = 5.0) -> Request:
         """Waits for the request that this Stream answers. Raises TimeoutError after `timeout` seconds."""
-        with self._changed:
-            if not _wait(self._changed, lambda: self._request is not None, timeout, "stream.wait_request"):
-                raise TimeoutError(f"no request came for this Stream in {timeout} s")
-            return cast(Request, self._request)
+        if not _wait(self._changed, lambda: self.request is not None, timeout, "stream.wait_request"):
+            raise TimeoutError(f"no request came for this Stream in {timeout} s")
+        return cast(Request, self.request)
 
     @property
     def disconnected(self) -> bool:
         """Whether the client has left before the end."""
-        return self._left_early()
+        self._noticed = self._noticed or self._gone
+        return self._gone
 
     def wait_disconnected(self, timeout: float = 5.0) -> bool:
         """Waits until the client has left. Returns False if it has not after `timeout` seconds, or never came."""
-        with self._changed:
-            return _wait(self._changed, self._left_early, timeout, "stream.wait_disconnected")
-
-    def _left_early(self) -> bool:
-        """Whether the client has left, as the test is told."""
-        self._noticed = self._noticed or self._gone
-        return self._gone
+        return _wait(self._changed, lambda: self.disconnected, timeout, "stream.wait_disconnected")
 
     def _check_closed(self) -> None:
         if not self._ended and not self._noticed:
             raise RuntimeError(
-                f"a Stream was never closed, for {self._request!r}: close() ends it; where the client is to leave "
+                f"a Stream was never closed, for {self.request!r}: close() ends it; where the client is to leave "
                 "first, look whether it has, by wait_disconnected() or `disconnected`"
             )
 
     def _serve(self, request: Request) -> None:
         with self._changed:
-            if self._request is not None:
-                raise RuntimeError(
-                    f"a Stream serves one request: it has served {self._request!r}, now came {request!r}"
-                )
-            self._request = request
+            if self.request is not None:
+                raise RuntimeError(f"a Stream serves one request: it has served {self.request!r}, now came {request!r}")
+            self.request = request
             self._changed.notify_all()
 
     def _on_wire(self, count: int) -> None:
@@ -2765,8 +2481,7 @@ class Stream:
 
     def _left(self) -> None:
         with self._changed:
-            if not (self._ended and self._written >= self._sent):
-                self._gone = True
+            self._gone = not (self._ended and self._written >= self._sent)
             self._changed.notify_all()
 
 
@@ -2786,8 +2501,8 @@ class Script:
         if (when is None) != (otherwise is None):
             raise TypeError("a Script takes when=function and otherwise=answer together, or neither")
         for answer in answers if otherwise is None else (*answers, otherwise):
-            if not (callable(answer) or isinstance(answer, APIError)):
-                _check_content(answer, whole=True)
+            if not (callable(answer) or isinstance(answer, (APIError, Mapping)) or hasattr(answer, "model_dump")):
+                Reply(answer)  # raises TypeError for what is no answer
         self._answers = answers
         self._when = when
         self._otherwise = otherwise
@@ -2806,9 +2521,8 @@ class Script:
         return answer(request) if callable(answer) else answer
 
     def _check_used(self) -> None:
-        unused, known = self._answers[self._next :], len(self._answers)
-        if unused:
-            raise AssertionError(f"unused answers of the Script, {len(unused)} of {known}: {unused!r}")
+        if unused := self._answers[self._next :]:
+            raise AssertionError(f"unused answers of the Script, {len(unused)} of {len(self._answers)}: {unused!r}")
 
 
 def echo(request: Request) -> str:
@@ -2843,12 +2557,7 @@ class _Sample:
         """A value that fits. Raises ValueError where it cannot make one."""
         try:
             return self.make(schema)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-        ) as error:  # it is no schema, or of huge numbers
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # no schema, or one of huge numbers
             self.fail(schema, f"an instance ({error})")
 
     def make(self, schema: Any, depth: int = 0) -> Any:
@@ -2895,9 +2604,9 @@ class _Sample:
 
     def choose(self, options: list[Any], depth: int) -> list[Any]:
         """The first of some schemas that is not null; below, the first that ends."""
-        nested = [each for each in options if "$ref" in each or each.get("type") in ("object", "array")]
-        rather = [each for each in options if each.get("type") != "null"] if depth < _DEEP else []
-        return [*rather, *(each for each in options if each not in nested), *options][:1]
+        if depth < _DEEP:
+            return sorted(options, key=lambda each: each.get("type") == "null")[:1]
+        return sorted(options, key=lambda each: "$ref" in each or each.get("type") in ("object", "array"))[:1]
 
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
@@ -2942,13 +2651,11 @@ class _Sample:
         return float(low + high) / 2
 
     def string(self, schema: _JSON, depth: int) -> str:
-        least, most = schema.get("minLength", 0), schema.get("maxLength", _LARGE)
-        given = (
-            _FORMATS.get(schema.get("format", "")) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
-        )
-        texts = [given.ljust(least, "s"), *_FORMATS.values()]
+        least, most, form = schema.get("minLength", 0), schema.get("maxLength", _LARGE), schema.get("format", "")
+        words = _FORMATS.get(form) or self.words(2 + least // 2)[: max(least, min(most, 40))].strip()
+        texts = [words.ljust(least, "s"), *_FORMATS.values()]
         if "pattern" in schema:
-            if schema.get("format") in _FORMATS:
+            if form in _FORMATS:
                 self.fail(schema, "a text of a format and a pattern")
             try:
                 texts = [*_matching(schema["pattern"], least, min(most, _LARGE))]
@@ -2966,6 +2673,7 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
     By construction: to search them, with a pattern that a client sent, could take for ever.
     """
     parsed = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse").parse(pattern)
+    compiler = import_module("re._compiler" if sys.version_info >= (3, 11) else "sre_compile")
 
     def text(tree: Any, more: int, first: bool, last: bool) -> str:
         made = ""
@@ -2974,7 +2682,7 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
             if kind == "IN":
                 lows: list[Any] = [each[0] if isinstance(each, tuple) else each for _, each in value]
                 own = [chr(each) for each in lows if type(each) is int]
-                fitting = [each for each in (*own, *_PRINTABLE) if is_in(value, each)]
+                fitting = [*filter(compiler.compile(tree[at : at + 1]).match, (*own, *_PRINTABLE))]
                 if not fitting:
                     raise ValueError("no printable character is in a class of it")
                 made += fitting[0]
@@ -2982,24 +2690,11 @@ def _matching(pattern: str, least: int, most: int) -> Iterator[str]:
                 made += chr(value) if kind == "LITERAL" else next(each for each in "ab" if value != ord(each))
             elif kind in ("MAX_REPEAT", "MIN_REPEAT"):
                 made += text(value[2], more, False, False) * (value[0] + min(more, value[1] - value[0]))
-            elif kind == "SUBPATTERN":
-                made += text(value[-1], more, begins, ends)
-            elif kind == "BRANCH":
-                made += text(value[1][0], more, begins, ends)
+            elif kind in ("SUBPATTERN", "BRANCH"):
+                made += text(value[-1] if kind == "SUBPATTERN" else value[1][0], more, begins, ends)
             elif kind != "AT" or not {"AT_BEGINNING": begins, "AT_END": ends}.get(str(value)):
                 raise ValueError(f"{kind.lower()} is in it")
         return made[: _LARGE + 1]  # of repeats in repeats, which may be too long to hold
-
-    def is_in(items: Any, character: str) -> bool:
-        found, negated = False, str(items[0][0]) == "NEGATE"
-        for code, value in items[negated:]:
-            if str(code) == "CATEGORY":
-                sign = str(value).rpartition("_")[2][0].lower()  # CATEGORY_NOT_DIGIT
-                found |= bool(re.match("\\" + (sign.upper() if "NOT" in str(value) else sign), character))
-            else:
-                low, high = value if str(code) == "RANGE" else (value, value)
-                found |= low <= ord(character) <= high
-        return found != negated
 
     for more in (1, 0, *range(2, 21), least, most):
         yield text(parsed, min(more, 1_000), True, True)
@@ -3043,9 +2738,8 @@ def auto(request: Request, *, tokens: int = 32) -> list[Text | ToolCall | Custom
     if tool is not None and tool.type == "custom":
         return [CustomToolCall(tool.name, _Sample(None, rng).words(4))]
     if tool is not None:
-        return [
-            ToolCall(tool.name, _Sample(tool.parameters, rng).instance({"type": "object", **_dict(tool.parameters)}))
-        ]
+        schema = {"type": "object", **_dict(tool.parameters)}
+        return [ToolCall(tool.name, _Sample(schema, rng).instance(schema))]
     options = request.options
     wanted = _dict(options.get("response_format") or _dict(options.get("text")).get("format"))
     if wanted.get("type") in ("json_schema", "json_object"):
@@ -3087,6 +2781,9 @@ class Chunk(_Part):
     model: str = ""
     usage: Usage | None = None
 
+    def __post_init__(self) -> None:
+        """It is sent as it is given."""
+
     def _act(self, answer: _Delivery) -> None:
         answer.chunk(self)
 
@@ -3095,9 +2792,7 @@ class Chunk(_Part):
         for choice in self.choices:
             if choice.delta:
                 parts.append(Text(choice.delta, choice=choice.index))
-            parts += [
-                ToolCall(call.name, call.arguments, id=call.id, choice=choice.index) for call in choice.tool_calls
-            ]
+            parts += [replace(call, choice=choice.index) for call in choice.tool_calls]
             if choice.finish_reason:
                 parts.append(Finish(choice.finish_reason, choice=choice.index))
         return parts + ([self.usage] if self.usage else [])
@@ -3129,9 +2824,7 @@ class Completion:
             message = choice.message
             if message.text or not message.tool_calls:
                 parts.append(Text(message.text, choice=choice.index))
-            for call in message.tool_calls:
-                text = call.arguments if isinstance(call, ToolCall) else call.input
-                parts.append(type(call)(call.name, text, id=call.id, choice=choice.index))
+            parts += [replace(call, choice=choice.index) for call in message.tool_calls]
             parts.append(Finish(choice.finish_reason, choice=choice.index))
         return parts + ([self.usage] if self.usage else [])
 
@@ -3171,11 +2864,9 @@ def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
 
 def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     """A chunk that calls a function: choice 0, call index 0, id `call_...`."""
-    ids = _Ids(random.getrandbits)
+    ids, created = _Ids(random.getrandbits), int(_Clock.time())
     call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
-    return Chunk(
-        [ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=int(_Clock.time()), model="gpt-4"
-    )
+    return Chunk([ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=created, model="gpt-4")
 
 
 # ---- Answers in the API's own JSON -----------------------------------------------------------------------------------
@@ -3193,12 +2884,14 @@ def recorded(data: object) -> Reply:
     try:
         if isinstance(value, list):
             events = [_dict(event) for event in _list(value)]
-            chat = any("choices" in event for event in events)
-            return _recorded_chunks(events) if chat else _recorded_events(events)
-        read = _RECORDED.get(_string(_dict(value).get("object")))
-        if read is None:
-            raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
-        return read(_dict(value))
+            chat = any("choices" in event or [*event] == ["error"] for event in events)
+            return _recorded_chunks(events, "delta") if chat else _recorded_events(events)
+        kind = _dict(value).get("object")
+        if kind == "chat.completion":
+            return _recorded_chunks([value], "message")
+        if kind == "response":
+            return _recorded_events([{"type": "response.completed", "response": value}])
+        raise ValueError(f"it is no chat.completion, no response and no stream of either: {_short(repr(value))}")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         missing = "a key is missing: " if isinstance(error, KeyError) else ""
         raise ValueError(f"recorded(...) cannot say this again: {missing}{error}") from None
@@ -3218,20 +2911,18 @@ def _plain_json(data: Any) -> Any:
         return [json.loads(line) for line in lines if line != "[DONE]"]
     if isinstance(data, (list, tuple)):
         return [_plain_json(each) for each in cast("Sequence[Any]", data)]
-    dump = getattr(data, "model_dump", None)
-    return dump(mode="json", exclude_unset=True) if callable(dump) else data
+    return data.model_dump(mode="json", exclude_unset=True) if hasattr(data, "model_dump") else data
 
 
 def _only(value: Any, known: str, path: str) -> _JSON:
     """A JSON object with no other keys than these that say something. Raises ValueError for others."""
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no object: {_short(repr(value))}")
-    found = cast(_JSON, value)
     said = (*known.split(), "parsed", "parsed_arguments")  # these the SDK makes of what came
-    for key, each in found.items():
+    for key, each in _dict(value).items():
         if key not in said and each not in (None, [], {}):
             raise ValueError(f"{path}.{key} is nothing that an answer is known to say: {_short(repr(each))}")
-    return found
+    return _dict(value)
 
 
 def _recorded_usage(usage: Any, names: Sequence[str]) -> list[_Part]:
@@ -3251,18 +2942,8 @@ _CHAT_KEYS = "id object created model choices usage service_tier system_fingerpr
 _MESSAGE_KEYS = "role content refusal annotations audio tool_calls function_call"
 
 
-def _recorded_chat(body: _JSON) -> Reply:
-    """Reads a completion: a stream of one chunk, whose deltas are the messages."""
-    choices: list[Any] = []
-    for choice in map(_dict, _list(body.get("choices"))):
-        said = {key: value for key, value in _dict(choice.get("message")).items() if key != "role"}
-        choices.append({**{key: value for key, value in choice.items() if key != "message"}, "delta": said})
-    reply = _recorded_chunks([{**body, "choices": choices}], "message")
-    reply._fragments = False
-    return reply
-
-
-def _recorded_chunks(chunks: list[_JSON], holder: str = "delta") -> Reply:
+def _recorded_chunks(chunks: list[_JSON], holder: str) -> Reply:
+    """Reads a stream of chunks, or a completion, which is one chunk with a "message" in the place of the "delta"."""
     envelope: _JSON = {}
     parts: list[_Part] = []
     audio: _JSON = {}
@@ -3271,79 +2952,55 @@ def _recorded_chunks(chunks: list[_JSON], holder: str = "delta") -> Reply:
         if "error" in chunk:
             parts.append(_recorded_error(chunk["error"], True))
             continue
-        envelope = {**_only(chunk, _CHAT_KEYS, path), **envelope}
-        envelope["moderation"] = chunk.get("moderation", envelope.get("moderation"))
-        for number, each in enumerate(_list(chunk.get("choices"))):
+        envelope |= {key: each for key, each in _only(chunk, _CHAT_KEYS, path).items() if envelope.get(key) is None}
+        for number, choice in enumerate(_list(chunk.get("choices"))):
             where = f"{path}.choices[{number}]"
-            choice = _only(each, "index delta logprobs finish_reason", where)
-            _only(choice.get("delta", {}), _MESSAGE_KEYS, f"{where}.{holder}")
-            _read_delta(choice, parts, audio, f"{where}.{holder}")
+            _read_choice(_only(choice, f"index {holder} logprobs finish_reason", where), holder, parts, audio, where)
         parts += _recorded_usage(chunk.get("usage"), ("prompt", "completion"))
     if audio:
         parts.insert(0, Item("audio", **audio))
     kept = ("service_tier", "system_fingerprint", "moderation")
-    extra = {
-        key: value for key, value in envelope.items() if key in kept and (value is not None or key != "moderation")
-    }
+    extra = {key: each for key, each in envelope.items() if key in kept}
     id, model, created = envelope.get("id"), envelope.get("model"), envelope.get("created")
     reply = Reply(*parts, id=id, model=model, created=created, extra=extra)
-    reply._fragments = True
+    reply._fragments = holder == "delta"
     return reply
 
 
-def _read_delta(choice: _JSON, parts: list[_Part], audio: _JSON, path: str) -> None:
-    """Adds to the parts what a delta, or a message, says."""
-    delta, index = _dict(choice.get("delta")), choice.get("index", 0)
+def _read_choice(choice: _JSON, holder: str, parts: list[_Part], audio: _JSON, path: str) -> None:
+    """Adds to the parts what the delta, or the message, of a choice says."""
+    path = f"{path}.{holder}"
+    delta, index = _only(choice.get(holder, {}), _MESSAGE_KEYS, path), choice.get("index", 0)
+    opens = holder == "delta" and "role" in delta
     for key, say in (("content", Text), ("refusal", Refusal)):
         text = delta.get(key)
-        if text or (text is not None and "role" not in delta):  # else it opens the choice, and says nothing yet
+        if text or (text is not None and not opens):  # else it opens the choice, and says nothing yet
             logprobs = _dict(choice.get("logprobs")).get(key) or None
             parts.append(say(text, choice=index, logprobs=logprobs))
-    if delta.get("annotations"):
-        _read_annotations(_list(delta["annotations"]), index, parts, path)
+    if delta.get("annotations"):  # their places are in all that the choice has said
+        at = next((at for at, each in enumerate(parts) if isinstance(each, Text) and each.choice == index), None)
+        if at is None:
+            raise ValueError(f"{path}.annotations come before any text")
+        first = cast(Text, parts[at])
+        parts[at] = replace(first, annotations=(*first.annotations, *map(_dict, _list(delta["annotations"]))))
     for key, value in _dict(delta.get("audio")).items():
         audio[key] = audio[key] + value if key in ("data", "transcript") and key in audio else value
     calls = _list(delta.get("tool_calls"))
     for call in [*calls, {"function": delta["function_call"]}] if delta.get("function_call") else calls:
-        kind, key, make = (
-            ("custom", "input", CustomToolCall) if "custom" in call else ("function", "arguments", ToolCall)
-        )
-        about = call.get(kind)
+        make = CustomToolCall if "custom" in call else ToolCall
+        about = call.get(make._key)
         if not isinstance(about, dict):
             raise ValueError(f"{path}.tool_calls has what is no call: {_short(repr(call))}")
-        name, text = _dict(about).get("name") or "", _dict(about).get(key) or ""
+        name, text = _dict(about).get("name") or "", _dict(about).get(make._grows) or ""
         parts.append(make(name, text, id=call.get("id"), choice=index))
     if choice.get("finish_reason"):
         parts.append(Finish(choice["finish_reason"], choice=index))
 
 
-def _read_annotations(annotations: list[Any], choice: int, parts: list[_Part], path: str) -> None:
-    """Gives annotations to the texts in which they stand: their places are in all that the choice has said."""
-    texts: list[tuple[int, int]] = []  # of each text: where it begins, and the position of its last fragment
-    length, goes_on = 0, False
-    for at, part in enumerate(parts):
-        if isinstance(part, Text) and part.choice == choice:
-            texts = [*texts[:-1], (texts[-1][0], at)] if goes_on else [*texts, (length, at)]
-            length += len(part.text)
-        if isinstance(part, _Spoken) and part.choice == choice:
-            goes_on = isinstance(part, Text)
-    for annotation in map(_annotation, map(_dict, annotations)):
-        begin = annotation.get("start_index", 0)
-        base, at = max((text for text in texts if text[0] <= begin), default=(0, -1))
-        if at < 0:
-            raise ValueError(f"{path}.annotations come before any text")
-        moved = {
-            key: value - base if key in ("start_index", "end_index") else value for key, value in annotation.items()
-        }
-        text = cast(Text, parts[at])
-        parts[at] = replace(text, annotations=(*text.annotations, moved))
-
-
 def _recorded_error(error: Any, event: bool) -> StreamError:
     told = _dict(error)
-    code = told.get("code")
-    kind = told.get("type") or "server_error"
-    return StreamError(_string(told.get("message")), type=kind, code=code, param=told.get("param"), event=event)
+    about: _JSON = {"type": told.get("type") or "server_error", "code": told.get("code"), "param": told.get("param")}
+    return StreamError(_string(told.get("message")), **about, event=event)
 
 
 def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
@@ -3357,7 +3014,8 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
     if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
-    extra = {key: value for key, value in body.items() if key not in _ECHOED and value is not None}
+    echoed = _ECHO.split()
+    extra = {key: value for key, value in body.items() if key not in echoed and value is not None}
     created = body.get("created_at")  # of the SDK a float
     return Reply(*parts, id=body.get("id"), model=body.get("model"), created=created and int(created), extra=extra)
 
@@ -3369,18 +3027,10 @@ _ECHO = """
     previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning safety_identifier
     temperature text tool_choice tools top_logprobs top_p truncation usage user
 """
-_ECHOED = frozenset(_ECHO.split())
 
 
-def _recorded_response(body: _JSON) -> Reply:
-    parts = [
-        part for at, item in enumerate(_list(body.get("output"))) for part in _recorded_item(item, f"output[{at}]")
-    ]
-    return _response_reply(body, parts)
-
-
-def _recorded_item(value: Any, path: str) -> list[_Part]:
-    """The parts of a whole output item."""
+def _recorded_item(value: Any, path: str) -> _Spoken:
+    """The part that a whole output item is."""
     item = _dict(value)
     kind = item.get("type")
     if kind == "message":
@@ -3391,145 +3041,120 @@ def _recorded_item(value: Any, path: str) -> list[_Part]:
             raise ValueError(f"{path}.content has {len(contents)} parts, where the API's messages have one")
         content = _dict(contents[0])
         if content.get("type") == "refusal":
-            return [Refusal(content.get("refusal", ""), **about)]
+            return Refusal(content.get("refusal", ""), **about)
         _only(content, "type annotations logprobs text", f"{path}.content[0]")
         notes = content.get("annotations") or ()
-        return [Text(content.get("text", ""), annotations=notes, logprobs=content.get("logprobs") or None, **about)]
+        return Text(content.get("text", ""), annotations=notes, logprobs=content.get("logprobs") or None, **about)
     if kind == "reasoning":
         _only(item, "id type status content encrypted_content summary", path)
         summaries = [_dict(each).get("text", "") for each in _list(item.get("summary"))]
         thought = "".join(_dict(each).get("text", "") for each in _list(item.get("content")))
-        return [Reasoning(*summaries, encrypted_content=item.get("encrypted_content"), text=thought, id=item.get("id"))]
+        return Reasoning(*summaries, encrypted_content=item.get("encrypted_content"), text=thought, id=item.get("id"))
     if kind in _CALL_TYPES:
-        make, key = _CALL_TYPES[kind]
-        _only(item, f"id type status call_id name namespace caller {key}", path)
-        call_id, caller = item.get("call_id"), item.get("caller")
-        return [make(item["name"], item[key], id=call_id, namespace=item.get("namespace"), caller=caller)]
+        make = _CALL_TYPES[kind]
+        about = {"id": item.get("call_id"), "namespace": item.get("namespace"), "caller": item.get("caller")}
+        _only(item, f"id type status call_id name namespace caller {make._grows}", path)
+        return make(item["name"], item[make._grows], **about)
     if not isinstance(kind, str):
         raise ValueError(f"{path} is no output item: {_short(repr(value))}")
-    return [Item(**item)]
+    return Item(**item)
 
 
-_CALL_TYPES: dict[Any, tuple[type[ToolCall | CustomToolCall], str]] = {
-    "function_call": (ToolCall, "arguments"),
-    "custom_tool_call": (CustomToolCall, "input"),
-}
+_CALL_TYPES: dict[Any, type[ToolCall | CustomToolCall]] = {each._type: each for each in (ToolCall, CustomToolCall)}
 # Events that repeat what others say, or only tell how far an item has come.
 _REPEATS = re.compile(
-    r"response\.(created|queued|in_progress|completed|incomplete|failed|content_part\.(added|done)"
-    r"|reasoning_summary_part\.(added|done)|\w+\.done|\w+\.(in_progress|searching|generating|interpreting|completed|failed)|shell_call_command\.added)"
+    r"response\.(created|queued|in_progress|completed|incomplete|failed|reasoning_text\.delta"
+    r"|(content_part|reasoning_summary_part|shell_call_command)\.added"
+    r"|\w+\.(done|in_progress|searching|generating|interpreting|completed|failed))"
 )
 
 
-class _RecordedItem:
-    """An item of a recorded stream, as its events tell it."""
+def _streamed_item(item: _JSON, events: list[_JSON], done: _Spoken | None) -> list[Any]:
+    """The parts of an item of a stream, which is given as it was told last: its fragments, as the events have them."""
+    if isinstance(done, Item):
+        return [_in_pieces(done, events)]
+    if not events:
+        return [] if done is None else [done]
+    if item["type"] == "message":
+        item = {**item, "content": [{"type": events[0]["type"].split(".")[1]}]}  # as it opens
+    opening: Any = _recorded_item(item, "output_item.added")
+    if isinstance(opening, Item):  # it was never done, and cannot be said in part
+        return []
+    parts: list[Any] = []
+    section = None
+    for event in events:
+        if "annotation" in event:  # of what was said before it
+            last = parts.pop() if parts else opening
+            parts.append(replace(last, annotations=(*last.annotations, event["annotation"])))
+            continue
+        begins = bool(parts) and event.get("summary_index") != section
+        section = event.get("summary_index")
+        text = _Next(event["delta"]) if begins else event["delta"]
+        part = opening._more(text) if parts else opening._with([text])
+        parts.append(replace(part, logprobs=event["logprobs"]) if event.get("logprobs") else part)
+    return parts
 
-    def __init__(self, item: _JSON) -> None:
-        self.item = item
-        self.parts: list[_Part] = []
-        self.pieces: dict[str, list[Any]] = {}  # of texts that grow, by the event's name
 
-    def grow(self, event: _JSON, name: str) -> None:
-        """Takes in a delta."""
-        kind, delta = self.item.get("type"), event["delta"]
-        opens = not self.parts
-        if kind == "message":
-            make = Refusal if name == "refusal" else Text
-            part = make(delta, logprobs=event.get("logprobs") or None)
-            self.parts.append(replace(part, **self._about()) if opens else part)
-        elif kind == "reasoning" and name == "reasoning_summary_text":
-            begins_next = not opens and event.get("summary_index") != self.item.get("section")
-            self.item["section"] = event.get("summary_index")
-            secret, id = (self.item.get("encrypted_content"), self.item.get("id")) if opens else (None, None)
-            self.parts.append(Reasoning(*([""] if begins_next else []), delta, encrypted_content=secret, id=id))
-        elif kind in _CALL_TYPES:
-            if opens:
-                self.parts += _recorded_item({**self.item, _CALL_TYPES[kind][1]: ""}, "output_item.added")
-            self.parts.append(_CALL_TYPES[kind][0]("", delta))
-        elif kind != "reasoning":  # its text is told whole
-            self.pieces.setdefault(name, []).append((event.get("command_index"), delta))
-
-    def _about(self) -> _JSON:
-        return {"id": self.item.get("id"), "phase": self.item.get("phase")}
-
-    def annotate(self, annotation: _JSON) -> None:
-        """Takes in an annotation, where it belongs: behind what was said."""
-        if not self.parts:
-            self.parts.append(replace(Text(""), **self._about()))
-        last = cast(Text, self.parts[-1])
-        self.parts[-1] = replace(last, annotations=(*last.annotations, annotation))
-
-    def done(self, item: _JSON, path: str) -> None:
-        """Takes in the whole item."""
-        whole = _recorded_item(item, path)
-        if not self.parts:
-            self.parts = whole
-        elif isinstance(whole[0], Reasoning) and whole[0].text:
-            first = cast(Reasoning, self.parts[0])
-            rest = {"encrypted_content": first.encrypted_content, "id": first.id}
-            self.parts[0] = Reasoning(*first.summaries, text=whole[0].text, **rest)
-        for name, pieces in self.pieces.items():
-            fields = dict(cast(Item, self.parts[0]).fields)
-            if name == "shell_call_command":
-                commands = [
-                    [text for index, text in pieces if index == at] for at in range(len(fields["action"]["commands"]))
-                ]
-                fields = _put(fields, "action.commands", commands)
-            for path in re.findall(rf"{name}\.delta <<? ([\w.]+)", cast(Item, self.parts[0])._row.steps):
-                fields = _put(fields, path, [text for _, text in pieces])
-            if name == "partial_image":
-                fields["partial_images"] = [image for _, image in pieces]
-            self.parts = [Item(item["type"], **fields)]
+def _in_pieces(item: Item, events: list[_JSON]) -> Item:
+    """An item with its texts in the pieces that a stream told."""
+    told: dict[str, list[_JSON]] = {}  # by the event's name
+    for event in events:
+        told.setdefault(event["type"].split(".")[1], []).append(event)
+    fields = dict(item.fields)
+    for name, path in re.findall(r"(\w+)\.delta <<? ([\w.]+)", item._row.steps):
+        if name in told:
+            fields = _put(fields, path, [event["delta"] for event in told[name]])
+    if commands := told.get("shell_call_command"):
+        count = len(fields["action"]["commands"])
+        pieces = [[each["delta"] for each in commands if each.get("command_index") == at] for at in range(count)]
+        fields = _put(fields, "action.commands", pieces)
+    if images := told.get("image_generation_call"):
+        keys = (*_IMAGE_KEYS, "partial_image_b64")
+        fields["partial_images"] = [{key: image[key] for key in keys if key in image} for image in images]
+    return Item(item.type, **fields)
 
 
 def _recorded_events(events: list[_JSON]) -> Reply:
-    items: dict[Any, _RecordedItem] = {}
+    """Reads a stream of events; a response is a stream of the one that has it."""
+    items: dict[Any, _JSON] = {}  # by output_index: as they were added, then as they were done
+    told: dict[Any, list[_JSON]] = {}  # what the events between say of them
+    done: dict[Any, _Spoken] = {}
     response: _JSON = {}
     errors: list[_Part] = []
     for at, event in enumerate(events):
-        kind, path = _string(event.get("type")), f"event {at}"
-        name = kind.removeprefix("response.").rpartition(".")[0]
+        kind, index = _string(event.get("type")), event.get("output_index")
         response = event.get("response") or response
-        item = items.get(event.get("output_index"))
         if kind == "response.output_item.added":
-            items[event["output_index"]] = _RecordedItem(dict(event["item"]))
+            items[event["output_index"]], told[index] = event["item"], []
         elif kind == "response.output_item.done":
-            items.setdefault(event["output_index"], _RecordedItem({})).done(event["item"], f"{path}.item")
+            items[event["output_index"]] = event["item"]
+            done[index] = _recorded_item(event["item"], f"event {at}.item")
         elif kind == "error":
             errors.append(_recorded_error(event.get("error", event), True))
-        elif item is not None and kind == "response.output_text.annotation.added":
-            item.annotate(event["annotation"])
-        elif item is not None and kind == "response.image_generation_call.partial_image":
-            told = {key: event[key] for key in (*_IMAGE_KEYS, "partial_image_b64") if key in event}
-            item.pieces.setdefault("partial_image", []).append((None, told))
-        elif item is not None and kind.endswith(".delta"):
-            item.grow(event, name)
         elif not _REPEATS.fullmatch(kind):
-            raise ValueError(f"{path} is of a type that is not known here: {kind!r}")
+            if index not in told or not kind.endswith((".delta", ".annotation.added", ".partial_image")):
+                raise ValueError(f"event {at} is of a type that is not known here: {kind!r}")
+            told[index].append(event)
+    parts: list[_Part] = []
+    for index in sorted(items):
+        parts += _streamed_item(items[index], told.get(index, []), done.get(index))
     if not items:
-        return _recorded_response(response)
-    parts = [part for index in sorted(items) for part in items[index].parts]
+        parts += [_recorded_item(item, f"output[{at}]") for at, item in enumerate(_list(response.get("output")))]
     reply = _response_reply(response, [*parts, *errors])
-    reply._fragments = True
+    reply._fragments = bool(items)
     return reply
-
-
-_RECORDED: dict[str, Callable[[_JSON], Reply]] = {"chat.completion": _recorded_chat, "response": _recorded_response}
 
 
 # ---- What both encoders share ----------------------------------------------------------------------------------------
 
-_ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _NO_SIGNS = bytes.maketrans(b"+/=\n", b"Qx7e")
 
 
+@dataclass(slots=True)
 class _Ids:
     """Random letters and digits, the same again from the same bits."""
 
-    __slots__ = ("bits",)
-
-    def __init__(self, bits: Callable[[int], int]) -> None:
-        self.bits = bits
+    bits: Callable[[int], int]
 
     def hex(self, count: int) -> str:
         return f"{self.bits(4 * count):0{count}x}"
@@ -3538,7 +3163,12 @@ class _Ids:
         size = count * 3 // 4 + 1
         return b2a_base64(self.bits(8 * size).to_bytes(size, "big")).translate(_NO_SIGNS)[:count].decode()
 
+    def uuid4(self) -> str:
+        digits = self.hex(32)
+        return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
+
+_ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _POOL = "".join(random.Random(16).choices(_ALNUM, k=1024 + 16))
 
 
@@ -3579,126 +3209,114 @@ _ALIASES = """
 _PAIRS = (pair.split() for pair in _ALIASES.split(";"))
 _SNAPSHOTS = {alias: alias + name if name.startswith("-") else name for alias, name in _PAIRS}
 
-_CLASSIC: dict[str, Any] = {"logprobs": True, "forced_stop": True, "effort": None, "context": None}
-_OMNI: dict[str, Any] = {**_CLASSIC, "fingerprint": "fp_"}
-_AUDIO: dict[str, Any] = {"fingerprint": "fp_", "audio": True, "effort": None, "context": None}
-_SEARCH: dict[str, Any] = {"fingerprint": "", "service_tier": False, "effort": None, "context": None}
-_LATE: dict[str, Any] = {"top_p": 0.98, "retention": "24h"}
+_CLASSIC = _Model(logprobs=True, forced_stop=True, effort=None, context=None)
+_OMNI = _CLASSIC._replace(fingerprint="fp_")
+_LATE = _Model(top_p=0.98, retention="24h", phase=True)
+_LATEST = _LATE._replace(context="all_turns", cache_writes=True)
 # By the beginning of the name, first match; a model of an unknown name is like gpt-4o, but for forced calls.
-_FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("gpt-3.5", _CLASSIC),
-    ("gpt-4o-audio", _AUDIO),
-    ("gpt-4o-mini-audio", _AUDIO),
-    ("gpt-audio", _AUDIO),
-    ("gpt-4o-search", _SEARCH),
-    ("gpt-4o-mini-search", _SEARCH),
-    ("gpt-4o", _OMNI),
-    ("gpt-4.1", _OMNI),
-    ("gpt-4", _CLASSIC),
-    ("gpt-6", {**_LATE, "context": "all_turns", "phase": True, "cache_writes": True, "programs": True}),
-    ("gpt-5.6", {**_LATE, "context": "all_turns", "phase": True, "cache_writes": True}),
-    ("gpt-5.5", {**_LATE, "phase": True}),
-    ("gpt-5.4", {**_LATE, "effort": "none", "phase": True}),
-    ("gpt-5.3-codex", {**_LATE, "phase": True}),
-    ("gpt-5.2", {**_LATE, "effort": "none"}),
-    ("gpt-5.1-codex-max", {"top_p": 0.985, "effort": "none"}),
-    ("gpt-5.1", {"effort": "none"}),
-    ("gpt-5", {}),
-    ("computer-use", {"retention": None}),
-    ("o3-mini", {"fingerprint": "fp_"}),
-    ("o1", {}),
-    ("o3", {}),
-    ("o4", {}),
-    ("", {**_OMNI, "forced_stop": False}),
-)
+_FAMILIES = {
+    r"gpt-(4o-|4o-mini-)?audio": _Model(fingerprint="fp_", audio=True, effort=None, context=None),
+    r"gpt-4o-(mini-)?search": _Model(fingerprint="", service_tier=False, effort=None, context=None),
+    r"gpt-4(o|\.1)": _OMNI,
+    r"gpt-(3\.5|4)": _CLASSIC,
+    r"gpt-6": _LATEST._replace(programs=True),
+    r"gpt-5\.6": _LATEST,
+    r"gpt-5\.5|gpt-5\.3-codex": _LATE,
+    r"gpt-5\.4": _LATE._replace(effort="none"),
+    r"gpt-5\.2": _LATE._replace(effort="none", phase=False),
+    r"gpt-5\.1-codex-max": _Model(top_p=0.985, effort="none"),
+    r"gpt-5\.1": _Model(effort="none"),
+    r"computer-use": _Model(retention=None),
+    r"o3-mini": _Model(fingerprint="fp_"),
+    r"gpt-5|o[134]": _Model(),
+    r"": _OMNI._replace(forced_stop=False),
+}
 
 
 @lru_cache(256)
 def _family(begin: str) -> _Model:
-    return _Model(**next(traits for name, traits in _FAMILIES if begin.startswith(name)))
-
-
-def _model(name: str) -> _Model:
-    return _family(name[:24])  # what is cached must not be of any size
+    """A model's family; of a name its first 24 characters, for what is cached must not be of any size."""
+    return next(model for pattern, model in _FAMILIES.items() if re.match(pattern, begin))
 
 
 _TIERS = {"flex": "flex", "fast": "priority", "priority": "priority"}
 
-_ALTERNATIVES = [
-    f" {word}"
-    for word in "the a and of to in that it is for on with as at by an be this from or".split()  # noqa: SIM905
-]
+_ALTERNATIVES = re.findall(r" \w+", " the a and of to in that it is for on with as at by an be this from or")
 
 
 def _logprobs(token: str, top: int) -> _JSON:
-    """A token's entry in logprobs, Responses form. The numbers are plausible, and the same for the same token."""
-
-    def entry(token: str, logprob: float) -> _JSON:
-        return {"bytes": list(token.encode("utf-8", "replace")), "logprob": logprob, "token": token}
-
+    """A token's entry in logprobs, made up: plausible numbers, the same for the same token."""
     logprob = -(zlib.crc32(token.encode("utf-8", "replace")) % 2500 + 1) / 1e4
-    others = [other for other in _ALTERNATIVES if other != token][: max(0, top - 1)]
-    ranked = [entry(token, logprob)] + [entry(other, -2.0 - place / 2) for place, other in enumerate(others)]
-    return {**entry(token, logprob), "top_logprobs": ranked[:top]}
+    others = enumerate(other for other in _ALTERNATIVES if other != token)
+    ranked = [(token, logprob), *((other, -2.0 - place / 2) for place, other in others)]
+    tops = [{"token": token, "logprob": logprob} for token, logprob in ranked[: max(0, top)]]
+    return _entry({"token": token, "logprob": logprob, "top_logprobs": tops})
 
-
-class _Deltas:
-    """Delta events in a row that differ in their text, padding and number alone, so that they encode fast.
-
-    The first of an item is encoded with slots in their places; that frame is the form of all others.
-    """
-
-    __slots__ = ("first", "item", "make", "section", "texts")
-
-    def __init__(
-        self, item: _Utterance, texts: Sequence[str], first: int, make: Callable[[str, str, Any], _JSON]
-    ) -> None:
-        self.item = item
-        self.section = item.section
-        self.texts = texts
-        self.first = first  # number of the first event
-        self.make = make  # (text, padding, number) -> event
-
-    def frames(self, frame: Callable[[_Event], str]) -> Iterator[list[str]]:
-        """What `frame` gives for each of the events, some at a time, at a fifth of the time that it would take."""
-        form, order = self.item.forms.get(self.section) or self._form(frame)
-        for at in range(0, len(self.texts), _RUN):
-            texts = self.texts[at : at + _RUN]
-            numbers = range(self.first + at, self.first + at + len(texts))
-            columns: dict[str, Iterable[object]] = {"text": map(_quote, texts), "number": numbers}
-            if "padding" in order:
-                begins = [number * 37 & 1023 for number in numbers]
-                columns["padding"] = [_POOL[b : b + (-len(text) & 15)] for b, text in zip(begins, texts, strict=True)]
-            yield [form % row for row in zip(*(columns[name] for name in order), strict=True)]
-
-    def _form(self, frame: Callable[[_Event], str]) -> tuple[str, list[str]]:
-        """The form of the frames, with %s in the place of what differs, and what these are, in order."""
-        form = frame(self.make(*_SLOTS.values())).replace("%", "%%")
-        order = sorted((name for name in _SLOTS if _SLOTS[name] in form), key=lambda name: form.index(_SLOTS[name]))
-        for name, slot in _SLOTS.items():
-            form = form.replace(slot if name == "padding" else f'"{slot}"', "%s")
-        self.item.forms[self.section] = form, order
-        return form, order
-
-
-_Event: TypeAlias = "_JSON | _Deltas | Literal['[DONE]']"
 
 # What is encoded in the place of what differs; random, so that no text of a user can have it.
-_SLOTS = {name: f"{name} {random.SystemRandom().getrandbits(64):x}" for name in ("text", "padding", "number")}
+_SLOTS = [f"slot {random.SystemRandom().getrandbits(64):x}" for _ in range(6)]
 
 
-class _Encoder:
-    """One answer being encoded: folds parts into items, and tells the events of a stream. It does no I/O."""
+class _Form:
+    """A delta event with slots in the places where those of its item differ: the pieces between these are the same."""
+
+    pieces: tuple[str, str, str, str] | None = None  # before the text, the padding, and the number, and after it
+
+    def __init__(self, event: _JSON | str, padded: bool, numbered: bool) -> None:
+        self.event = event
+        self.mask = 15 if padded else 0  # of the padding's length
+        self.numbered = numbered
+
+    def cut(self, render: Callable[[_Event], str]) -> tuple[str, str, str, str]:
+        """Renders the event, once, and cuts it at its slots."""
+        text, padding, number, *_ = _SLOTS
+        before, _, after = render(self.event).partition(f'"{text}"')
+        middle, _, last = after.partition(f'"{number}"')
+        middle, _, between = middle.partition(padding)
+        self.pieces = before, middle, between, last
+        return self.pieces
+
+
+class _Deltas(NamedTuple):
+    """Delta events in a row that differ in their text, padding and number alone, so that they encode fast."""
+
+    form: _Form
+    texts: Sequence[str]
+    first: int  # number of the first event
+
+    def frames(self, render: Callable[[_Event], str]) -> Iterator[list[str]]:
+        """What `render` gives for each of the events, some at a time, at a fifth of the time that it would take."""
+        form, mask = self.form, self.form.mask
+        before, middle, between, last = form.pieces or form.cut(render)
+        for done in range(0, len(self.texts), _RUN):
+            texts = self.texts[done : done + _RUN]
+            numbers = range(self.first + done, self.first + done + len(texts))
+            shown: Iterable[object] = numbers if form.numbered else repeat("")
+            yield [  # the padding is that of _obfuscation(number, -len(text) & mask)
+                f"{before}{_quote(text)}{middle}{_POOL[(at := number * 37 & 1023) : at + (-len(text) & mask)]}"
+                f"{between}{told}{last}"
+                for text, number, told in zip(texts, numbers, shown, strict=False)
+            ]
+
+
+_Event: TypeAlias = "_JSON | str | _Deltas"  # an object, or its JSON; [DONE]
+_Encoder: TypeAlias = "_ChatEncoder | _ResponsesEncoder"
+
+
+class _Fold:
+    """What an encoder has of all that was said: parts, folded into items. It does no I/O."""
 
     ended = False  # all is said
+    status = "in_progress"
     id: str
     usage: Usage | None = None
-    number = 0  # Responses: of the next event; Chat Completions: of the last that was padded
+    number: int = 0  # Responses: of the next event; Chat Completions: of the last that was padded
     n = 1  # choices
     parallel = False  # several calls are known to come
-    logprobs = False
-    top_logprobs = 0
+    legacy = False  # calls answer `functions`
+    logprobs = False  # they are asked for
     error_event = True  # Responses: an error is told before response.failed
+    _top: ClassVar = ("top_logprobs", 20)  # what asks for logprobs of other tokens, and how many there are at most
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         self.request = request
@@ -3707,27 +3325,32 @@ class _Encoder:
         self.ids = ids
         self.extra = reply.extra
         self.created = reply.created if reply.created is not None else created
-        self.model = _model(reply.model or model)
+        self.model = _family((reply.model or model)[:24])
         self.model_name = reply.model or _SNAPSHOTS.get(model, model)
         self.streams = self.asked.get("stream") is True  # whether events are told
         self.items: list[_Utterance] = []
         self.open: dict[int, _Utterance] = {}  # the item that each choice is saying
+        self.calls: dict[int, int] = {}  # how many calls each choice has made
         self.finish: dict[int, str] = {}
         self.sources: list[str] = []  # found by web searches, before the text that may cite them
 
-    def ask_logprobs(self, asked: bool) -> None:
-        """Takes note of whether logprobs are asked for, and how many of other tokens."""
-        top = self.asked.get("top_logprobs")
-        self.logprobs = asked
-        self.top_logprobs = min(top, 20) if type(top) is int and asked else 0
-
-    def fold(self, part: _Spoken, texts: Sequence[str]) -> tuple[_Utterance, _Utterance | None, bool]:
-        """Folds in a part that adds these texts. Returns its item, the item that it ended, and whether it is new."""
-        item, ended, new = self.open.get(part.choice), None, False
-        if item is None or not part._continues(item.part):
-            item, ended, new = self._new_item(part), item, True
-            if ended is not None:
-                self._finish(ended, "completed")
+    def fold(self, part: _Spoken, texts: Sequence[str]) -> tuple[_Utterance, _Utterance | None]:
+        """Folds in a part that adds these texts. Returns its item, and the one that its choice was saying before."""
+        before = self.open.get(part.choice)
+        if before is not None and part._continues(before.part):
+            item = before
+        else:
+            if isinstance(part, _Call) and not part.name:
+                raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
+            item = self.open[part.choice] = _Utterance(part, len(self.items))
+            self.name_item(item)
+            self.items.append(item)
+            if isinstance(part, WebSearch):
+                self.sources += part.sources
+            elif self.sources and isinstance(part, Text):
+                item.sources, self.sources = self.sources, []
+            if before is not None:
+                self._finish(before, "completed")
         if texts:
             item.pieces += texts
             if isinstance(part, _MessagePart):
@@ -3735,40 +3358,34 @@ class _Encoder:
                     item.entries += [entry for entries in self.entries(part, texts) for entry in entries]
                 if part.annotations or item.sources:
                     self._annotate(item, part)
-        return item, ended, new
+        return item, before
+
+    def name_item(self, item: _Utterance) -> None:
+        """Gives an item its ids."""
+        part = item.part
+        if isinstance(part, _Call):
+            item.call_id = part.id or "call_" + self.ids.alnum(24)
+            item.legacy = self.legacy
+            item.index = self.calls.get(part.choice, 0)
+            self.calls[part.choice] = item.index + 1
 
     def entries(self, part: _MessagePart, texts: Sequence[str]) -> list[list[_JSON]]:
         """The logprobs entries of each text: the part's own, or made up."""
         if part.logprobs is None:
-            return [[_logprobs(text, self.top_logprobs)] if text else [] for text in texts]
-        given = [_dict(entry) for entry in part.logprobs]
-        return [[entry] for entry in given] if len(given) == len(texts) else [given, *([] for _ in texts[1:])]
+            name, most = self._top
+            top = self.asked.get(name)
+            count = min(top, most) if type(top) is int else 0
+            return [[_logprobs(text, count)] if text else [] for text in texts]
+        given = [*map(_dict, part.logprobs)]
+        return [[entry] for entry in given] if len(given) == len(texts) else [given, *([] for _ in texts)][: len(texts)]
 
     def _annotate(self, item: _Utterance, part: _MessagePart) -> None:
         """Adds a part's annotations to its item, and the sources that its text has come to name."""
         item.annotations += map(_dict, part.annotations)
         item.join()
-        found = [(url, citation) for url in item.sources if (citation := _citation(item.text, url)) is not None]
-        item.annotations += [citation for _, citation in sorted(found, key=lambda each: each[1]["end_index"])]
-        named = {url for url, _ in found}
-        item.sources = [url for url in item.sources if url not in named]
-
-    def _new_item(self, part: _Spoken) -> _Utterance:
-        if isinstance(part, _Call) and not part.name:
-            raise ValueError(f"{part!r} has no name, so it goes on with a call, but none is open")
-        item = _Utterance(part, len(self.items))
-        self.name_item(item)
-        if isinstance(part, WebSearch):
-            self.sources += part.sources
-        elif isinstance(part, Text) and self.sources:
-            item.sources, self.sources = self.sources, []
-        self.items.append(item)
-        self.open[part.choice] = item
-        return item
-
-    def name_item(self, item: _Utterance) -> None:
-        """Gives an item its ids."""
-        raise NotImplementedError
+        cited = [_citation(item.text, url) for url in item.sources]
+        item.annotations += sorted(filter(None, cited), key=lambda citation: citation["end_index"])
+        item.sources = [url for url, citation in zip(item.sources, cited, strict=True) if citation is None]
 
     def begin(self) -> list[_Event]:
         """The events before the first part, once: they are told by whatever comes first."""
@@ -3783,36 +3400,32 @@ class _Encoder:
         events: list[_Event] = []
         for part in chunk._parts():
             if isinstance(part, _Spoken):
-                events += self.say(part, part._as_given())
+                events += self.say(part, part._texts())
             elif isinstance(part, Finish):
                 self.finish[part.choice] = part.reason
         self.usage = chunk.usage or self.usage
         return events
 
-    def end(self) -> list[_Event]:
-        """The events after the last part."""
-        raise NotImplementedError
-
-    def fail(self, error: APIError) -> list[_Event]:
-        """The events of an answer that fails."""
-        raise NotImplementedError
-
     def abandon(self) -> None:
         """Nothing more will be said: the client has left, or the handler has failed."""
+        self.status = "cancelled"  # as the API calls it when a connection is closed
 
     def body(self) -> _JSON:
         """The JSON body: the fold of all that was said."""
         raise NotImplementedError
 
-    def close_items(self) -> None:
-        """All is said: gives the items that are still being said the status they end with."""
-        self.ended = True
-        for item in self.items:
-            if item.status == "in_progress":
-                self._finish(item, self._final_status())
+    def json(self) -> str:
+        """The JSON body as text."""
+        return _dumps(self.body())
 
-    def _final_status(self) -> str:
-        return "incomplete" if any(reason in _INCOMPLETE for reason in self.finish.values()) else "completed"
+    def close_items(self) -> list[_Utterance]:
+        """All is said: ends the items that are still being said, and returns them."""
+        self.ended = True
+        self.status = "completed" if _INCOMPLETE.keys().isdisjoint(self.finish.values()) else "incomplete"
+        going = [item for item in self.items if item.status == "in_progress"]
+        for item in going:
+            self._finish(item, self.status)
+        return going
 
     def _finish(self, item: _Utterance, status: str) -> None:
         item.status = status
@@ -3829,206 +3442,169 @@ class _Encoder:
             return self.usage
         thought = said = 0
         for item in self.items:
-            said += len(_tokens(item.text))
+            said += len(_tokens(item.text)) + 4 * isinstance(item.part, _Call)
             thought += 64 * (type(item.part) is Reasoning)
-            said += 4 * isinstance(item.part, _Call)
         return Usage(self.prompt_tokens(), max(1, said + thought), reasoning_tokens=thought)
 
     def prompt_tokens(self) -> int:
         """About how many tokens the model was told."""
-        raise NotImplementedError
+        return _estimate(_list(self.asked.get("messages")))
 
 
 # ---- Chat Completions ------------------------------------------------------------------------------------------------
 
+_UNUSED = {"audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
 
-class _ChatEncoder(_Encoder):
+
+class _ChatEncoder(_Fold):
+    """Chat Completions: events are chunks, and the body has a message for each choice."""
+
     given = False  # all that was said are Chunks: nothing is added to them
+    start = ""  # of all chunks, as JSON
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
-        asked, model = self.asked, self.model
-        self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else _uuid4(ids)))
-        self.fingerprint: Any = model.fingerprint and _fingerprint(self.model_name)
-        tier = asked.get("service_tier") or "default"
-        self.tier: _JSON = {"service_tier": _TIERS.get(str(tier), "default")} if model.service_tier else {}
-        if self.extra:
-            self.fingerprint = self.extra.get("system_fingerprint", self.fingerprint)
-            self.tier = {"service_tier": self.extra["service_tier"]} if "service_tier" in self.extra else self.tier
+        asked, model, extra = self.asked, self.model, self.extra
+        self.id = reply.id or ("chatcmpl-" + (ids.alnum(29) if model.service_tier else ids.uuid4()))
+        kind, created = "chat.completion.chunk", self.created
+        self.head: _JSON = {"id": self.id, "object": kind, "created": created, "model": self.model_name}
+        fingerprint, tier = model.fingerprint, _TIERS.get(str(asked.get("service_tier")), "default")
+        if fingerprint:
+            fingerprint += hashlib.sha256(self.model_name.encode("utf-8", "replace")).hexdigest()[:10]
+        self.tail: _JSON = {"service_tier": tier, "system_fingerprint": fingerprint}
+        if extra:
+            self.tail |= {key: extra[key] for key in self.tail if key in extra}
+        if not (model.service_tier or "service_tier" in extra):
+            del self.tail["service_tier"]
         self.legacy = bool(asked.get("functions")) and not asked.get("tools")
         n = asked.get("n")
         self.n = min(n, _MAX_CHOICES) if type(n) is int else 1
-        if asked.get("logprobs") is True:
-            self.ask_logprobs(True)
+        self.logprobs = asked.get("logprobs") is True
         options = _dict(asked.get("stream_options")) if self.streams else {}
         self.with_usage = bool(options.get("include_usage"))
         self.obfuscated = options.get("include_obfuscation") is not False
         self.started: set[int] = set()  # the choices whose role chunk is sent
         self.finished: set[int] = set()  # the choices that a Chunk has finished
-        self.calls: dict[int, int] = {}  # how many calls each choice has made
-
-    def prompt_tokens(self) -> int:
-        return _estimate(_list(self.asked.get("messages")))
-
-    def name_item(self, item: _Utterance) -> None:
-        part = item.part
-        if isinstance(part, _Call):
-            item.call_id = part.id or "call_" + self.ids.alnum(24)
-            item.legacy = self.legacy and isinstance(part, ToolCall)
-            item.index = self.calls.get(part.choice, 0)
-            self.calls[part.choice] = item.index + 1
 
     # Events
 
-    def _chunk(
-        self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
-    ) -> _JSON:
-        event: _JSON = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model_name,
-            **self.tier,
-            "system_fingerprint": self.fingerprint,
-        }
-        if self.with_usage and swapped:  # of parallel calls, in all chunks before the finish chunk (R)
-            event["usage"] = usage
-        event["choices"] = choices
-        if self.with_usage and not swapped:
-            event["usage"] = usage
-        if self.obfuscated:
-            if padding is None:
-                self.number += 1
-                padding = _obfuscation(self.number, (self.number * 11 + 9) & 15)
-            event["obfuscation"] = padding
-        return event
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> str:
+        """A chunk as JSON: what is the same in all of them is encoded once."""
+        if not self.start:
+            self.start = _dumps({**self.head, **self.tail})[:-1]
+        first = ',"usage":null' if self.with_usage and self.parallel else ""
+        last = f',"usage":{_dumps(usage)}' if self.with_usage and not self.parallel else ""
+        return f'{self.start}{first},"choices":{_dumps(choices)}{last}}}'
 
-    def _choice(
-        self,
-        choice: int,
-        delta: _JSON,
-        logprobs: _JSON | None = None,
-        finish: str | None = None,
-        padding: str | None = None,
-    ) -> _JSON:
+    def _choice(self, choice: int, delta: _JSON, logprobs: _JSON | None = None, finish: str | None = None) -> str:
         entry: _JSON = {"index": choice, "delta": delta}
         if self.model.logprobs or self.logprobs:
             entry["logprobs"] = logprobs
         entry["finish_reason"] = finish
-        return self._chunk([entry], padding, swapped=self.parallel and finish is None)
+        return self._chunk([entry])
+
+    def _padded(self, chunks: list[str]) -> list[_Event]:
+        padded: list[_Event] = []
+        for chunk in chunks:
+            self.number += self.obfuscated
+            padding = _obfuscation(self.number, (self.number * 11 + 9) & 15)
+            padded.append(f'{chunk[:-1]},"obfuscation":"{padding}"}}' if self.obfuscated else chunk)
+        return padded
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        item, _, new = self.fold(part, texts)
+        item, before = self.fold(part, texts)
         if not (self.streams and part._in_chat):
             return []
+        opened, choice = item.part, part.choice
         # A text that goes on with what a Chunk said still needs its role; a call has been named.
-        opens = new or (part.choice not in self.started and isinstance(part, _MessagePart))
-        events = self._opening(item) if opens else []
-        return events + self._deltas(item, part, texts) if texts else events
+        opens = item is not before or (choice not in self.started and isinstance(part, _MessagePart))
+        chunks = self._opening(item) if opens else []
+        if self.logprobs and isinstance(part, _MessagePart):
+            for text, entries in zip(texts, self.entries(part, texts), strict=True):
+                chunks.append(self._choice(choice, opened._chat_delta(item, text), _chat_logprobs((part, entries))))
+            texts = ()
+        events = self._padded(chunks)
+        if texts:
+            if item.form is None:
+                chunk = self._choice(choice, opened._chat_delta(item, _SLOTS[0]))
+                padded = f'{chunk[:-1]},"obfuscation":"{_SLOTS[1]}"}}' if self.obfuscated else chunk
+                item.form = _Form(padded, self.obfuscated, False)
+            events.append(_Deltas(item.form, texts, self.number + 1))
+            self.number += len(texts)
+        return events
 
-    def _opening(self, item: _Utterance) -> list[_Event]:
+    def _opening(self, item: _Utterance) -> list[str]:
         part, choice = item.part, item.part.choice
-        if isinstance(part, Item):  # audio
-            self.started.add(choice)
-            return [self._choice(choice, delta) for delta in _audio_deltas(_audio(part, self))]
-        head = part._chat_head(item)
-        if choice in self.started:
-            return [] if head is None else [self._choice(choice, head)]
+        begun, head = choice in self.started, part._chat_head(item)
         self.started.add(choice)
-        if head is not None and self.parallel:
-            return [self._choice(choice, {"role": "assistant", "content": None}), self._choice(choice, head)]
-        return [self._choice(choice, part._chat_role(item), self._no_logprobs(part))]
-
-    def _no_logprobs(self, part: _Spoken) -> _JSON | None:
-        if not self.logprobs or not isinstance(part, _MessagePart):
-            return None
-        return {"content": None, "refusal": []} if isinstance(part, Refusal) else {"content": [], "refusal": None}
-
-    def _deltas(self, item: _Utterance, said: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        part, choice = item.part, item.part.choice
-        if self.logprobs and isinstance(said, _MessagePart):
-            kind = "refusal" if isinstance(said, Refusal) else "content"
-            empty = {"content": None, "refusal": None}
-            return [
-                self._choice(choice, part._chat_delta(item, text), {**empty, kind: [*map(_chat_logprobs, entries)]})
-                for text, entries in zip(texts, self.entries(said, texts), strict=True)
-            ]
-
-        def make(text: str, padding: str, number: Any) -> _JSON:
-            return self._choice(choice, part._chat_delta(item, text), padding=padding)
-
-        first, self.number = self.number + 1, self.number + len(texts)
-        return [_Deltas(item, texts, first, make)]
+        deltas: Iterable[_JSON]
+        if isinstance(part, Item):  # audio
+            deltas = _audio_deltas(_audio(part, self))
+        elif begun:
+            deltas = [] if head is None else [head]
+        elif head is not None and self.parallel:
+            deltas = [{"role": "assistant", "content": None}, head]
+        else:
+            deltas = [part._chat_role(item)]
+        logprobs = _chat_logprobs((part, [])) if self.logprobs else None
+        return [self._choice(choice, delta, logprobs) for delta in deltas]
 
     def chunk(self, chunk: Chunk) -> list[_Event]:
-        if not self.items:
-            self.given = True
-        choices = [self._given_choice(choice) for choice in chunk.choices]
+        self.given = self.given or not self.items
+        choices: list[_JSON] = []
+        for choice in chunk.choices:
+            delta: _JSON = {}
+            if choice.delta:
+                delta["content"] = choice.delta
+                self.fold(Text(choice.delta, choice=choice.index), [choice.delta])
+            for each in choice.tool_calls:
+                call = replace(each, choice=choice.index)
+                item, _ = self.fold(call, call._texts())
+                text = each.arguments
+                told = call._chat_call(item, text) if each.name else {"function": {"arguments": text}}
+                delta.setdefault("tool_calls", []).append({"index": item.index, **told})
+            if choice.finish_reason:
+                self.finish[choice.index] = choice.finish_reason
+                self.finished.add(choice.index)
+            choices.append({"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason})
         self.usage = chunk.usage or self.usage
-        self._adopt(chunk)
-        event: _JSON = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model_name,
-            "choices": choices,
-        }
-        if chunk.usage:
-            event["usage"] = self._usage()
-        return [event]
-
-    def _given_choice(self, choice: ChunkChoice) -> _JSON:
-        delta: _JSON = {}
-        if choice.delta:
-            delta["content"] = choice.delta
-            self.fold(Text(choice.delta, choice=choice.index), [choice.delta])
-        calls: list[_JSON] = []
-        for each in choice.tool_calls:
-            call = replace(each, choice=choice.index)
-            item, _, _ = self.fold(call, call._as_given())
-            head = call._chat_call(item, call.arguments) if call.name else {"function": {"arguments": call.arguments}}
-            calls.append({"index": item.index, **head})
-        if calls:
-            delta["tool_calls"] = calls
-        if choice.finish_reason:
-            self.finish[choice.index] = choice.finish_reason
-            self.finished.add(choice.index)
-        return {"index": choice.index, "delta": delta, "finish_reason": choice.finish_reason}
-
-    def _adopt(self, chunk: Chunk) -> None:
-        """Takes over what a Chunk says of the envelope."""
-        before = self.id, self.created, self.model_name
+        # What a Chunk says of the envelope holds from now on.
         self.id = chunk.id or self.id
         self.created = chunk.created or self.created
         self.model_name = chunk.model or self.model_name
-        if (self.id, self.created, self.model_name) != before:
+        head = {**self.head, "id": self.id, "created": self.created, "model": self.model_name}
+        if head != self.head:
+            self.head, self.start = head, ""
             for item in self.open.values():
-                item.forms.clear()  # they have the envelope as it was
+                item.form = None  # it has the envelope as it was
+        return [{**self.head, "choices": choices, **({"usage": self._usage()} if chunk.usage else {})}]
 
     def end(self) -> list[_Event]:
         self.close_items()
         if self.given and not self.started:
             return ["[DONE]"]
-        events: list[_Event] = []
-        choices = self._spoken_choices()
-        for choice in choices:
+        chunks: list[str] = []
+        spoken = self._spoken()
+        for choice in spoken:
             if choice not in self.started:
-                nothing = Text("", choice=choice)
-                role = nothing._chat_role(_Utterance(nothing, 0))
-                events.append(self._choice(choice, role, self._no_logprobs(nothing)))
+                chunks += self._opening(_Utterance(Text("", choice=choice), 0))
         if any(item.annotations for item in self.items):
-            cited = {body["index"]: body["message"]["annotations"] for body in self._choices()}
-            events += [self._choice(choice, {"annotations": each}) for choice, each in cited.items() if each]
-        going = [choice for choice in choices if choice not in self.finished]
-        events += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
+            for body in starmap(self._whole_choice, spoken.items()):
+                if cited := body["message"]["annotations"]:
+                    chunks.append(self._choice(body["index"], {"annotations": cited}))
+        self.parallel = False  # from the finish chunk on, usage is last again (R)
+        going = [choice for choice in spoken if choice not in self.finished]
+        chunks += [self._choice(choice, {}, finish=self._finish_reason(choice)) for choice in going]
         if self.with_usage:
-            events.append(self._chunk([], usage=self._usage()))
+            chunks.append(self._chunk([], usage=self._usage()))
+        events = self._padded(chunks)
         if moderation := self._moderation():
-            events.append({**self._chunk([], padding=""), **moderation})
+            padding = ',"obfuscation":""' if self.obfuscated else ""
+            events.append(f"{self._chunk([])[:-1]}{padding},{_dumps(moderation)[1:]}")
         for item in self.items:
             if isinstance(item.part, Item) and item.part._in_chat:
                 expires: _JSON = {"audio": {"expires_at": _audio(item.part, self)["expires_at"]}}
-                events.append(self._chunk([{"index": item.part.choice, "delta": expires}]))
+                events += self._padded([self._chunk([{"index": item.part.choice, "delta": expires}])])
         return [*events, "[DONE]"]
 
     def fail(self, error: APIError) -> list[_Event]:
@@ -4046,64 +3622,47 @@ class _ChatEncoder(_Encoder):
         forced = _dict(self.asked.get("tool_choice")).get("type") in ("function", "custom")
         return "stop" if forced and self.model.forced_stop else "tool_calls"
 
-    def _spoken_choices(self) -> list[int]:
-        return sorted({item.part.choice for item in self.items if item.part._in_chat} | set(self.finish)) or [0]
-
-    def _choices(self) -> list[_JSON]:
-        items: dict[int, list[_Utterance]] = {choice: [] for choice in self._spoken_choices()}
+    def _spoken(self) -> dict[int, list[_Utterance]]:
+        """The items of each choice, in order; one choice at least."""
+        spoken: dict[int, list[_Utterance]] = {choice: [] for choice in self.finish}
         for item in self.items:
             if item.part._in_chat:
-                items[item.part.choice].append(item)
-        return [self._whole_choice(choice, spoken) for choice, spoken in items.items()]
+                spoken.setdefault(item.part.choice, []).append(item)
+        return dict(sorted(spoken.items())) or {0: []}
 
     def _whole_choice(self, choice: int, items: list[_Utterance]) -> _JSON:
-        message: _JSON = {"role": "assistant", "content": None}
-        if choice in self.calls:
-            message["function_call" if self.legacy else "tool_calls"] = []
-        message.update(refusal=None, annotations=[])
-        logprobs: _JSON | None = None
+        calls: _JSON = {"function_call" if self.legacy else "tool_calls": []} if choice in self.calls else {}
+        content = None if items else ""
+        message: _JSON = {"role": "assistant", "content": content, **calls, "refusal": None, "annotations": []}
         for item in items:
             if isinstance(item.part, Item):
                 message["audio"] = _audio(item.part, self)
                 message["annotations"] = message.pop("annotations")  # after it
-                continue
-            item.part._chat_message(item, message)
-            if self.logprobs and isinstance(item.part, _MessagePart):
-                kind = "refusal" if isinstance(item.part, Refusal) else "content"
-                logprobs = logprobs or {"content": None, "refusal": None}
-                logprobs[kind] = (logprobs[kind] or []) + [_chat_logprobs(entry) for entry in item.entries]
-        if not items:
-            message["content"] = ""
-            logprobs = {"content": [], "refusal": None} if self.logprobs else None
+            else:
+                item.part._chat_message(item, message)
         entry: _JSON = {"index": choice, "message": message}
-        if self.logprobs or self.model.logprobs:
-            entry["logprobs"] = logprobs
+        if self.logprobs:
+            said = [(item.part, item.entries) for item in items]
+            entry["logprobs"] = _chat_logprobs(*said or [(Text(""), [])])
+        elif self.model.logprobs:
+            entry["logprobs"] = None
         entry["finish_reason"] = self._finish_reason(choice)
         return entry
 
     def _usage(self) -> _JSON:
         usage = self.tally()
-        prompt: _JSON = {"cached_tokens": usage.cached_tokens}
-        if self.model.cache_writes:
-            prompt["cache_write_tokens"] = 0
-        prompt["audio_tokens"] = 0
-        completion: _JSON = {
-            "reasoning_tokens": usage.reasoning_tokens,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        }
+        writes = {"cache_write_tokens": 0} if self.model.cache_writes else {}
+        prompt: _JSON = {"cached_tokens": usage.cached_tokens, **writes, "audio_tokens": 0}
+        completion: _JSON = {"reasoning_tokens": usage.reasoning_tokens, **_UNUSED}
         if self.model.audio:
             prompt.update(text_tokens=usage.prompt_tokens, image_tokens=0)
             completion["text_tokens"] = usage.completion_tokens
-        prompt.update(usage.details.get("prompt", {}))
-        completion.update(usage.details.get("completion", {}))
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-            "prompt_tokens_details": prompt,
-            "completion_tokens_details": completion,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {**prompt, **usage.details.get("prompt", {})},
+            "completion_tokens_details": {**completion, **usage.details.get("completion", {})},
         }
 
     def _moderation(self) -> _JSON:
@@ -4111,24 +3670,52 @@ class _ChatEncoder(_Encoder):
         given, asked = self.extra.get("moderation"), self.asked.get("moderation")
         if given is None and not (asked and isinstance(asked, dict)):
             return {}
-        model = _string(_dict(asked).get("model")) or "omni-moderation-latest"
-        result = {"type": "moderation_result", "model": model, **_moderation_result()}
-        results = {"type": "moderation_results", "model": model, "results": [result]}
+        result = _moderation_result(_dict(asked))
+        results = {"type": "moderation_results", "model": result["model"], "results": [result]}
         return {"moderation": given or {"input": results, "output": results}}
 
     def body(self) -> _JSON:
         self.close_items()
         return {
-            "id": self.id,
+            **self.head,
             "object": "chat.completion",
-            "created": self.created,
-            "model": self.model_name,
-            "choices": self._choices(),
+            "choices": [*starmap(self._whole_choice, self._spoken().items())],
             **self._moderation(),
             "usage": self._usage(),
-            **self.tier,
-            "system_fingerprint": self.fingerprint,
+            **self.tail,
         }
+
+    def json(self) -> str:
+        self.close_items()
+        item = self.items[0] if len(self.items) == 1 else None
+        if item is None or type(item.part) is not Text or item.part.choice or item.annotations or self.usage:
+            return _dumps(self.body())
+        if self.finish or self.extra or self.logprobs or self.model.audio or self.asked.get("moderation"):
+            return _dumps(self.body())
+        text, prompt = item.text, self.prompt_tokens()
+        completion = max(1, len(_tokens(text)))
+        values = (_quote(self.id), self.created, _quote(text), prompt, completion, prompt + completion)
+        return _text_form(self) % values
+
+
+def _text_form(encoder: _ChatEncoder) -> str:
+    """The JSON of one plain text, with %s for id, time, text and tokens: all else comes from the model and the tier."""
+    kind = (encoder.model_name, encoder.model, *encoder.tail.values())
+    form = _TEXT_FORMS.get(kind)
+    if form is None:
+        id, created, text, *tokens = _SLOTS
+        body = encoder.body() | {"id": id, "created": created}
+        body["choices"][0]["message"]["content"] = text
+        body["usage"] |= zip(("prompt_tokens", "completion_tokens", "total_tokens"), tokens, strict=True)
+        form = _dumps(body).replace("%", "%%")
+        for slot in _SLOTS:
+            form = form.replace(f'"{slot}"', "%s")
+        if len(form) < 4096 and len(_TEXT_FORMS) < 64:  # the names of models are the client's
+            _TEXT_FORMS[kind] = form
+    return form
+
+
+_TEXT_FORMS: dict[tuple[Any, ...], str] = {}
 
 
 def _audio(part: Item, encoder: _ChatEncoder) -> _JSON:
@@ -4140,45 +3727,45 @@ def _audio(part: Item, encoder: _ChatEncoder) -> _JSON:
 
 def _audio_deltas(audio: _JSON) -> Iterator[_JSON]:
     """The deltas of audio: its transcript, and its sound in pieces of 25,600 characters (R)."""
-    yield {"role": "assistant", "refusal": None}
     first, *texts = _tokens(audio["transcript"]) or ("",)
+    begins = range(0, len(audio["data"]) or 1, 25_600)
+    sound, *sounds = (audio["data"][begin : begin + 25_600] for begin in begins)
+    yield {"role": "assistant", "refusal": None}
     yield {"content": None, "audio": {"id": audio["id"], "transcript": first}}
     yield from ({"audio": {"transcript": text}} for text in texts)
-    data = audio["data"]
-    told: _JSON = {"role": "assistant", "content": None, "refusal": None}
-    yield {**told, "audio": {"id": audio["id"], "data": data[:25_600]}}
-    yield from ({"audio": {"data": data[at : at + 25_600]}} for at in range(25_600, len(data), 25_600))
+    yield {"role": "assistant", "content": None, "refusal": None, "audio": {"id": audio["id"], "data": sound}}
+    yield from ({"audio": {"data": sound}} for sound in sounds)
 
 
-def _chat_logprobs(entry: _JSON) -> _JSON:
-    """A logprobs entry in the order that Chat Completions has."""
-    top = [{key: other[key] for key in ("token", "logprob", "bytes")} for other in entry["top_logprobs"]]
-    return {"token": entry["token"], "logprob": entry["logprob"], "bytes": entry["bytes"], "top_logprobs": top}
+def _chat_logprobs(*said: tuple[_Spoken, list[_JSON]]) -> _JSON | None:
+    """The logprobs of what was said, by its kind, their keys in the order of Chat Completions; None for no message."""
+
+    def told(entry: _JSON) -> _JSON:
+        return {key: entry[key] for key in ("token", "logprob", "bytes")}
+
+    kinds: dict[str, list[_JSON]] = {}
+    for part, entries in said:
+        if isinstance(part, _MessagePart):
+            ordered = kinds.setdefault("refusal" if isinstance(part, Refusal) else "content", [])
+            ordered += [{**told(each), "top_logprobs": [*map(told, each["top_logprobs"])]} for each in entries]
+    return {"content": None, "refusal": None, **kinds} if kinds else None
 
 
-_MODERATION = (
+_MODERATED = (
     "harassment", "harassment/threatening", "sexual", "hate", "hate/threatening", "illicit", "illicit/violent",
     "self-harm/intent", "self-harm/instructions", "self-harm", "sexual/minors", "violence", "violence/graphic",
 )  # fmt: skip
+_UNFLAGGED: _JSON = {  # what moderation finds, unless the handler says otherwise
+    "flagged": False,
+    "categories": dict.fromkeys(_MODERATED, False),
+    "category_scores": dict.fromkeys(_MODERATED, 1e-06),
+    "category_applied_input_types": {name: ["text"] for name in _MODERATED},
+}
 
 
-def _moderation_result() -> _JSON:
-    """What moderation finds: nothing is ever flagged, unless the handler says so."""
-    return {
-        "flagged": False,
-        "categories": dict.fromkeys(_MODERATION, False),
-        "category_scores": dict.fromkeys(_MODERATION, 1e-06),
-        "category_applied_input_types": {name: ["text"] for name in _MODERATION},
-    }
-
-
-def _fingerprint(model: str) -> str:
-    return "fp_" + hashlib.sha256(model.encode("utf-8", "replace")).hexdigest()[:10]
-
-
-def _uuid4(ids: _Ids) -> str:
-    digits = ids.hex(32)
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+def _moderation_result(asked: _JSON) -> _JSON:
+    model = _string(asked.get("model")) or "omni-moderation-latest"
+    return {"type": "moderation_result", "model": model, **_UNFLAGGED}
 
 
 # ---- Responses -------------------------------------------------------------------------------------------------------
@@ -4188,55 +3775,61 @@ _NO_IMAGES = {
     "output_tokens": 0, "output_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "total_tokens": 0,
 }  # fmt: skip
 _NOWHERE = {"type": "approximate", "city": None, "country": None, "region": None, "timezone": None}
+_RANKED = {"ranker": "auto", "score_threshold": 0.0}
 _SEARCHED = {"search_context_size": "medium", "user_location": {**_NOWHERE, "country": "US"}}
-# What the echo of a tool tells where the request is silent (R).
+# What the echo of a tool tells where the request is silent (R); `...` stands for what it never tells.
 _TOOL_DEFAULTS: dict[str, _JSON] = {
     "custom": {"description": None, "format": {"type": "text"}},
-    "file_search": {
-        "filters": None,
-        "max_num_results": 20,
-        "ranking_options": {"ranker": "auto", "score_threshold": 0.0},
-    },
+    "file_search": {"filters": None, "max_num_results": 20, "ranking_options": _RANKED},
+    "function": {"description": None, "output_schema": None, "parameters": None},
     "image_generation": dict.fromkeys(("background", "moderation", "quality", "size"), "auto")
+    | dict.fromkeys(("action", "input_fidelity", "input_image_mask", "partial_images"), ...)
     | {"model": "gpt-image-1", "n": 1, "output_compression": 100, "output_format": "png"},
     "mcp": {"allowed_tools": None, "headers": None, "require_approval": "always", "server_description": None},
     "tool_search": {"description": None, "parameters": None},
-    "web_search": {"return_token_budget": "default", "search_content_types": ["text"], **_SEARCHED},
+    "web_search": {"return_token_budget": "default", "search_content_types": ["text"], **_SEARCHED}
+    | {"external_web_access": ...},
     "web_search_preview": _SEARCHED,
-}
-_NOT_ECHOED = {  # though asked (R)
-    "image_generation": ("action", "input_fidelity", "input_image_mask", "partial_images"),
-    "web_search": ("external_web_access",),
 }
 _TOOL_ORDER = {"programmatic_tool_calling": 0, "function": 1, "custom": 3, "tool_search": 4, "namespace": 5}  # else 2
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-_RESPONSE_ID = r"resp_[0-9a-f]{50}"
 
 
 def _strict_schema(schema: Any) -> Any:
     """A function's parameters as the API echoes them when it turns `strict` on itself."""
     if isinstance(schema, list):
-        return [_strict_schema(each) for each in _list(schema)]
-    if not isinstance(schema, dict):
-        return schema
+        return [*map(_strict_schema, _list(schema))]
     strict = {key: _strict_schema(value) for key, value in _dict(schema).items()}
     if strict.get("type") == "object":
         strict.setdefault("additionalProperties", False)
         if isinstance(strict.get("properties"), dict):
             strict["required"] = list(strict["properties"])
-    return strict
+    return strict if isinstance(schema, dict) else schema
 
 
-def _function_echo(tool: _JSON) -> _JSON:
-    strict = tool.get("strict", ...)
-    parameters = tool.get("parameters")
-    told = {**tool, "description": tool.get("description") or None, "output_schema": tool.get("output_schema")}
-    told["parameters"] = _strict_schema(parameters) if strict is ... else parameters
-    told["strict"] = True if strict is ... else bool(strict)
+def _tool_echo(value: object) -> _JSON:
+    tool = _dict(value)
+    kind = _string(tool.get("type"))
+    defaults = _TOOL_DEFAULTS.get(kind, {})
+    asked = {key: each for key, each in tool.items() if each is not None or key not in defaults}
+    told = {key: each for key, each in {**defaults, **asked}.items() if defaults.get(key) is not ...}
+    if isinstance(told.get("user_location"), dict):
+        told["user_location"] = {**_NOWHERE, **_dict(told["user_location"])}
+    if kind == "function":
+        told["description"] = told["description"] or None
+        if "strict" not in tool:
+            told["parameters"] = _strict_schema(told["parameters"])
+        told["strict"] = bool(tool.get("strict", True))
+    if kind == "mcp":
+        _echo_mcp(told)
+    if kind == "custom":
+        told["format"] = _by_key(_dict(told["format"]))
+    if kind == "namespace":
+        told["tools"] = [_tool_echo(each) for each in _list(told.get("tools"))]
     return _by_key(told)
 
 
-def _mcp_echo(told: _JSON) -> None:
+def _echo_mcp(told: _JSON) -> None:
     if "authorization" in told:
         told["authorization"] = "<redacted>"
     if isinstance(told["headers"], dict):
@@ -4247,25 +3840,6 @@ def _mcp_echo(told: _JSON) -> None:
         told["require_approval"] = {
             when: {"read_only": None, **asked[when]} if when in asked else None for when in ("always", "never")
         }
-
-
-def _tool_echo(value: object) -> _JSON:
-    tool = _dict(value)
-    kind = _string(tool.get("type"))
-    if kind == "function":
-        return _function_echo(tool)
-    defaults = _TOOL_DEFAULTS.get(kind, {})
-    asked = {key: each for key, each in tool.items() if key not in _NOT_ECHOED.get(kind, ())}
-    told = {**defaults, **{key: each for key, each in asked.items() if each is not None or key not in defaults}}
-    if isinstance(told.get("user_location"), dict):
-        told["user_location"] = {**_NOWHERE, **_dict(told["user_location"])}
-    if kind == "mcp":
-        _mcp_echo(told)
-    if kind == "custom":
-        told["format"] = _by_key(_dict(told["format"]))
-    if kind == "namespace":
-        told["tools"] = [_tool_echo(each) for each in _list(told.get("tools"))]
-    return _by_key(told)
 
 
 def _own_namespace(function: _JSON) -> _JSON:
@@ -4279,20 +3853,22 @@ def _tools_echo(body: _JSON, late: bool) -> list[_JSON]:
     A deferred function that a tool search in the input has found is a namespace of its own, and so is what the input's
     additional_tools bring; `late` models have these as they are.
     """
+    items = [_dict(item) for item in _list(body.get("input"))]
 
     def brought(kind: str) -> list[Any]:
-        items = map(_dict, _list(body.get("input")))
         return [tool for item in items if item.get("type") == kind for tool in _list(item.get("tools"))]
 
     found = {_dict(tool).get("name") for tool in brought("tool_search_output")}
-    told = [_tool_echo(tool) for tool in _list(body.get("tools"))]
+
+    def is_found(tool: _JSON) -> bool:
+        return bool(tool.get("defer_loading")) and tool.get("name") in found
+
+    told = sorted(map(_tool_echo, _list(body.get("tools"))), key=is_found)
     for tool in told:
         if tool["type"] == "namespace":  # what was found in it stands beside it
-            inner = [each for each in tool["tools"] if each.get("defer_loading") and each.get("name") in found]
-            tool["tools"] += [tool for each in inner for tool in _own_namespace(each)["tools"]]
+            tool["tools"] += [own for each in filter(is_found, tool["tools"]) for own in _own_namespace(each)["tools"]]
+    told = [_own_namespace(tool) if is_found(tool) else tool for tool in told]
     added = [_tool_echo(tool) for tool in brought("additional_tools")]
-    deferred = [tool for tool in told if tool.get("defer_loading") and tool.get("name") in found]
-    told = [tool for tool in told if tool not in deferred] + [_own_namespace(tool) for tool in deferred]
     told += added if late else [_own_namespace(tool) for tool in added if tool["type"] == "function"]
     return sorted(told, key=lambda tool: _TOOL_ORDER.get(tool["type"], 2))
 
@@ -4301,33 +3877,63 @@ def _text_echo(value: object) -> _JSON:
     asked = _dict(value)
     form = _dict(asked.get("format")) or {"type": "text"}
     if form.get("type") == "json_schema":
-        strict, schema = form.get("strict"), _dict(form.get("schema"))
-        form = {
-            "type": "json_schema",
-            "description": form.get("description"),
-            "name": form.get("name"),
-            "schema": {key: value for key, value in schema.items() if key != "$schema"},
-            "strict": True if strict is None else strict,
-        }
+        named = {key: form.get(key) for key in ("type", "description", "name")}
+        schema = {key: each for key, each in _dict(form.get("schema")).items() if key != "$schema"}
+        form = {**named, "schema": schema, "strict": True if form.get("strict") is None else form["strict"]}
     return {"format": form, "verbosity": asked.get("verbosity") or "medium"}
 
 
-def _prompt_echo(value: _JSON) -> _JSON:
-    variables = value.get("variables")
-    if isinstance(variables, dict):
-        variables = {
+def _prompt_echo(value: object) -> _JSON:
+    prompt = {key: _dict(value).get(key) for key in ("id", "variables", "version")}
+    if isinstance(prompt["variables"], dict):
+        prompt["variables"] = {
             name: {"type": "input_text", "text": each} if isinstance(each, str) else each
-            for name, each in _dict(variables).items()
+            for name, each in _dict(prompt["variables"]).items()
         }
-    return {"id": value.get("id"), "variables": variables, "version": value.get("version")}
+    return prompt
 
 
-_WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
+def _decimal_echo(value: Any) -> Any:
+    """The API's are floats: 1.0 (R)."""
+    return float(value) if type(value) is int and value.bit_length() < 1024 else value
+
+
+# What a response says where the request is silent, in the API's order; `...` stands for nothing.
+_UNASKED: _JSON = {
+    "id": "", "object": "response", "created_at": 0, "status": "in_progress",
+    "access_programs": {"cyber": "standard"}, "background": False, "billing": {"payer": "developer"},
+    "completed_at": None, "conversation": ..., "error": None, "frequency_penalty": 0.0, "incomplete_details": None,
+    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "model": "", "moderation": None,
+    "output": [], "parallel_tool_calls": True, "presence_penalty": 0.0, "previous_response_id": None, "prompt": ...,
+    "prompt_cache_key": None, "prompt_cache_options": ..., "prompt_cache_retention": None, "reasoning": None,
+    "safety_identifier": None, "service_tier": "auto", "store": True, "temperature": 1.0, "text": _text_echo(None),
+    "tool_choice": "auto", "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}}, "tools": [],
+    "top_logprobs": 0, "top_p": 1.0, "truncation": "disabled", "usage": None, "user": None, "metadata": {},
+}  # fmt: skip
+# The form in which it echoes what the request says, where that is another.
+_ECHOES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "temperature", "top_p"), _decimal_echo),
+    "conversation": lambda asked: {"id": asked} if isinstance(asked, str) else asked,
+    "prompt": _prompt_echo,
+    "prompt_cache_options": lambda asked: asked or ...,
+    "service_tier": lambda asked: "priority" if asked == "fast" else asked,
+    "text": _text_echo,
+    "tool_choice": lambda asked: _by_key(_dict(asked)) if _dict(asked) else asked,
+}
 # What a response tells only when it is over; `extra` changes the others from the beginning.
 _FINAL = {"billing", "completed_at", "error", "incomplete_details", "moderation", "service_tier", "tool_usage", "usage"}
+_OWN = {"id", "object", "created_at", "status", "background", "model", "output", "reasoning", "tools", *_FINAL}
+_ASKED = _UNASKED.keys() - _OWN | {"service_tier"}
+_WITH_METADATA = ("message", "reasoning", "function_call", "web_search_call")
 
 
-class _ResponsesEncoder(_Encoder):
+def _ordered(told: _JSON, first: Sequence[str]) -> _JSON:
+    """In the API's order: these keys first, the others by the alphabet, the metadata at the end (R)."""
+    keys = (*first, *sorted(told.keys() - {*first, "metadata"}), "metadata")
+    return {key: told[key] for key in keys if key in told}
+
+
+class _ResponsesEncoder(_Fold):
     begun = False  # its first events are told
 
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
@@ -4336,18 +3942,18 @@ class _ResponsesEncoder(_Encoder):
         # "0" and 15 digits that a response shares with its items, then the second it was made (R)
         self.shared = f"0{ids.hex(15)}00"
         self.id = reply.id or self._id("resp_")
-        if reply.id and re.fullmatch(_RESPONSE_ID, reply.id):
+        if reply.id and re.fullmatch("resp_[0-9a-f]{50}", reply.id):
             self.shared = reply.id[5:23]
         self.background = asked.get("background") is True
         self.streams = self.streams or self.background
         unpadded = _dict(asked.get("stream_options")).get("include_obfuscation") is False
         self.obfuscated = not (unpadded or self.background)
         self.include: list[Any] = _list(asked.get("include"))
-        self.ask_logprobs("message.output_text.logprobs" in self.include or asked.get("logprobs") is True)
+        self.logprobs = "message.output_text.logprobs" in self.include or asked.get("logprobs") is True
         self.status = "queued" if self.background else "in_progress"
-        pro = _dict(asked.get("reasoning")).get("mode") == "pro"
-        self.added_status = "completed" if pro else "in_progress"  # of a message in output_item.added (R)
-        self.base = self._echo(asked)
+        reasoning = _dict(asked.get("reasoning"))
+        self.added_status = "completed" if reasoning.get("mode") == "pro" else "in_progress"  # in output_item.added (R)
+        self.base = self._echo(asked, reasoning)
 
     def prompt_tokens(self) -> int:
         instructions, items = self.request._told()
@@ -4357,11 +3963,10 @@ class _ResponsesEncoder(_Encoder):
         return f"{prefix}{self.shared}{self.created & 0xFFFFFFFF:08x}{self.ids.hex(24)}"
 
     def name_item(self, item: _Utterance) -> None:
-        part = item.part
-        item.id = self._id(part._prefix)
-        if isinstance(part, _Call):
-            item.call_id = part.id or "call_" + self.ids.alnum(24)
-        elif given := getattr(part, "id", None):
+        item.id = self._id(item.part._prefix)
+        if isinstance(item.part, _Call):
+            super().name_item(item)
+        elif given := getattr(item.part, "id", None):
             item.id = given
 
     def made(self, item: _Utterance, key: str, value: _Made) -> str:
@@ -4372,87 +3977,32 @@ class _ResponsesEncoder(_Encoder):
         ids = _Ids(random.Random(seed).getrandbits)
         return value.prefix + (ids.hex(value.length) if value.hex else ids.alnum(value.length))
 
-    def includes(self, what: str) -> bool:
-        return what in self.include
-
     def secret(self, item: _Utterance) -> str:
         """Made-up encrypted content: other letters each time it is sent (R)."""
         seed = f"{item.id} {self.number}".encode("utf-8", "replace")
         digest = b"".join(hashlib.sha512(seed + bytes([part])).digest() for part in range(2))
         return "gAAAAAB" + b2a_base64(digest, newline=False).decode().replace("+", "-").replace("/", "_")
 
-    def _echo(self, body: _JSON) -> _JSON:
+    def _echo(self, body: _JSON, reasoning: _JSON) -> _JSON:
         """The response object with what the request said, and the API's defaults where it said nothing."""
         model = self.model
-
-        def told(key: str, default: Any = None) -> Any:
-            value = body.get(key)
-            return default if value is None else value
-
-        def number(key: str, default: float) -> Any:
-            value = told(key, default)
-            whole = type(value) is int and value.bit_length() < 1024
-            return float(value) if whole else value  # the API's are floats: 1.0 (R)
-
-        asked = _dict(body.get("reasoning"))
-        context, summary, tier = asked.get("context"), asked.get("summary"), told("service_tier", "auto")
-        reasoning: _JSON = {"context": model.context if context in (None, "auto") else context}
-        reasoning["effort"] = asked.get("effort") or model.effort
-        if model.effort is not None:
-            reasoning["mode"] = asked.get("mode") or "standard"
-        reasoning["summary"] = "detailed" if summary == "auto" else summary
-        conversation = told("conversation")
-        if isinstance(conversation, str):
-            conversation = {"id": conversation}
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self.created,
-            "status": "in_progress",
-            **({"access_programs": told("access_programs", {"cyber": "standard"})} if model.programs else {}),
-            "background": self.background,
-            "billing": {"payer": "developer"},
-            "completed_at": None,
-            **({"conversation": conversation} if conversation is not None else {}),
-            "error": None,
-            "frequency_penalty": number("frequency_penalty", 0.0),
-            "incomplete_details": None,
-            "instructions": told("instructions"),
-            "max_output_tokens": told("max_output_tokens"),
-            "max_tool_calls": told("max_tool_calls"),
-            "model": self.model_name,
-            "moderation": None,
-            "output": [],
-            "parallel_tool_calls": told("parallel_tool_calls", True),
-            "presence_penalty": number("presence_penalty", 0.0),
-            "previous_response_id": told("previous_response_id"),
-            **({"prompt": _prompt_echo(_dict(body["prompt"]))} if body.get("prompt") is not None else {}),
-            "prompt_cache_key": told("prompt_cache_key"),
-            **({"prompt_cache_options": body["prompt_cache_options"]} if told("prompt_cache_options") else {}),
-            "prompt_cache_retention": told("prompt_cache_retention", model.retention),
-            "reasoning": reasoning,
-            "safety_identifier": told("safety_identifier"),
-            "service_tier": "priority" if tier == "fast" else tier,
-            "store": told("store", True),
-            "temperature": number("temperature", 1.0),
-            "text": _text_echo(body.get("text")),
-            "tool_choice": _by_key(choice)
-            if (choice := _dict(body.get("tool_choice")))
-            else told("tool_choice", "auto"),
-            "tool_usage": {"image_gen": _NO_IMAGES, "web_search": {"num_requests": 0}},
-            "tools": _tools_echo(body, late=model.context == "all_turns"),
-            "top_logprobs": told("top_logprobs", 0),
-            "top_p": number("top_p", model.top_p),
-            "truncation": told("truncation", "disabled"),
-            "usage": None,
-            "user": told("user"),
-            "metadata": told("metadata", {}),
+        told = _UNASKED | {"id": self.id, "created_at": self.created, "background": self.background}
+        told |= {"model": self.model_name, "prompt_cache_retention": model.retention, "top_p": model.top_p}
+        for key in _ASKED & body.keys():
+            if (asked := body[key]) is not None:
+                told[key] = _ECHOES[key](asked) if key in _ECHOES else asked
+        if not model.programs:
+            del told["access_programs"]
+        context, summary = reasoning.get("context"), reasoning.get("summary")
+        told["reasoning"] = {
+            "context": model.context if context in (None, "auto") else context,
+            "effort": reasoning.get("effort") or model.effort,
+            **({"mode": reasoning.get("mode") or "standard"} if model.effort is not None else {}),
+            "summary": "detailed" if summary == "auto" else summary,
         }
-
-    def _event(self, kind: str, fields: _JSON) -> _JSON:
-        fields["sequence_number"] = self.number
-        self.number += 1
-        return {"type": kind, **{key: fields[key] for key in sorted(fields)}}
+        if body.get("tools") or isinstance(body.get("input"), list):
+            told["tools"] = _tools_echo(body, late=model.context == "all_turns")
+        return {key: value for key, value in told.items() if value is not ...}
 
     def response(self, status: str) -> _JSON:
         """The response object as it stands, with that status."""
@@ -4462,34 +4012,24 @@ class _ResponsesEncoder(_Encoder):
             del response["billing"]
         if status == "completed":
             response["completed_at"] = self.created
+        if status == "incomplete":
+            reason = next(filter(_INCOMPLETE.get, self.finish.values()))
+            response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
         if over:
             response["service_tier"] = _TIERS.get(_string(response["service_tier"]), "default")
-            response["moderation"] = self._moderation()
+            if moderation := _dict(self.asked.get("moderation")):
+                result = _by_key(_moderation_result(moderation))
+                response["moderation"] = {"input": result, "output": result}
         if over or status == "cancelled":
             response["output"] = self.output()
             response["usage"] = self._usage()
             searches = sum(isinstance(item.part, Item) and item.part.searches for item in self.items)
             response["tool_usage"] = {"image_gen": _NO_IMAGES, "web_search": {"num_requests": searches}}
-        if status == "incomplete":
-            reason = next(reason for reason in self.finish.values() if reason in _INCOMPLETE)
-            response["incomplete_details"] = {"reason": _INCOMPLETE[reason]}
-        given = {key: value for key, value in self.extra.items() if over or key not in _FINAL}
-        if given:
-            given.pop("system_fingerprint", None)  # Chat Completions'
-            response.update(given)
-            first = ("id", "object", "created_at", "status")
-            others = sorted(key for key in response if key not in (*first, "metadata"))
-            response = {key: response[key] for key in (*first, *others, "metadata")}
+        if self.extra:
+            skipped = {"system_fingerprint"} if over else {"system_fingerprint", *_FINAL}  # the first is Chat's
+            given = {key: value for key, value in self.extra.items() if key not in skipped}
+            response = _ordered({**response, **given}, ("id", "object", "created_at", "status"))
         return response
-
-    def _moderation(self) -> _JSON | None:
-        asked = _dict(self.asked.get("moderation"))
-        if not asked:
-            return None
-        model = _string(asked.get("model")) or "omni-moderation-latest"
-        found = _moderation_result()
-        result = _by_key({"type": "moderation_result", "model": model, **found})
-        return {"input": result, "output": result}
 
     def output(self) -> list[_JSON]:
         """The items, as they stand."""
@@ -4500,11 +4040,9 @@ class _ResponsesEncoder(_Encoder):
         told = item.part._item(item, self, whole)
         metadata = self.asked.get("client_metadata")
         if isinstance(metadata, dict) and told["type"] in _WITH_METADATA:  # Codex sends it, and gets it so
-            turn = {"turn_id": _dict(metadata).get("turn_id") or _uuid4(_Ids(random.Random(self.id).getrandbits))}
-            told["internal_chat_message_metadata_passthrough"] = turn
-            first = [key for key in ("id", "type", "status") if key in told]
-            others = sorted(key for key in told if key not in first)
-            told = {**{key: told[key] for key in (*first, *others)}, "metadata": turn}
+            turn = {"turn_id": _dict(metadata).get("turn_id") or _Ids(random.Random(self.id).getrandbits).uuid4()}
+            told |= {"internal_chat_message_metadata_passthrough": turn, "metadata": turn}
+            return _ordered(told, ("id", "type", "status"))
         return told
 
     def _usage(self) -> _JSON:
@@ -4515,10 +4053,20 @@ class _ResponsesEncoder(_Encoder):
             "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": usage.cached_tokens, **prompt},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens, **completion},
-            "total_tokens": usage.total_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
 
     # Events
+
+    def _event(self, kind: str, fields: _JSON, item: _Utterance | None = None) -> _JSON:
+        event = {**fields, "sequence_number": self.number}
+        if item is not None:
+            event["output_index"] = item.position
+            padded = self.obfuscated and item.part._padded and kind != "response.reasoning_text.delta"  # none is known
+            if padded and isinstance(delta := fields.get("delta"), str):
+                event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
+        self.number += 1
+        return {"type": kind, **{key: event[key] for key in sorted(event)}}
 
     def _lifecycle(self, status: str, kind: str | None = None) -> _JSON:
         self.status = status
@@ -4537,126 +4085,84 @@ class _ResponsesEncoder(_Encoder):
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
         events = self.begin()
-        item, ended, new = self.fold(part, texts)
+        item, before = self.fold(part, texts)
         if not self.streams:
             return []
-        if ended is not None:
-            events += self._close(ended)
-        if new:
-            added = {"item": self.item(item, False), "output_index": item.position}
-            events.append(self._event("response.output_item.added", added))
-        for at, text in enumerate(texts):
-            if isinstance(text, _Next):  # the sections of a Reasoning, one after another
-                return [*events, *self._grow(item, part, texts[:at]), *self._next_section(item, part, texts[at:])]
-        return events + self._grow(item, part, texts) if texts else events
-
-    def _next_section(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        events: list[_Event] = []
-        if item.opened:
-            events += self._placed(item, item.part._closing(item))
-            item.section += 1
-            item.opened = False
-        later = next((at for at, text in enumerate(texts) if at and isinstance(text, _Next)), len(texts))
-        events += self._grow(item, part, [str(texts[0]), *texts[1:later]])
-        return events + self._next_section(item, part, texts[later:]) if later < len(texts) else events
+        if item is not before:
+            if before is not None:
+                events += self._close(before)
+            events.append(self._event("response.output_item.added", {"item": self.item(item, False)}, item))
+        nexts = [at for at, text in enumerate(texts) if at and isinstance(text, _Next)]
+        for begin, end in pairwise((0, *nexts, len(texts))):
+            events += self._grow(item, part, texts[begin:end])
+        return events
 
     def _grow(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        """The events of texts within a section."""
-        if not texts:
-            return []
+        """The events of texts within a section, which is the next one if the first of them says so."""
         events: list[_Event] = []
+        if not texts:
+            return events
+        if item.opened and isinstance(texts[0], _Next):
+            events += [self._event(kind, fields, item) for kind, fields in item.part._closing(item)]
+            item.section += 1
+            item.opened, item.form = False, None
         if not item.opened:
             item.opened = True
-            events += self._placed(item, item.part._opening(item))
-        return events + self._deltas(item, part, [text for text in texts if text])  # an empty one has no delta (R)
-
-    def _placed(self, item: _Utterance, events: list[tuple[str, _JSON]]) -> list[_Event]:
-        placed: list[_Event] = []
-        padded = self.obfuscated and item.part._padded
-        for kind, own in events:
-            event = {**own, "output_index": item.position}
-            delta = event.get("delta")
-            if padded and isinstance(delta, str) and kind != "response.reasoning_text.delta":  # of that none is known
-                event["obfuscation"] = _obfuscation(self.number, -len(delta) & 15)
-            placed.append(self._event(kind, event))
-        return placed
-
-    def _deltas(self, item: _Utterance, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
-        kind, fields = item.part._delta(item)
-        fields.update(item_id=item.id, output_index=item.position)
+            events += [self._event(kind, fields, item) for kind, fields in item.part._opening(item)]
+        said = [text for text in texts if text]  # an empty one has no delta (R)
         if isinstance(part, Text) and (self.logprobs or item.annotations or item.sources):
-            return self._text_deltas(item, part, texts, kind, fields)
-
-        def make(text: str, padding: str, number: Any) -> _JSON:
-            event = {**fields, "delta": text, "sequence_number": number}
-            if self.obfuscated and item.part._padded:
-                event["obfuscation"] = padding
-            return {"type": kind, **{key: event[key] for key in sorted(event)}}
-
-        item.sent += sum(map(len, texts))
-        first, self.number = self.number, self.number + len(texts)
-        return [_Deltas(item, texts, first, make)] if texts else []
-
-    def _text_deltas(
-        self, item: _Utterance, part: Text, texts: Sequence[str], kind: str, fields: _JSON
-    ) -> list[_Event]:
-        """Deltas of a text with logprobs, or with annotations between them."""
-        events: list[_Event] = []
-        for text, entries in zip(texts, self.entries(part, texts), strict=True):
-            event = {**fields, "delta": text}
-            if self.logprobs:
-                event["logprobs"] = entries
-            events += self._placed(item, [(kind, event)])
-            item.sent += len(text)
-            events += self._annotations(item, item.sent)
+            kind, fields = part._delta(item)
+            for text, entries in zip(said, self.entries(part, said), strict=True):
+                told = {"delta": text, **({"logprobs": entries} if self.logprobs else {})}
+                events.append(self._event(kind, {**fields, "item_id": item.id, **told}, item))
+                item.sent += len(text)
+                events += self._annotations(item, item.sent)
+        elif said:
+            if item.form is None:
+                kind, fields = item.part._delta(item)
+                text, padding, number, *_ = _SLOTS
+                fields.update(type=kind, item_id=item.id, output_index=item.position, delta=text)
+                padded = {"obfuscation": padding} if self.obfuscated and item.part._padded else {}
+                item.form = _Form(_by_key({**fields, **padded, "sequence_number": number}), bool(padded), True)
+            events.append(_Deltas(item.form, said, self.number))
+            self.number += len(said)
+            item.sent += sum(map(len, said))
         return events
 
     def _annotations(self, item: _Utterance, sent: float) -> list[_Event]:
         """The annotations whose place has come, in a text of which so much is sent."""
         events: list[_Event] = []
-        while item.cited < len(item.annotations):
-            annotation = item.annotations[item.cited]
+        for annotation in item.annotations[item.cited :]:
             place: float = annotation.get("index") or annotation.get("end_index") or 0
             if annotation["type"] == "container_file_citation":  # these come after the text (R)
                 place = math.inf
             if place > sent:
                 break
-            where: _JSON = {"content_index": 0, "item_id": item.id, "annotation_index": item.cited}
-            events += self._placed(
-                item, [("response.output_text.annotation.added", {**where, "annotation": annotation})]
-            )
+            told = {"annotation": annotation, "annotation_index": item.cited, "content_index": 0, "item_id": item.id}
+            events.append(self._event("response.output_text.annotation.added", told, item))
             item.cited += 1
         return events
 
     def _close(self, item: _Utterance) -> list[_Event]:
         events = self._annotations(item, math.inf)
-        events += self._placed(item, item.part._closing(item))
-        done = {"item": self.item(item, True), "output_index": item.position}
-        events.append(self._event("response.output_item.done", done))
-        return events
+        events += [self._event(kind, fields, item) for kind, fields in item.part._closing(item)]
+        return [*events, self._event("response.output_item.done", {"item": self.item(item, True)}, item)]
 
     def end(self) -> list[_Event]:
         events = self.begin()
-        going = [item for item in self.items if item.status == "in_progress"]
-        self.close_items()
-        for item in going:
+        for item in self.close_items():
             events += self._close(item)
-        return [*events, self._lifecycle(self._final_status())]
+        return [*events, self._lifecycle(self.status)]
 
     def fail(self, error: APIError) -> list[_Event]:
         events = self.begin()
         self.base["error"] = {"code": error.code or error.type, "message": error.message}
-        told = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
         if self.error_event:
-            events.append(self._event("error", {"error": told}))
+            events.append(self._event("error", {"error": _by_key(error._error())}))
         return [*events, self._lifecycle("failed")]
-
-    def abandon(self) -> None:
-        self.status = "cancelled"  # as the API calls it when a connection is closed
 
     def body(self) -> _JSON:
         self.close_items()
-        self.status = self._final_status()
         return self.response(self.status)
 
 
@@ -4669,14 +4175,17 @@ _INSTRUCT["gpt-3.5-turbo-instruct"] = "gpt-3.5-turbo-instruct:20230824-v2"
 class _CompletionsEncoder(_ChatEncoder):
     """Chat's answer, told as texts. Its choices are n for the first prompt, then n for the next."""
 
+    _top = ("logprobs", 5)
+
     def __init__(self, request: Request, reply: Reply, ids: _Ids, created: int) -> None:
         super().__init__(request, reply, ids, created)
         self.id = reply.id or "cmpl-" + ids.alnum(29)
         self.model_name = _INSTRUCT.get(self.model_name, self.model_name)
         self.head = {"id": self.id, "object": "text_completion", "created": self.created}
-        n, top = self.asked.get("n"), self.asked.get("logprobs")
+        n = self.asked.get("n")
         self.n = len(_prompts(self.asked.get("prompt"))) * (min(n, 128) if type(n) is int else 1)
-        self.logprobs, self.top_logprobs = (True, min(top, 5)) if type(top) is int else (False, 0)
+        self.logprobs = type(self.asked.get("logprobs")) is int
+        self.obfuscated = False
         self.ends: dict[int, int] = {}  # how long each choice's text with logprobs is so far
 
     def prompt_tokens(self) -> int:
@@ -4690,7 +4199,7 @@ class _CompletionsEncoder(_ChatEncoder):
         plain = replace(part, annotations=()) if isinstance(part, Text) else part
         return super().say(plain, [text for text in texts if text])
 
-    chunk = _Encoder.chunk  # a Chunk is what it says
+    chunk, json = _Fold.chunk, _Fold.json  # a Chunk is what it says
 
     def _told(self, choice: _JSON, said: _JSON) -> _JSON:
         """A choice of Chat's that said this, as a choice of Completions."""
@@ -4704,20 +4213,19 @@ class _CompletionsEncoder(_ChatEncoder):
         text = said.get("content") or said.get("refusal") or ""
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
-    def _chunk(
-        self, choices: list[_JSON], padding: str | None = None, usage: _JSON | None = None, swapped: bool = False
-    ) -> _JSON:
-        if not choices:
-            return {**self.head, "model": self.model_name, "usage": usage, "choices": []}
+    def _chunk(self, choices: list[_JSON], usage: _JSON | None = None) -> str:
         told = [self._told(choice, choice["delta"]) for choice in choices]
-        return {**self.head, "choices": told, "model": self.model_name, **({"usage": None} if self.with_usage else {})}
+        if not choices:
+            return _dumps({**self.head, "model": self.model_name, "usage": usage, "choices": told})
+        last = {"usage": None} if self.with_usage else {}
+        return _dumps({**self.head, "choices": told, "model": self.model_name, **last})
 
     def _usage(self) -> _JSON:
         return {key: count for key, count in super()._usage().items() if not key.endswith("_details")}
 
     def body(self) -> _JSON:
         self.close_items()
-        choices = [self._told(choice, choice["message"]) for choice in self._choices()]
+        choices = [self._told(body, body["message"]) for body in starmap(self._whole_choice, self._spoken().items())]
         return {**self.head, "model": self.model_name, "choices": choices, "usage": self._usage()}
 
 
@@ -5105,7 +4613,7 @@ class _BodySink(_Sink):
 
     def end(self, shares: int | None = None) -> None:
         """Sends the JSON; of its shares, one a part and one for the end, only so many where it is cut."""
-        body = _utf8(_dumps(self.encoder.body())) if self.said or not self.insertions else b""
+        body = _utf8(self.encoder.json()) if self.said or not self.insertions else b""
         length, pieces, at = len(body), [b""], 0
         for said, data in (*self.insertions, (self.said + 1 if shares is None else shares, b"")):
             share = len(body) * said // (self.said + 1)
@@ -5149,9 +4657,10 @@ class _Delivery:
         self.waiter = _Waiter(connection.server, connection, self.streamed)
         try:
             reply = self._ask()
-            self.request._encoder = self._begin(reply)
+            encoder = self._begin(reply)
+            self.request._encoder, self.request._said = encoder, encoder.items
             make_sink = self.make_sink or (_StreamSink if self.streamed else _BodySink)
-            self.sink = make_sink(self.encoder, connection, reply)
+            self.sink = make_sink(encoder, connection, reply)
             self._carry(reply)
         finally:
             self.waiter.end()
@@ -5237,7 +4746,7 @@ class _Delivery:
             for stream in self.streams:
                 self._conclude(stream)
             if self.log is not None:
-                self.request._settle(self.encoder)
+                self.request._said = self.encoder.items
 
     def _say_all(self, reply: Reply) -> None:
         for content in reply.parts:  # all of them now: the client may leave before their turn comes
@@ -5262,7 +4771,7 @@ class _Delivery:
                 elif self.ttft or self.itl:
                     for fragment in part._cut(texts):
                         self._pace()
-                        self.sink.write(self.encoder.say(fragment, fragment._as_given()))
+                        self.sink.write(self.encoder.say(fragment, fragment._texts()))
                 else:
                     self.sink.write(self.encoder.say(part, texts))
                 if self.over:
@@ -5337,7 +4846,7 @@ class _Delivery:
                 parts = self._generated(iter(content))
             for part in parts:
                 if isinstance(part, _Spoken):
-                    yield part, part._fragments() if alone else part._as_given()
+                    yield part, part._texts(cut=alone)
                 else:
                     yield part, ()
 
@@ -5444,10 +4953,8 @@ def _runs(parts: Sequence[_Part], given: bool, cut: bool) -> Generator[tuple[_Pa
                 at += 1
         if at - begin > 1:
             yield part, [cast(Text, each).text for each in parts[begin:at]]
-        elif given or not cut or goes_on or _is_continued(part, parts, at):
-            yield part, part._as_given()
         else:
-            yield part, part._fragments()
+            yield part, part._texts(cut=cut and not (given or goes_on or _is_continued(part, parts, at)))
 
 
 def _is_continued(part: _Spoken, parts: Sequence[_Part], at: int) -> bool:
@@ -5573,7 +5080,7 @@ _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
 @lru_cache(256)
-def _pattern(path: str) -> str:
+def _route_pattern(path: str) -> str:
     """The pattern of a route's path: `{name}` is one segment, `{name*}` the rest: a model's name may have slashes."""
     names = r"(?<=/)\\{[^/]*?(\\\*)?\\}(?![^/])"
     return "(?s:" + re.sub(names, lambda match: "(.+)" if match[1] else "([^/]+)", re.escape(path)) + ")"
@@ -5604,7 +5111,7 @@ class _Router:
         allowed: set[str] = set()
         for name, endpoint in self.endpoints.items():
             served, _, template = name.partition(" ")
-            match = re.fullmatch(_pattern(template), path)
+            match = re.fullmatch(_route_pattern(template), path)
             if match is None:
                 continue
             values = match.groups()
@@ -5690,7 +5197,7 @@ def _query(request: Request) -> dict[str, str]:
 
 
 _LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")  # S: of lists
-_INPUTS = _length("an array", 1, 2048)  # S: of embeddings; B: of moderations
+_INPUTS = partial(_length, "an array", 1, 2048)  # S: of embeddings; B: of moderations
 
 
 def _listing(
@@ -5883,7 +5390,7 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
     if resolved is not items:
         request._resolved = resolved
     if fake.validate:
-        effort = _dict(body.get("reasoning")).get("effort") or _model(_string(body.get("model"))).effort
+        effort = _dict(body.get("reasoning")).get("effort") or _family(_string(body.get("model"))[:24]).effort
         _check_turn(before, resolved, effort not in (None, "none"), body.get("store") is not False)
     if fake.strict:
         _check_model(fake, request)
@@ -6150,7 +5657,7 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     _INPUTS(given, "input", {})
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     model = _string(body.get("model")) or "omni-moderation-latest"
-    return {"id": "modr-" + fake._ids().alnum(29), "model": model, "results": [_moderation_result()] * texts}
+    return {"id": "modr-" + fake._ids().alnum(29), "model": model, "results": [_UNFLAGGED] * texts}
 
 
 # ---- Control routes --------------------------------------------------------------------------------------------------
@@ -6263,7 +5770,7 @@ class _Control(_News):
 
     def end(self, request: Request) -> None:
         usage = [request._encoder.tally()] if request._encoder is not None and request._status == 200 else []
-        request._note["answer"] = [_part_json(part) for part in (*request.answer, *usage)]  # few keep their encoder
+        request._note["answer"] = [_part_json(part) for part in (*request.answer, *usage)]
         self.wake()
         for watcher in self.watchers:
             watcher(request)
@@ -7408,7 +6915,7 @@ class _Connection(BaseRequestHandler):
         self.asked = Request("", method, path, "", {})
         with suppress(_Gone):
             self._send_error(APIError(refused.status, refused.message))
-        self.server.fake._keep_last(self.asked)
+        self.server.fake._recent.append(self.asked)
         self.server.fake._ended(self.asked, self.started)
         self._linger()
 
@@ -7717,18 +7224,18 @@ class Options(TypedDict, total=False):
     embeddings: Callable[[str], Sequence[float]] | None
 
 
+@dataclass(eq=False)
 class FakeOpenAI:
     """A server that answers like OpenAI's API, with what `handler` says. Use it in `with`, or `start` and `stop` it.
 
     - `host`, `port`: where to listen; port 0 is any free one.
     - `api_key`: when it is set, requests with another key, or none, get the API's 401.
     - `validate`: refuse what the real API refuses; `strict`: also parameters and models that it does not know.
-    - `ttft`, `itl`: seconds to the first token, and between tokens.
+    - `ttft`, `itl`: seconds to the first token, and between tokens; to and between the pieces of a route, too.
     - `models`: what GET /models lists.
-    - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`; a function takes the Request and returns
+    - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`. A function takes the Request and returns
       what is sent as JSON, or bytes, or an iterator of bytes or str that is sent as it comes, or one of these with a
-      status and headers: `(201, {"content-type": "text/csv"}, "a,b")`; or an APIError. `ttft` and `itl` hold there
-      too. A {name} in a route stands for any one segment of the path.
+      status and headers, `(201, {"content-type": "text/csv"}, "a,b")`, or an APIError. A {name} is any one segment.
     - `keep`: how many are kept of each: requests, stored answers, turns, and `errors`, the first; None keeps all.
     - `cors`: answer browsers of any origin; without it those of other sites get a 403.
     - `seed`, `clock`: ids and times come from them, and are the same in every run. `clock` returns unix seconds.
@@ -7739,63 +7246,45 @@ class FakeOpenAI:
     "METHOD /path".
     """
 
-    _server: _Server | None = None
-    _control: _Control | None = None
-    _reuse_port = False
+    handler: Handler = echo
+    _: KW_ONLY
+    host: str = "127.0.0.1"
+    port: int = 0
+    api_key: str | None = None
+    validate: bool = True
+    strict: bool = False
+    ttft: float = 0.0
+    itl: float = 0.0
+    models: Sequence[str] | None = None
+    routes: Mapping[str, Callable[[Request], object]] | None = None
+    keep: int | None = None
+    cors: bool = False
+    seed: int | None = None
+    clock: Callable[[], float] = time.time
+    embeddings: Callable[[str], Sequence[float]] | None = None
+    _server: _Server | None = field(default=None, init=False)
+    _control: _Control | None = field(default=None, init=False)
+    _reuse_port: bool = field(default=False, init=False)
 
-    def __init__(
-        self,
-        handler: Handler = echo,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        api_key: str | None = None,
-        validate: bool = True,
-        strict: bool = False,
-        ttft: float = 0.0,
-        itl: float = 0.0,
-        models: Sequence[str] | None = None,
-        routes: Mapping[str, Callable[[Request], object]] | None = None,
-        keep: int | None = None,
-        cors: bool = False,
-        seed: int | None = None,
-        clock: Callable[[], float] = time.time,
-        embeddings: Callable[[str], Sequence[float]] | None = None,
-    ) -> None:
-        if not callable(handler):
+    def __post_init__(self) -> None:
+        if not callable(self.handler):
             raise TypeError(
-                f"a handler is a function that takes a Request, not {handler!r}; Script(...) makes one of answers"
+                f"a handler is a function that takes a Request, not {self.handler!r}; Script(...) makes one of answers"
             )
-        _check_fields(self, host=(host, str), port=(port, int), api_key=(api_key, _WORD), keep=(keep, _NUMBER))
-        _check_fields(self, ttft=(ttft, _SECONDS), itl=(itl, _SECONDS))
-        if isinstance(models, str):
-            raise TypeError(f"FakeOpenAI wants a list of names for models, not {models!r}")
-        self.handler = handler
-        self.host = host
-        self.port = port
-        self.api_key = api_key
-        self.validate = validate
-        self.strict = strict
-        self.ttft = ttft
-        self.itl = itl
-        self.models = models
-        self.cors = cors
-        self.seed = seed
-        self.clock = clock
-        self.embeddings = embeddings
+        _check_fields(self, host=(self.host, str), port=(self.port, int))
+        _check_fields(self, api_key=(self.api_key, _WORD), keep=(self.keep, _NUMBER))
+        if isinstance(self.models, str):
+            raise TypeError(f"FakeOpenAI wants a list of names for models, not {self.models!r}")
         self.errors: list[BaseException] = []
         self._warned: set[str] = set()  # tools that were called, but not offered
-        own = {_route_name(name): _own_route(each) for name, each in (routes or {}).items()}
-        self._router = _Router({**own, **_ENDPOINTS, **own})  # the user's come first, and in the place of others
-        self._keep = keep
-        self._journal: deque[Request] = deque(maxlen=keep)
+        own = _own_routes(self.routes or {})
+        self._router = _Router({**own, **_ENDPOINTS, **own})  # they come first, and win
+        self._journal: deque[Request] = deque(maxlen=self.keep)
         self._count = 0
-        self._lock = threading.Lock()  # guards _waiting, _count and _streams
+        self._lock = threading.Lock()  # guards _count and _streams
         self._arrived = threading.Condition(self._lock)  # tells that a request came
-        self._waiting = 0
         self._flying: dict[int, Request] = {}
-        last = 19 if keep is None else min(19, keep)
-        self._recent: deque[Request] = deque(maxlen=last)  # their answers are kept, for the transcript
+        self._recent: deque[Request] = deque(maxlen=19 if self.keep is None else min(19, self.keep))  # for transcript()
         self._streams: WeakSet[Stream] = WeakSet()  # that did not end; what nobody holds, nobody can close
         self._interrupted: list[Stream] = []  # of them, those that stop() cut: held, so that they are told
         self._observe: Callable[[Request], None] | None = None
@@ -7807,14 +7296,14 @@ class FakeOpenAI:
         self._chats: dict[str, _StoredChat] = {}
         self._conversations: dict[str, _Conversation] = {}
         self._stopping = threading.Lock()  # taken, for ever, by the first stop() that came to its end
-        self._pid = 0
 
     # For tests.
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set at any time, and count from the next request on, but for those that are refused here."""
-        if name in ("keep", "routes") or (name in ("host", "port") and self._server is not None):
+        fixed = ("keep", "routes") if self._server is None else ("keep", "routes", "host", "port")
+        if name in fixed and name in self.__dict__:
             raise AttributeError(f"{name} can't be set; it is said when the server is made: FakeOpenAI({name}=...)")
         if name in ("ttft", "itl"):
             _check_fields(self, **{name: (value, _SECONDS)})
@@ -7833,8 +7322,8 @@ class FakeOpenAI:
         except BaseException:
             server.server_close()
             raise
-        self._server = server
         self._pid = os.getpid()
+        self._server = server
         return self
 
     def stop(self) -> None:
@@ -7844,9 +7333,7 @@ class FakeOpenAI:
         thread, and from a handler.
         """
         __tracebackhide__ = True  # pytest shows no frame that has it
-        failing = sys.exc_info()[1]
-        if (error := self._stop(None if failing is None else partial(_tell, failing))) is not None:
-            raise error
+        self.__exit__(*sys.exc_info())
 
     def _stop(self, tell: Callable[[str], object] | None) -> BaseException | None:
         """Stops. What went wrong is returned; or, where the test has failed already, `tell` gets it as a text."""
@@ -7867,23 +7354,29 @@ class FakeOpenAI:
         for check in checks:
             try:
                 check()
-            except (AssertionError, RuntimeError) as error:
-                error.__context__ = None  # the test's own failure
-                self.errors.append(error)
-        errors = tuple(self.errors)
-        text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:6])
+            except (AssertionError, RuntimeError) as fault:
+                fault.__context__ = None  # the test's own failure
+                self.errors.append(fault)
+        errors = [_cut(self.errors[0]), *self.errors[1:6]] if self.errors else []
+        text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:])
         if tell is not None:
-            first = ("".join(traceback.format_exception(_cut(error))).rstrip() for error in errors[:1])
+            first = ("".join(traceback.format_exception(error)).rstrip() for error in errors[:1])
             tell("\nWhat went wrong in the fake:\n".join([text, *first]))
             return None
-        return _raisable(errors[0], text) if errors else None
+        if not errors:
+            return None
+        error = errors[0]
+        ends = isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit))  # the whole test run
+        if ends or type(error).__name__ == "CancelledError":
+            error = RuntimeError(f"handler raised {_error_words(error)}")
+            error.__cause__ = errors[0]
+        _tell(error, text)
+        return error
 
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         __tracebackhide__ = True
         if (failure := self._stop(None if error is None else partial(_tell, error))) is not None:
             raise failure
@@ -7920,20 +7413,15 @@ class FakeOpenAI:
 
     def wait_for_requests(self, n: int, timeout: float = 5.0) -> list[Request]:
         """Waits until `n` requests have come, and returns them all. Raises TimeoutError after `timeout` seconds."""
-        with self._arrived:
-            self._waiting += 1
-            try:
-                if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
-                    raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
-            finally:
-                self._waiting -= 1
+        if not _wait(self._arrived, lambda: self._count >= n, timeout, "server.wait_for_requests"):
+            raise TimeoutError(f"{self._count} of {n} requests came in {timeout} s")
         return self.requests
 
     def transcript(self) -> str:
         """The last requests and what was answered, a line each; 20 lines at most."""
         requests = tuple(self._recent)
         if not requests:
-            return "No request came to the fake." if self._keep != 0 else "No request is kept: keep=0."
+            return "No request came to the fake." if self.keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in requests:
             said = ", ".join(map(_shown, request.answer[:4]))
@@ -7953,20 +7441,16 @@ class FakeOpenAI:
         return self._server
 
     def _ids(self) -> _Ids:
-        if self.seed is None:
-            return self._unseeded
-        return _Ids(random.Random(f"{self.seed} {next(self._numbers)}").getrandbits)
+        seed = self.seed
+        return self._unseeded if seed is None else _Ids(random.Random(f"{seed} {next(self._numbers)}").getrandbits)
 
     def _model_names(self) -> Sequence[str]:
-        if self.models is not None:
-            return self.models
-        return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS})
-
-    # One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least.
+        return sorted({*_SNAPSHOTS, *_SNAPSHOTS.values(), *_OTHER_MODELS}) if self.models is None else self.models
 
     def _remember(self, store: dict[Any, Any], id: object, value: object) -> None:
+        """One rule for all that is kept: of each, the last `keep`. What is stored is the last one at least."""
         store[id] = value
-        if self._keep is not None and len(store) > (keep := max(1, self._keep)):
+        if self.keep is not None and len(store) > (keep := max(1, self.keep)):
             for old in tuple(store)[:-keep]:  # a copy, and pop: other threads add and delete at the same time
                 if isinstance(dropped := store.pop(old, None), _History):
                     dropped.before, dropped.said = None, list
@@ -7976,21 +7460,12 @@ class FakeOpenAI:
             self._control.begin(request)
         self._journal.append(request)
         self._flying[id(request)] = request
-        self._keep_last(request)
+        self._recent.append(request)
         if self._control is not None:
             self._control.wake()
         with self._lock:
             self.__dict__["_count"] += 1  # not through __setattr__, which is for the options
-            if self._waiting:
-                self._arrived.notify_all()
-
-    def _keep_last(self, request: Request) -> None:
-        """Keeps a request for the transcript, in place of the oldest one there."""
-        if len(self._recent) == self._recent.maxlen:
-            with suppress(IndexError):
-                oldest = self._recent[0]
-                oldest._settle(oldest._encoder)
-        self._recent.append(request)
+            self._arrived.notify_all()
 
     def _check_page(self, request: Request, path: str) -> None:
         """Refuses other sites' web pages, unless `cors`; what shows the journal, also to a page of a name that was made
@@ -8001,37 +7476,32 @@ class FakeOpenAI:
         if not own and (shows or not self.cors):
             words = f"Pages of {fields['origin']} may not call this fake, unless it is made with cors=True (or --cors)."
             raise APIError(403, "This is for pages of this machine only." if shows else words)
-        if not shows:
-            return
-        local = str(self._running().server_address[0]).startswith(("127.", "::1"))
+        local = shows and str(self._running().server_address[0]).startswith(("127.", "::1"))
         if local and not re.fullmatch(_LOOPBACK, host := fields.get("host", "").lower()):
             raise APIError(403, f"This is shown at a loopback address or localhost only, not at {host!r}.")
 
     def _check_key(self, request: Request) -> None:
-        if request.method == "OPTIONS":
-            return
         key = _api_key(request)
-        if key == self.api_key:
+        if request.method == "OPTIONS" or key == self.api_key:
             return
-        if key:
-            shown = key if len(key) <= 12 else key[:8] + "*" * (len(key) - 12) + key[-4:]
-            text = f"Incorrect API key provided: {shown}. "
-            text += "You can find your API key at https://platform.openai.com/account/api-keys."
-            raise APIError(401, text, code="invalid_api_key")
-        if request.api == "responses":
-            raise APIError(401, "Missing bearer or basic authentication in header")
-        raise APIError(401, _NO_KEY)
+        if not key:
+            missing = "Missing bearer or basic authentication in header"
+            raise APIError(401, missing if request.api == "responses" else _NO_KEY)
+        shown = key if len(key) <= 12 else key[:8] + "*" * (len(key) - 12) + key[-4:]
+        text = f"Incorrect API key provided: {shown}. "
+        text += "You can find your API key at https://platform.openai.com/account/api-keys."
+        raise APIError(401, text, code="invalid_api_key")
 
     def _keep_error(self, error: BaseException, request: Request) -> str:
         """Keeps what went wrong for the test. Returns what the client is told."""
-        if self._keep is None or len(self.errors) < max(1, self._keep):  # a traceback holds its request
+        if self.keep is None or len(self.errors) < max(1, self.keep):  # a traceback holds its request
             self.errors.append(error)
         try:
-            message = text = str(error)
+            message = str(error)
         except BaseException:
-            message = text = "(and its str() raised as well)"
-        if not text.startswith("handler returned"):
-            message = f"handler raised {type(error).__name__}: {text}{_place(error)}"
+            message = "(and its str() raised as well)"
+        if not message.startswith("handler returned"):
+            message = f"handler raised {type(error).__name__}: {message}{_place(error)}"
         _LOG.info("%s %s: %s", request.method, request.path, message)
         return message
 
@@ -8041,8 +7511,7 @@ class FakeOpenAI:
         if self._observe is not None:
             with suppress(Exception):
                 self._observe(request)
-        if request not in tuple(self._recent):  # many came since: it is no more of the last
-            request._settle(request._encoder)
+        request._encoder = None
 
 
 _NOT_USERS = re.compile(  # where code is that is not the user's; a dataclass's __init__ is of <string>
@@ -8114,47 +7583,44 @@ def _short(text: str) -> str:
     return line if len(line) <= 100 else line[:99] + "…"
 
 
-def _raisable(error: BaseException, text: str) -> BaseException:
-    """The error that fails a test, with a text that is shown under its traceback."""
-    error = _cut(error)
-    if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit)) or type(error).__name__ == "CancelledError":
-        told = RuntimeError(f"handler raised {_error_words(error)}")  # itself would end the whole test run
-        told.__cause__ = error
-        error = told
-    _tell(error, text)
-    return error
+def _own_routes(routes: Mapping[str, Callable[[Request], object]]) -> dict[str, _Endpoint]:
+    """Endpoints from a user's functions, by their names without the /v1 that every path may have."""
+    endpoints: dict[str, _Endpoint] = {}
+    for name, function in routes.items():
+        if not re.fullmatch(r"[A-Z]+ /\S*", name):
+            raise ValueError(f'a route is "METHOD /path", as in "POST /audio/speech", not {name!r}')
+        if not callable(function):
+            raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
+        endpoints[name.replace(" /v1/", " /", 1)] = _OwnRoute(function)
+    return endpoints
 
 
-def _route_name(name: str) -> str:
-    """The name without the /v1 that every path may have. Raises ValueError for one that no request could match."""
-    if not re.fullmatch(r"[A-Z]+ /\S*", name):
-        raise ValueError(f'a route is "METHOD /path", as in "POST /audio/speech", not {name!r}')
-    return name.replace(" /v1/", " /", 1)
-
-
-class _OwnRoute(NamedTuple):
-    """The answer of a user's function to a request for a route of the user's."""
+@dataclass(frozen=True)
+class _OwnRoute:
+    """The endpoint that a user's function is: it is its own answer, as it finds the request at the connection."""
 
     function: Callable[[Request], object]
-    fake: FakeOpenAI
-    request: Request
+
+    def __call__(self, fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
+        return self
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection; what an iterator gives, piece by piece."""
+        fake, request = connection.server.fake, connection.asked
         waiter = _Waiter(connection.server, connection, False)
         pieces: Any = ()
         try:
-            result: Any = self.function(self.request)
+            result: Any = self.function(request)
             if hasattr(result, "__await__"):
                 result = waiter.run(result)
             if isinstance(result, APIError):
                 raise result
             if result is None:
-                raise TypeError(f"the route {self.request.method} {self.request.path} returned None (forgot `return`?)")
+                raise TypeError(f"the route {request.method} {request.path} returned None (forgot `return`?)")
             status, headers, body = _own_answer(result)
-            if self.fake.ttft:
-                waiter.sleep(self.fake.ttft)
-            if isinstance(body, bytes) or self.request.method == "HEAD":
+            if fake.ttft:
+                waiter.sleep(fake.ttft)
+            if isinstance(body, bytes) or request.method == "HEAD":
                 whole = body if isinstance(body, bytes) else b""
                 return connection.send_whole(whole, status, "application/octet-stream", fields=headers)
             waiter.streams = True
@@ -8162,8 +7628,8 @@ class _OwnRoute(NamedTuple):
             pieces = waiter.steps(body) if hasattr(body, "__anext__") else body
             connection.send(connection.head(status, _EVENTS, _USUAL, headers))
             for at, piece in enumerate(pieces):
-                if at and self.fake.itl:
-                    waiter.sleep(self.fake.itl)
+                if at and fake.itl:
+                    waiter.sleep(fake.itl)
                 if data := piece.encode() if isinstance(piece, str) else piece:  # an empty chunk would be the last
                     connection.send(_http_chunk(data) if connection.http11 else data)
                 waiter.patience()
@@ -8171,7 +7637,7 @@ class _OwnRoute(NamedTuple):
         except BaseException as error:
             if isinstance(error, _Gone) or not connection.headed:
                 raise
-            self.request._outcome = self.fake._keep_error(error, self.request)
+            request._outcome = fake._keep_error(error, request)
             connection.hang_up(False)  # too late for a status
         finally:
             if hasattr(pieces, "close"):
@@ -8181,27 +7647,14 @@ class _OwnRoute(NamedTuple):
 
 def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
     """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
-    body: Any = result
-    status, headers = 200, None
-    if type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]:
-        status, headers, body = cast(Any, result)
+    headed = type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]
+    status, headers, body = cast(Any, result if headed else (200, None, result))
     headers = _header_fields(headers)
     if isinstance(body, bytes) or hasattr(body, "__next__") or hasattr(body, "__anext__"):
         return status, headers, body
     typed = "content-type" in map(str.lower, headers)
     headers = headers if typed else {**headers, "content-type": "application/json"}
     return status, headers, body.encode() if isinstance(body, str) and typed else _utf8(_dumps(body))
-
-
-def _own_route(function: Callable[[Request], object]) -> _Endpoint:
-    """An endpoint from a user's function."""
-    if not callable(function):
-        raise TypeError(f"a route is served by a function that takes a Request, not by {function!r}")
-
-    def endpoint(fake: FakeOpenAI, request: Request, *values: str) -> _OwnRoute:
-        return _OwnRoute(function, fake, request)
-
-    return endpoint
 
 
 def _preflight(fake: FakeOpenAI, request: Request, *values: str) -> _HTTPResponse:
@@ -8225,12 +7678,12 @@ def start(
     if add is None:
         raise TypeError(f"start() takes the test first, as in start(self, handler); what came is {test!r}")
     server = FakeOpenAI(handler, **options).start()
-    add(server.stop) if isinstance(test, type) else add(_stop_after, test, server)
+    add(_stop_after, test, server)
     return server
 
 
 def _stop_after(test: Any, server: FakeOpenAI) -> None:
-    """Stops the server of a test. What went wrong is its failure, or is told in the failure that it has."""
+    """Stops the server of a test, or class. What went wrong is its failure, or is told in the failure that it has."""
     outcome: Any = getattr(test, "_outcome", None)  # private, from 3.10 to 3.14; there is no public way
     if (error := server._stop(_teller(test, outcome))) is None:
         return
@@ -8241,11 +7694,8 @@ def _stop_after(test: Any, server: FakeOpenAI) -> None:
     method = getattr(test, test._testMethodName)
     if any(getattr(each, "__unittest_expecting_failure__", False) for each in (test, method)):
         outcome.expectedFailure = failure
-        return
-    outcome.success = False
-    if hasattr(outcome, "errors"):  # before 3.11
-        outcome.errors.append((test, failure))
     else:
+        outcome.success = False
         add = outcome.result.addFailure if isinstance(error, test.failureException) else outcome.result.addError
         add(test, failure)
 
@@ -8316,8 +7766,6 @@ _UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2
 _HUES = {2: "32", 4: "33"}  # SGR colours by the hundreds of a status: green, yellow; red for the rest
 _SHOWN = 2_000  # characters of one message that --verbose shows; a prompt may be megabytes
 _BACKLOG = 1_000  # pieces of output that wait for a slow reader; beyond that, they are dropped
-_TICK = 0.1  # seconds between looks at whether a client has left; a person does not notice
-_SETTINGS = ("host", "port", "api_key", "strict", "ttft", "itl", "models", "cors", "seed")  # the server's
 _PROMPT = "< "
 
 
@@ -8332,10 +7780,6 @@ def _safe_line(text: str, limit: int = 300) -> str:
     return _safe(text, limit).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _painted(text: str, colour: str, wanted: bool) -> str:
-    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
-
-
 def _request_words(request: Request) -> str:
     return f"{request.api} {_safe_line(request.model, 60)} {'stream' if request.stream else 'json'}"
 
@@ -8343,14 +7787,14 @@ def _request_words(request: Request) -> str:
 def _log_line(request: Request, clock: str, colour: bool = False) -> str:
     """One request in one line: time, API, model, stream, status, duration, tokens, and what went wrong."""
     what = _request_words(request) if request.api else _safe_line(f"{request.method} {request.path}", 100)
-    hue = _HUES.get(request._status // 100, "31")
-    status = _painted(str(request._status or "---"), hue, colour)
+    paint = "\x1b[{0}m{1}\x1b[0m" if colour else "{1}"
+    status = paint.format(_HUES.get(request._status // 100, "31"), request._status or "---")
     columns = [f"{clock} {what:<40}", status, f"{request._seconds:6.3f} s"]
     if request._encoder is not None and request._status == 200:
         usage = request._encoder.tally()
         columns.append(f"{usage.prompt_tokens}+{usage.completion_tokens} tokens")
     if request._outcome:
-        columns.append(_painted(_safe_line(request._outcome, 120), "31", colour))
+        columns.append(paint.format("31", _safe_line(request._outcome, 120)))
     return "  ".join(columns) + "\n"
 
 
@@ -8362,39 +7806,31 @@ def _paragraph(mark: str, label: str, text: str) -> str:
     return f"{mark:>3} {_safe_line(label, 12):<10} " + _safe(text).replace("\n", "\n" + " " * 15) + "\n"
 
 
-def _part_text(part: object) -> str:
-    if isinstance(part, WebSearch):
-        return part.query
-    if isinstance(part, Item):
-        return f"{part.type} {_dumps(part.fields)}"
-    return part.summary if isinstance(part, Reasoning) else part._pieces[0] if isinstance(part, _Spoken) else repr(part)
-
-
 def _answer_text(parts: Sequence[object], mark: str = "<") -> str:
     shown: list[str] = []
     for part in parts:
-        text = _part_text(part)
-        text = f"{part.name}({text})" if isinstance(part, _Call) else text
+        text = getattr(part, part._grows) if isinstance(part, (_MessagePart, _Call)) else repr(part)
+        if isinstance(part, _Call):
+            text = f"{part.name}({text})"
+        elif isinstance(part, Item):
+            text = part.query if isinstance(part, WebSearch) else f"{part.type} {_dumps(part.fields)}"
+        elif isinstance(part, Reasoning):
+            text = part.summary
         shown.append(_paragraph(mark, _LABELS.get(type(part), type(part).__name__.lower()), text))
-    return "".join(shown)
-
-
-def _shown_conversation(messages: Sequence[Message]) -> str:
-    shown: list[str] = []
-    for message in messages:
-        text = "\n".join(each for each in (message.text, *_attached(message)) if each)
-        if text or not message.tool_calls:
-            shown.append(_paragraph(">", message.role, text))
-        shown.append(_answer_text(message.tool_calls, ">"))
     return "".join(shown)
 
 
 def _shown_request(request: Request) -> str:
     """What was asked: the conversation, the tools, the options."""
+    shown: list[str] = []
+    for message in request.messages:
+        text = "\n".join(each for each in (message.text, *_attached(message)) if each)
+        if text or not message.tool_calls:
+            shown.append(_paragraph(">", message.role, text))
+        shown.append(_answer_text(message.tool_calls, ">"))
     options = [f"{name}={_dumps(value)}" for name, value in request.options.items()]
     more = {"tools": ", ".join(_tool_words(request)), "options": ", ".join(options)}
-    shown = [_paragraph(">", label, text) for label, text in more.items() if text]
-    return _shown_conversation(request.messages) + "".join(shown)
+    return "".join([*shown, *(_paragraph(">", label, text) for label, text in more.items() if text)])
 
 
 def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str | None) -> str:
@@ -8421,30 +7857,26 @@ class _Console:
         # thread, which waits for a reader. `stream` is None where the shell closed it (>&-).
         buffer: Any = getattr(stream, "buffer", None)
         self._raw: Any = getattr(buffer, "raw", buffer)
-        self._pieces: queue.Queue[str | threading.Event] = queue.Queue(_BACKLOG)
+        self._pieces: queue.Queue[str | None] = queue.Queue(_BACKLOG)
         self.typed: Callable[[], str] | None = None  # what is typed so far, where lines are edited at a prompt
-        if self._raw is not None:
-            threading.Thread(target=self._run, name="openai_fake console", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="openai_fake console", daemon=True)
+        self._thread.start()
 
-    def write(self, text: str) -> None:
+    def write(self, text: str | None) -> None:
         with suppress(queue.Full):
             self._pieces.put_nowait(text)
 
-    def flush(self, timeout: float = 0.5) -> None:
-        """Wait until all is written, or until it seems that nobody reads it."""
-        written = threading.Event()
-        with suppress(queue.Full):
-            self._pieces.put_nowait(written)
-            written.wait(timeout if self._raw is not None else 0)
+    def close(self) -> None:
+        """Waits until all is written, or until it seems that nobody reads it."""
+        typed, self.typed = self.typed, None
+        self.write("\n" if typed is not None else "")
+        self.write(None)
+        self._thread.join(0.5)
 
     def _run(self) -> None:
-        while True:
-            piece = self._pieces.get()
-            if isinstance(piece, threading.Event):
-                piece.set()
-                continue
-            if self.typed is not None:  # the piece goes where the prompt is, and the prompt below
-                piece = f"\r\x1b[K{piece}{_PROMPT}{self.typed()}"
+        while self._raw is not None and (piece := self._pieces.get()) is not None:
+            if (typed := self.typed) is not None:  # the piece goes where the prompt is, and the prompt below
+                piece = f"\r\x1b[K{piece}{_PROMPT}{typed()}"
             data = memoryview(piece.encode(self._encoding, "backslashreplace"))
             with suppress(OSError, ValueError):  # the reader has left; the service goes on
                 while data:
@@ -8502,27 +7934,22 @@ class _NamedHandler:
         self._console = console
         self._lock = threading.Lock()  # guards all below: one request loads, those beside it wait
         self._module: Any = None
-        self._function = self._load()
+        self._function: Callable[[Request], Any] = self._load()
         self._seen = self._stat()
-        self._error = ""
 
     def __call__(self, request: Request) -> Any:
         with self._lock:
-            seen = self._stat()
-            if seen not in (None, self._seen):
-                self._seen = seen
-                self._reload()
-            function, error = self._function, self._error
-        if error:
-            raise APIError(500, error, headers={"x-should-retry": "false"})
+            if (seen := self._stat()) not in (None, self._seen):
+                self._seen, told = seen, f"{self._source} has changed and was loaded again"
+                try:
+                    self._function = self._load()
+                except (Exception, SystemExit) as error:
+                    told = f"{self._source} has changed and cannot be loaded: {_error_words(error)}"
+                    broken = APIError(500, told, headers={"x-should-retry": "false"})
+                    self._function = lambda request: broken
+                self._console.write(_safe_line(told) + "\n")
+            function = self._function
         return function(request)
-
-    def _reload(self) -> None:
-        try:
-            self._function, self._error = self._load(), ""
-        except (Exception, SystemExit) as error:
-            self._error = f"{self._source} has changed and cannot be loaded: {_error_words(error)}"
-        self._console.write(_safe_line(self._error or f"{self._source} has changed and was loaded again") + "\n")
 
     def _load(self) -> Callable[[Request], Any]:
         import importlib.util
@@ -8542,47 +7969,33 @@ class _NamedHandler:
 
     def _stat(self) -> tuple[int, int] | None:
         """What an edit changes; None while an editor is replacing the file, and for a module that has none."""
-        try:
+        with suppress(OSError, TypeError, AttributeError):
             status = os.stat(self._module.__file__)
-        except (OSError, TypeError, AttributeError):
-            return None
-        return status.st_mtime_ns, status.st_size
+            return status.st_mtime_ns, status.st_size
+        return None
 
 
-class _Turn(Stream):
-    """One request that a person answers."""
+class _Turn:
+    """One request that a person answers, from the terminal's thread."""
 
-    def __init__(self, request: Request, ended: Callable[[_Turn], None]) -> None:
-        super().__init__(timeout=None)  # a person may think for long
+    shown = said = over = False
+
+    def __init__(self, request: Request) -> None:
+        import asyncio
+
         self.asked = request
-        self.ended = ended  # called when it is over, also because the client has left
-        # What the handler returns: the stream at the first thing said; or an error, whose status the reply then has.
-        self.begun: queue.SimpleQueue[Stream | APIError] = queue.SimpleQueue()
-        self.said = self.over = False
+        self.loop = asyncio.get_running_loop()  # the answer's, which also notices that the client has left
+        self.parts: asyncio.Queue[_Part | APIError | None] = asyncio.Queue()  # None: the end
 
-    def say(self, *parts: _Part) -> None:
-        if not self.said:
-            self.begun.put(self)
+    def say(self, *parts: _Part | APIError | None) -> None:
         self.said = True
-        self.send(*parts)
+        for part in parts:
+            with suppress(RuntimeError):  # the loop is closed: the client has just left
+                self.loop.call_soon_threadsafe(self.parts.put_nowait, part)
 
-    def end(self, *last: _Part) -> None:
+    def end(self, *last: _Part | APIError) -> None:
         self.over = True
-        self.say(*last)
-        self.close()
-
-    def reject(self, error: APIError) -> None:
-        self.over = True
-        if self.said:
-            self.fail(error)
-        else:
-            self.begun.put(error)
-            self.ended(self)
-
-    @override
-    def _left(self) -> None:
-        super()._left()
-        self.ended(self)
+        self.say(*last, None)
 
 
 def _type_call(turn: _Turn, rest: str) -> None:
@@ -8598,7 +8011,7 @@ def _type_call(turn: _Turn, rest: str) -> None:
 
 def _type_error(turn: _Turn, rest: str) -> None:
     number, _, message = rest.partition(" ")
-    turn.reject(APIError(int(number), message or "An error typed at the terminal."))
+    turn.end(APIError(int(number), message or "An error typed at the terminal."))
 
 
 # What each does (ValueError: that does not fit the usage), its usage, and its help.
@@ -8621,93 +8034,66 @@ class _Operator:
 
     def __init__(self, console: _Console, stdin: TextIO | None) -> None:
         self._console, self._stdin = console, stdin
-        self._lock = threading.RLock()  # guards all below
-        self._turns: list[_Turn] = []  # the first has the terminal, the others wait
-        self._ahead: deque[str] = deque()  # lines typed while nobody waited
-        self._stale = self._ended = False  # the line being typed was for a client that has left; the input has ended
-        self._restore: Callable[[], object] = lambda: None
-        if stdin is not None and stdin.isatty():
-            with suppress(ImportError):
-                import termios
-
-                modes = termios.tcgetattr(stdin)
-                self._restore = lambda: termios.tcsetattr(stdin, termios.TCSANOW, modes)
+        # A line that was typed; a request that has come, and again when it is over; None: the input has ended.
+        self._events: queue.SimpleQueue[str | _Turn | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         self._console.write(_HELP)
-        threading.Thread(target=self._read, name="openai_fake operator", daemon=True).start()
+        for work, name in ((self._read, "openai_fake input"), (self._run, "openai_fake operator")):
+            threading.Thread(target=work, name=name, daemon=True).start()
 
-    def stop(self) -> None:
-        """Gives the terminal back as it was: who edits a line there never ends."""
-        self._restore()
-        if self._console.typed is not None:
-            self._console.typed = None
-            self._console.write("\n")
+    async def __call__(self, request: Request) -> AsyncIterator[_Part]:
+        turn = _Turn(request)
+        self._events.put(turn)
+        try:
+            yield Pause(0.0)  # an answer with no part at all would be an error
+            while (part := await turn.parts.get()) is not None:
+                if isinstance(part, APIError):
+                    raise part
+                yield part
+        finally:
+            self._events.put(turn)
 
-    def __call__(self, request: Request) -> Stream | APIError:
-        turn = _Turn(request, self._over)
-        with self._lock:
-            self._turns.append(turn)
-            if self._turns[0] is turn:
-                self._begin(turn)
-            else:
-                self._console.write(f"{_request_words(request)} waits: {len(self._turns) - 1} before it\n")
+    def _run(self) -> None:
+        """Gives the terminal to one request after the other, and obeys what is typed."""
+        turns: list[_Turn] = []  # the first has the terminal, the others wait
+        ahead: deque[str] = deque()  # lines typed while nobody waited
+        stale = ended = False  # the line being typed was for a client that has left; the input has ended
         while True:
-            try:
-                return turn.begun.get(timeout=_TICK)
-            except queue.Empty:
-                if request.disconnected:
-                    return turn
-
-    def _begin(self, turn: _Turn) -> None:
-        self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
-        while self._ahead and not turn.over:
-            self._obey(turn, self._ahead.popleft())
-        if self._ended and not turn.over:
-            self._finish(turn)
-
-    def _over(self, turn: _Turn) -> None:
-        with self._lock:
-            if turn not in self._turns:  # it was rejected as its client left
-                return
-            first = self._turns[0] is turn
-            self._turns.remove(turn)
-            if first and not turn.over:
-                turn.over = True
-                self._stale = bool(self._console.typed and self._console.typed())
-                self._console.write("The client has left.\n")
-            if first and self._turns:
-                self._begin(self._turns[0])
+            event = self._events.get()
+            if event is None:
+                ended = True
+                self._console.write("The input has ended: from now on, requests get a 503.\n")
+            elif isinstance(event, str) and stale:
+                stale = False
+                self._console.write("That was not sent: its client has left.\n")
+            elif isinstance(event, str):
+                ahead.append(event)
+            elif event not in turns:
+                turns.append(event)
+                if len(turns) > 1:
+                    self._console.write(f"{_request_words(event.asked)} waits: {len(turns) - 1} before it\n")
+            else:
+                if event is turns[0] and not event.over:
+                    stale = bool(self._console.typed and self._console.typed())
+                    self._console.write("The client has left.\n")
+                turns.remove(event)
+            while turns and not (turn := turns[0]).over:
+                if not turn.shown:
+                    turn.shown = True
+                    self._console.write(f"\n{_request_words(turn.asked)}\n{_shown_request(turn.asked)}")
+                elif ahead:
+                    self._obey(turn, ahead.popleft())
+                elif ended and turn.said:
+                    turn.end()
+                elif ended:
+                    turn.end(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
+                else:
+                    break
 
     def _read(self) -> None:
-        """Obeys what is typed, until the input ends."""
-        for line in self._lines():
-            with self._lock:
-                stale, self._stale = self._stale, False
-                turn = self._turns[0] if self._turns else None
-                if stale:
-                    self._console.write("That was not sent: its client has left.\n")
-                elif turn is None or turn.over:
-                    self._ahead.append(line)
-                else:
-                    self._obey(turn, line)
-        with self._lock:
-            self._console.write("The input has ended: from now on, requests get a 503.\n")
-            self._ended = True
-            for turn in reversed(self._turns):
-                if not turn.over:
-                    self._finish(turn)
-
-    def _finish(self, turn: _Turn) -> None:
-        if turn.said:
-            turn.end()
-        else:
-            turn.reject(APIError(503, "Nobody is at the terminal.", headers={"x-should-retry": "false"}))
-
-    def _lines(self) -> Iterator[str]:
-        if self._stdin is None:  # the shell closed it (<&-)
-            return
-        if self._stdin.isatty() and self._console.terminal:
+        """Reads what is typed, until the input ends."""
+        if self._stdin is not None and self._stdin.isatty() and self._console.terminal:
             prompt = _PROMPT
             with suppress(ImportError):
                 import readline  # input() then edits lines, and has a history
@@ -8716,15 +8102,21 @@ class _Operator:
                 if "libedit" not in str(readline.__doc__):  # which would show what is between \x01 and \x02
                     readline.parse_and_bind("set enable-bracketed-paste off")  # nobody would end it
                     prompt = f"\r\x01\x1b[K\x02{_PROMPT}"
+                import atexit
+                import termios
+
+                # Gives the terminal back as it was: who edits a line there never ends.
+                atexit.register(termios.tcsetattr, self._stdin, termios.TCSANOW, termios.tcgetattr(self._stdin))
             with suppress(EOFError):
                 while True:
-                    yield input(prompt)
+                    self._events.put(input(prompt))
             self._console.typed = None
-            return
-        # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
-        with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
-            for line in raw:
-                yield line.decode(errors="replace").rstrip("\r\n")
+        elif self._stdin is not None:  # None: the shell closed it (<&-)
+            # A file of its own, without a buffer: a lock held here can abort the interpreter's end.
+            with suppress(OSError), open(self._stdin.fileno(), "rb", buffering=0, closefd=False) as raw:
+                for line in raw:
+                    self._events.put(line.decode(errors="replace").rstrip("\r\n"))
+        self._events.put(None)
 
     def _obey(self, turn: _Turn, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -8766,9 +8158,6 @@ A server that answers like OpenAI's API. It repeats what the user said, or says
   --quiet, --verbose          no such line; conversations and tracebacks, too
   --version, --help
 """
-_DEFAULTS: _JSON = {
-    "host": "127.0.0.1", "port": 8080, "tokens": 32, "ttft": 0.0, "itl": 0.0, "error-rate": {}, "log": "text",
-}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -8816,10 +8205,11 @@ def _parser() -> argparse.ArgumentParser:
     types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
     types |= {"TEXT": reply, "STATUS=RATE": rates, "FILE.jsonl": _dumper}
     for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
-        more: _JSON = {"metavar": takes, "type": types.get(takes, str), "default": _DEFAULTS.get(name)}
+        more: _JSON = {"metavar": takes, "type": types.get(takes, str)}
         more["choices"] = ("text", "json") if name == "log" else None
         more = more if takes else {"action": "store_true"}
         groups.get(name, parser).add_argument(f"--{name}", **more)
+    parser.set_defaults(host="127.0.0.1", port=8080, tokens=32, ttft=0.0, itl=0.0, error_rate={}, log="text")
     return parser
 
 
@@ -8844,7 +8234,7 @@ def _chosen_handler(options: argparse.Namespace, console: _Console) -> Callable[
         return _NamedHandler(options.handler, console)
     if options.reply is not None:
         return lambda request: options.reply
-    return (lambda request: auto(request, tokens=options.tokens)) if options.auto else echo
+    return partial(auto, tokens=options.tokens) if options.auto else echo
 
 
 def _find_this(name: str, path: Sequence[str] | None, target: object = None) -> Any:
@@ -8871,7 +8261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler = _chosen_handler(options, console)
     except BaseException as error:  # whatever the handler's file does as it is loaded, Ctrl-C meanwhile too
         parser.error(f"--handler {options.handler}: {_error_words(error)}")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
+    settings: _JSON = {name: each for name, each in vars(options).items() if name in Options.__annotations__}
     settings |= {"validate": not options.no_validate, "keep": 1_000}  # the journal of a service must not grow for ever
     interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is reentrant; an Event's set() is not
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -8886,7 +8276,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"cannot listen on {options.host} port {options.port}: {error}")
     console.write(_banner(server.base_url, server.environ, (options.models or ["gpt-5.5"])[0], options.api_key))
-    console.flush()
     if isinstance(handler, _Operator):
         handler.start()
     while True:
@@ -8895,9 +8284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
     with suppress(BaseException):  # the errors that it raises were shown as they happened
         server.stop()
-    if isinstance(handler, _Operator):
-        handler.stop()
-    console.flush()
+    console.close()
     return 0
 
 

@@ -135,7 +135,6 @@ _ENDPOINTS = openai_fake._ENDPOINTS  # and each of these
 _MAX_BODY = (openai_fake, "_MAX_BODY")  # set lower: 64 MiB take long
 _SLEEP = (openai_fake._Waiter, "sleep")  # what is waited for, without waiting
 _log_line = openai_fake._log_line  # what the terminal shows, without a process each
-_shown_conversation = openai_fake._shown_conversation
 _answer_text = openai_fake._answer_text
 _banner = openai_fake._banner
 _Inbox, _read_request, _Refused = (
@@ -162,8 +161,16 @@ def _conversation_fault(*arguments: Any) -> APIError | None:
     return _refusal(openai_fake._check_conversation, *arguments)
 
 
+class _Impatient(queue.SimpleQueue[Any]):
+    """For what waits a second for a job that may come, and does not here."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        return super().get(block, timeout and 0.02)
+
+
 def _hurry(server: FakeOpenAI, *states: str) -> None:
     """Shortens the deadlines of connections, which are no options: they are longer than a test may take."""
+    server._running().jobs = _Impatient()
     server._running().sweep = 0.02
     for state in states:
         server._running().limits[openai_fake._State[state]] = 0.1
@@ -178,6 +185,7 @@ def setUpModule() -> None:
     logger = logging.getLogger("asyncio")
     unittest.addModuleCleanup(logger.setLevel, logger.level)
     logger.setLevel(logging.ERROR)
+    unittest.addModuleCleanup(gc.unfreeze)  # what LeakTest froze
 
 
 class Wire:
@@ -449,6 +457,13 @@ class PartsAlgebraTest(unittest.TestCase):
         ):
             with self.subTest(name=name), self.assertRaises(error):
                 make()
+
+    def test_a_part_shows_what_makes_it(self) -> None:
+        """Its repr has what is not so by itself: what was left out, and what is private, is not shown."""
+        for shown in ("ToolCall(name='f', arguments='{}')", "CustomToolCall(name='f', input='a', choice=1)",
+                      "Text(text='a', phase='commentary')", "Refusal(text='a', id='msg_1')",
+                      "Usage(prompt_tokens=1, completion_tokens=2)"):  # fmt: skip
+            self.assertEqual(repr(eval(shown)), shown)
 
     def test_parts_are_values(self) -> None:
         """Parts are frozen, hashable, and equal where they say the same."""
@@ -1232,6 +1247,7 @@ class IdsTest(unittest.TestCase):
         self.assertEqual(first, answers(1))
         self.assertEqual(len(set(first)), len(first))
         self.assertFalse(set(first) & set(answers(2)))
+        self.assertTrue(all(str(CLOCK).encode() in each for each in first))
         self.assertNotEqual(answers(None), answers(None))
 
 
@@ -1404,27 +1420,12 @@ class FoldLawTest(unittest.TestCase):
                 self.check_responses([part, "See https://a.example/1."], include=include)
 
     def test_random_answers_fold_to_their_json(self) -> None:
-        """For a hundred answers of random parts, in both APIs."""
-        for seed in range(50):
+        """For answers of random parts, in both APIs."""
+        for seed in range(25):
             answer = random_answer(random.Random(seed))
             with self.subTest(seed=seed, answer=answer):
                 self.check_chat(answer)
                 self.check_responses(answer)
-
-    @needs_hypothesis
-    def test_any_answer_folds_to_its_json(self) -> None:
-        """For the answers that hypothesis thinks of."""
-        from hypothesis import given, settings
-        from hypothesis import strategies as st
-
-        @settings(max_examples=25, deadline=None, database=None)
-        @given(st.randoms(use_true_random=False))
-        def law(rng: random.Random) -> None:
-            answer = random_answer(rng)
-            self.check_chat(answer)
-            self.check_responses(answer)
-
-        law()
 
     def test_n_choices_fold_to_their_json(self) -> None:
         """Answers said by several choices too."""
@@ -1456,6 +1457,13 @@ class LogprobsTest(unittest.TestCase):
             for each in (entry, *entry["top_logprobs"]):
                 self.assertTrue(-20 < each["logprob"] <= 0)
                 self.assertEqual(bytes(each["bytes"]).decode(), each["token"])
+
+    def test_entries_without_a_text(self) -> None:
+        """A Text with entries and nothing else has no delta, and a stream goes on after it."""
+        nothing = Text("", logprobs=[{"token": "", "logprob": -0.5}])
+        for api, asked in (("responses", {"include": ["message.output_text.logprobs"]}), ("chat.completions", {})):
+            with self.subTest(name=api):
+                self.assertIn('"x"', json.dumps(streamed(api, [nothing, "x"], logprobs=True, **asked)))
 
     def test_chat_tells_them_in_json_and_stream(self) -> None:
         """content has an entry per token; the role chunk none, the finish chunk null; gpt-5 has the key too then."""
@@ -1768,6 +1776,14 @@ class MoreOfPartsTest(unittest.TestCase):
         steps = ("part.added", "text.delta", "text.delta", "text.done", "part.done")
         self.assertEqual(told, [(step, index) for index in range(3) for step in steps])
 
+    def test_reasoning_that_begins_with_the_next_summary(self) -> None:
+        """Its first summary is empty, in the events as in the item, however it comes: nothing is told as another."""
+        for answer in ([Reasoning("", "So")], iter([Reasoning("", "So")]), [Reasoning(), Reasoning("", "So")]):
+            events = streamed("responses", answer)
+            done = [event["text"] for event in events if event["type"] == "response.reasoning_summary_text.done"]
+            self.assertEqual(done, ["", "So"])
+            self.assertEqual([each["text"] for each in events[-1]["response"]["output"][0]["summary"]], done)
+
     def test_reasoning_may_show_its_text(self) -> None:
         """The text of a Reasoning is a reasoning_text, told before its summaries."""
         body, events = both("responses", [Reasoning("Sum.", text="All thoughts.")])
@@ -1812,6 +1828,10 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual(" ".join(item), "id type status arguments call_id caller name namespace")
         self.assertEqual(item["caller"], {"type": "program", "caller_id": "call_1"})
         self.assertEqual(item["status"], "in_progress")
+        call: Any = ToolCall("f", id="call_1", namespace="n")
+        whole = Completion([CompletionChoice(Message("assistant", tool_calls=(call,)))])
+        for answer in (whole, Chunk([ChunkChoice(tool_calls=[call])])):
+            self.assertEqual(spoken("responses", answer)["output"][0]["namespace"], "n")
 
     def test_annotations_come_where_they_belong(self) -> None:
         """A url_citation after the delta that ends it, a file_citation before the character it names, files last."""
@@ -1855,6 +1875,9 @@ class MoreOfPartsTest(unittest.TestCase):
         self.assertEqual([e["delta"] for e in events if e["type"].endswith("text.delta")], ["It", "'s"])
         self.assertEqual(body["output"][0]["content"][0]["logprobs"][0]["logprob"], -0.123457)
         self.assertEqual(spoken("responses", [text])["output"][0]["content"][0]["logprobs"], [])
+        self.assertEqual(len(spoken("chat.completions", [Text("", logprobs=[])], n=2)["choices"]), 2)
+        chunks = streamed("chat.completions", [Refusal("It's", logprobs=given)], logprobs=True)
+        self.assertEqual([chunk["choices"][0]["logprobs"]["refusal"] for chunk in chunks[1:-2]], [[e] for e in given])
 
     def test_usage_tells_its_details(self) -> None:
         """Beside what the API always tells."""
@@ -1877,6 +1900,8 @@ class MoreOfPartsTest(unittest.TestCase):
             deltas[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}}
         )
         self.assertEqual("".join(delta["function_call"]["arguments"] for delta in deltas[1:-1]), '{"a":1}')
+        custom = spoken("chat.completions", [CustomToolCall("f", "x")], **asked)["choices"][0]["message"]
+        self.assertEqual(custom["function_call"], {"name": "f", "arguments": "x"})
 
     def test_moderation_is_told_where_it_is_asked_for(self) -> None:
         """In each API's form; nothing is flagged unless the answer says so."""
@@ -2054,11 +2079,15 @@ class RecordedTest(unittest.TestCase):
         "responses": {"model": "gpt-5.4", "include": [*INCLUDE]},
     }
 
+    def setUp(self) -> None:
+        self.server = start(self, clock=lambda: CLOCK)
+
     def sent(self, api: str, answer: Any, stream: bool) -> bytes:
         options = dict(self.OPTIONS[api])
         if not stream:
             options.pop("stream_options", None)
-        return seeded(api, answer, stream=stream, **options).body
+        self.server.handler = always(answer)
+        return call(self.server, BODIES[api](stream=stream, **options)).body
 
     @staticmethod
     def plain(data: bytes) -> str:
@@ -2086,6 +2115,7 @@ class RecordedTest(unittest.TestCase):
         parts = {**SPOKEN, **{name: row[0] for name, row in ITEMS.items()}}
         parts["thoughts"] = Reasoning("One two", "three four", text="All of it", encrypted_content="s")
         parts["commentary"] = Text("Wait a bit", phase="commentary")
+        parts["audio"] = Item("audio", id="audio_1", data="QUJD" * 20, transcript="One two three", expires_at=4)
         for name, part in parts.items():
             with self.subTest(name=name):
                 self.check([part, "After it."])
@@ -2098,22 +2128,6 @@ class RecordedTest(unittest.TestCase):
             with self.subTest(seed=seed):
                 self.check(random_answer(rng) or "x")
 
-    @needs_hypothesis
-    def test_any_answer(self) -> None:
-        """For the answers that hypothesis thinks of."""
-        from hypothesis import given, settings
-        from hypothesis import strategies as st
-
-        @settings(max_examples=25, deadline=None, database=None)
-        @given(st.randoms(use_true_random=False))
-        def law(rng: random.Random) -> None:
-            answer = random_answer(rng)
-            ids = [part.id for part in answer if isinstance(part, ToolCall) and part.id]
-            if len(ids) == len(set(ids)):  # one id is one call
-                self.check(answer)
-
-        law()
-
     def test_choices(self) -> None:
         """Several choices are read as such."""
         answer = [Text("One", choice=0), Text("Two", choice=1), Finish("length", choice=1)]
@@ -2122,11 +2136,41 @@ class RecordedTest(unittest.TestCase):
         self.assertEqual(*map(self.plain, told))
 
     def test_deltas_are_kept(self) -> None:
-        """A recorded stream is said again with its own deltas."""
+        """A recorded stream is said again with its own deltas; what was recorded whole is cut into words."""
         for api in PATHS:
             sent = self.sent(api, iter(["It's", " not", " cut here."]), True)
+            body = spoken(api, "One two")
             with self.subTest(api=api):
                 self.assertEqual(text_deltas(api, streamed(api, recorded(sent))), ["It's", " not", " cut here."])
+                self.assertEqual(text_deltas(api, streamed(api, recorded(body))), ["One", " two"])
+
+    def test_a_stream_that_failed(self) -> None:
+        """What was said before the error, whole or in part, is said again, and the error as it was told."""
+        for said in (
+            [],
+            ["Let me see"],
+            [Reasoning("One two", "three")],
+            [ToolCall("f", {"a": 1})],
+            [Refusal("No way")],
+        ):
+            for api, error in itertools.product(PATHS, (StreamError("bad", code="c"), StreamError("bad", event=False))):
+                with self.subTest(api=api, said=said, error=error):
+                    sent = self.sent(api, [*said, error], True)
+                    self.assertEqual(self.plain(self.sent(api, recorded(sent), True)), self.plain(sent))
+
+    def test_an_item_that_was_never_done(self) -> None:
+        """Of an item of a stream that broke off, texts and calls are said as far as they came, others not at all."""
+        call: dict[str, Any] = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": ""}
+        for item, name, said in (
+            ({"type": "message", "id": "msg_1", "content": []}, "output_text", ["One", " two"]),
+            (call, "function_call_arguments", ["One", " two"]),
+            ({"type": "code_interpreter_call", "id": "ci_1", "code": ""}, "code_interpreter_call_code", []),
+        ):
+            added = {"type": "response.output_item.added", "output_index": 0, "item": item}
+            deltas = [{"type": f"response.{name}.delta", "output_index": 0, "delta": text} for text in ("One", " two")]
+            with self.subTest(name=name):
+                parts: Any = recorded([added, *deltas]).parts
+                self.assertEqual([getattr(part, part._grows) for part in parts], said)
 
     def test_every_form_of_it(self) -> None:
         """Bytes, text, dicts, lists of events, objects with model_dump: returned as they are, or by `recorded`."""
@@ -2175,10 +2219,13 @@ class RecordedTest(unittest.TestCase):
         message = {"role": "assistant", "content": "Hi", "new_key": {"a": 1}}
         chat = {"object": "chat.completion", "choices": [{"index": 0, "message": message}]}
         event = {"type": "response.dream.told", "output_index": 0}
+        added = {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message"}}
         item = {"type": "message", "role": "assistant", "content": []}
         for value, words in (
-            (chat, r"choices\[0\]\.message\.new_key"),
+            (chat, r"the completion\.choices\[0\]\.message\.new_key"),
+            ([{"choices": [{"index": 0, "delta": message}]}], r"chunk 0\.choices\[0\]\.delta\.new_key"),
             ([event], "event 0 .*response.dream.told"),
+            ([added, event], "event 1 .*response.dream.told"),
             ({"object": "response", "output": [item]}, r"output\[0\]\.content has 0 parts"),
             ({"object": "response", "output": [5]}, r"output\[0\]"),
             ({"object": "list"}, "no chat.completion"),
@@ -2248,16 +2295,17 @@ class HeadersTest(unittest.TestCase):
                         self.assertRegex(answer.headers[each], r"^(\d+m)?[\d.]+m?s$" if "reset" in each else r"^\d+$")
 
     def test_rate_limits_tell_when_to_retry(self) -> None:
-        """rate_limit() is the 429 with the headers that clients read, each once."""
-        for api in PATHS:
-            with self.subTest(name=api):
-                answer = seeded(api, rate_limit(1.5))
+        """rate_limit() is the API's 429, with both headers that clients read, and the x-ratelimit ones."""
+        rows = ((0.02, "1", "20"), (1.5, "2", "1500"), (30, "30", "30000"))
+        for api, (seconds, whole, milliseconds) in itertools.product(PATHS, rows):
+            with self.subTest(name=api, seconds=seconds):
+                answer = seeded(api, rate_limit(seconds))
                 self.assertEqual((answer.status, answer.error["code"]), (429, "rate_limit_exceeded"))
-                self.assertEqual((answer.headers["retry-after"], answer.headers["retry-after-ms"]), ("2", "1500"))
-                self.assertEqual(answer.headers["x-ratelimit-remaining-requests"], "0")
-
-
-# ---- The original ----
+                told = answer.headers
+                self.assertEqual((told["retry-after"], told["retry-after-ms"]), (whole, milliseconds))
+                self.assertEqual(told["x-ratelimit-remaining-requests"], "0")
+                for name in itertools.product(("limit", "remaining", "reset"), ("requests", "tokens")):
+                    self.assertIn("x-ratelimit-" + "-".join(name), told)
 
 
 def deltas(answer: Answer) -> list[Any]:
@@ -3007,13 +3055,13 @@ class ValidationTest(unittest.TestCase):
 
         for api, valid in VALID_BODIES.items():
             for name in _PARAMETERS[api]:
-                for strange in (*ODD_VALUES, *([item] for item in ODD_VALUES), *(odd(4) for _ in range(50))):
+                for strange in (*ODD_VALUES, *([item] for item in ODD_VALUES), *(odd(4) for _ in range(20))):
                     with self.subTest(api=api, name=name, value=strange):
                         fault = _fault(api, {**valid, name: strange}, chance.random() < 0.5)
                         if fault is not None:
                             self.assertEqual(fault.status, 400)
                             self.assertIsInstance(fault.message, str)
-        for _ in range(2000):
+        for _ in range(1000):
             items = [odd(2) for _ in range(4)]
             _conversation_fault(items, chance.randrange(5))
 
@@ -3925,6 +3973,7 @@ class StateTest(unittest.TestCase):
                 ("id", responses(input=[{**USER, "id": {}}])),
                 ("reference to odd ids", responses(input=[reference])),
                 ("conversation", responses(conversation={"id": []}, previous_response_id={})),
+                *((f"conversation {odd}", responses(conversation=odd)) for odd in ([1], 5, True, {"id": 7}, {})),
             ):
                 with self.subTest(name=name):
                     self.assertEqual(call(server, body).status, 200)
@@ -4563,22 +4612,6 @@ class OptionsTest(unittest.TestCase):
                 self.assertEqual(server.base_url, server.url + "/v1")
                 self.assertEqual(call(server, chat()).status, 200)
 
-    def test_reproducible(self) -> None:
-        """The same seed and clock give the same bytes; another seed does not."""
-
-        def bodies(seed: int) -> list[bytes]:
-            def handler(request: Request) -> list[str | ToolCall]:
-                return ["Hi", ToolCall("f", {})]
-
-            with FakeOpenAI(handler, seed=seed, clock=lambda: 1_700_000_000.0) as server:
-                return [call(server, BODIES[api](stream=stream)).body for api in PATHS for stream in (False, True)]
-
-        first = bodies(1)
-        self.assertEqual(bodies(1), first)
-        for one, other in zip(first, bodies(2), strict=True):
-            self.assertNotEqual(one, other)
-            self.assertIn(b"1700000000", one)
-
     def test_misuse(self) -> None:
         """A server that is started twice, asked for its URL too early, or given no function, says what to do."""
         server = FakeOpenAI()
@@ -4749,11 +4782,9 @@ class ModuleTest(unittest.TestCase):
     def test_an_old_python_is_told(self) -> None:
         """An import by Python 3.9 is an ImportError that says 3.10."""
         source = Path(openai_fake.__file__).read_text("utf-8")
-        tree = ast.parse(source)
-        begin = [node for node in tree.body if isinstance(node, (ast.If, ast.ImportFrom))][:2]
-        guard = ast.Module(body=tree.body[: tree.body.index(begin[1]) + 1], type_ignores=[])
+        beginning = source[: source.index("\nimport ", source.index("raise ImportError"))]  # the rest takes a while
         with mock.patch.object(sys, "version_info", (3, 9)), self.assertRaisesRegex(ImportError, "3.10 or newer"):
-            exec(compile(guard, "openai_fake.py", "exec"), {})
+            exec(compile(beginning, "openai_fake.py", "exec", dont_inherit=True), {})
 
 
 @needs_openai
@@ -4867,8 +4898,6 @@ class OfficialStateTest(unittest.TestCase):
 # ---- HTTP: hostile, broken and unusual input; connections; lifecycle -------------------------------------------------
 
 
-NOTICED = 0.5  # seconds in which a client that left is noticed
-STOPPED = 1.5  # seconds in which stop() returns
 TINY = 1 << 20  # the limit of bodies in WireTableTest
 FDS = Path("/proc/self/fd")
 
@@ -4882,6 +4911,7 @@ class LeakTest(unittest.TestCase):
     """After each test no thread or descriptor is left, and nothing was written to stderr or logged as an error."""
 
     def setUp(self) -> None:
+        gc.freeze()  # what is there already is not looked through again: that of the official client takes 0.1 s
         self.addCleanup(self.assert_back_to, resources())
         stderr = mock.patch("sys.stderr", io.StringIO())
         written = stderr.start()
@@ -4898,7 +4928,7 @@ class LeakTest(unittest.TestCase):
 
     def eventually(self, condition: Callable[[], bool], what: str = "") -> None:
         """Waits for what tells nobody that it comes."""
-        tick, end = threading.Event(), time.monotonic() + 2.5
+        tick, end = threading.Event(), time.monotonic() + WAIT
         while not condition():
             self.assertLess(time.monotonic(), end, f"{what}: threads and descriptors are {resources()}")
             tick.wait(0.01)
@@ -4912,9 +4942,7 @@ class LeakTest(unittest.TestCase):
 
     def assert_works(self, server: FakeOpenAI) -> None:
         """A good request on a fresh connection gets its answer."""
-        began = time.monotonic()
         self.assertEqual(call(server, None, "/v1/models", "GET").status, 200)
-        self.assertLess(time.monotonic() - began, 1.0)
 
 
 @contextlib.contextmanager
@@ -5223,13 +5251,6 @@ class WireTableTest(LeakTest):
                 self.assertEqual(wire.exactly(len(first)), first)
                 self.assertEqual(wire.send(rest).answer().status, status)
 
-    def test_head_has_no_body(self) -> None:
-        """HEAD is answered with a head alone, and the connection stays in step."""
-        for path in ("/v1/models", "/nothing"):
-            with self.subTest(name=path), Wire(self.server) as wire:
-                wire.send(got(path, method="HEAD")).until(b"\r\n\r\n")
-                self.assertEqual(wire.send(got()).answer().status, 200)
-
     def test_a_refusal_reaches_a_client_that_is_still_uploading(self) -> None:
         """413 comes before the body is read, and no reset destroys it."""
         with Wire(self.server) as wire:
@@ -5341,14 +5362,11 @@ class ConnectionTest(LeakTest):
         self.assertEqual(ended, ["[DONE]"] * 20)
 
     def test_answers_are_not_held_back(self) -> None:
-        """A request on a kept connection takes no delayed-ACK time."""
-        times: list[float] = []
-        with FakeOpenAI(lambda request: iter("abc")) as server, Wire(server) as wire:
-            for data in (GOOD, FLOW) * 25:
-                began = time.monotonic()
-                wire.send(data).answer()
-                times.append(time.monotonic() - began)
-        self.assertLess(sorted(times)[40], 0.015)
+        """What is small is sent at once, also behind what was not acknowledged yet: Nagle's algorithm is off."""
+        with FakeOpenAI() as server, Wire(server) as wire:
+            wire.send(GOOD).answer()
+            [connection] = server._running().connections
+            self.assertTrue(connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_streams_to_http_1_0_end_with_the_connection(self) -> None:
         """HTTP/1.0 knows no chunks: not even with keep-alive."""
@@ -5423,9 +5441,9 @@ class ConnectionTest(LeakTest):
             self.assertLess(tracemalloc.get_traced_memory()[1], 30_000_000)
 
     def test_large_bodies_work(self) -> None:
-        """A body of 20 MB is answered."""
+        """A body of 8 MB is answered."""
         with FakeOpenAI(lambda request: str(len(request.messages[0].text))) as server:
-            self.assertIn(b'"20000000"', call(server, chat("x" * 20_000_000)).body)
+            self.assertIn(b'"8000000"', call(server, chat("x" * 8_000_000)).body)
 
     def test_a_half_closed_client_gets_its_whole_json(self) -> None:
         """FIN after a complete request that is not streamed does not cost the reply."""
@@ -5522,16 +5540,17 @@ class ConnectionTest(LeakTest):
             for name, (last, act) in leave.items():
                 ended: queue.SimpleQueue[str] = queue.SimpleQueue()
                 with self.subTest(name=name, handler=handler.__name__), faulty(handler) as server:
-                    with Wire(server) as wire:
+                    with Wire(server) as wire, mock.patch.object(openai_fake, "_HALF_CLOSED", 3600):
                         wire.send(FLOW).until(b"Hi")
                         act(wire.send(last).sock)
-                        self.assertEqual(ended.get(timeout=NOTICED), handler.__name__)
+                        self.assertEqual(ended.get(timeout=WAIT), handler.__name__)
                     self.eventually(lambda server=server: not server.in_flight)  # type: ignore[misc]
                     self.assertEqual((ended.empty(), server.errors), (True, []))
 
     def test_abandoned_streams_leave_nothing(self) -> None:
         """200 silent streams whose clients leave: all threads and descriptors are free while the server goes on."""
         with FakeOpenAI(silent) as server:
+            _hurry(server)
             baseline = resources()
             wires = [Wire(server).send(FLOW) for _ in range(200)]
             for wire in wires:
@@ -5639,11 +5658,11 @@ class HandlerFaultTest(LeakTest):
             ),
             *(EOFError, RecursionError, MemoryError, Rude),
         )
-        for error in (kind("its text") for kind in kinds):
-            for name, handler in raising(error).items():
-                with self.subTest(name=name):
-                    text = "str() raised" if isinstance(error, Rude) else "its text"
-                    self.assertEqual({*self.check_500(handler, type(error).__name__, text)}, {error})
+        for kind, name in itertools.product(kinds, raising(Rude())):
+            with self.subTest(kind=kind, name=name):
+                error = kind("its text")
+                text = "str() raised" if kind is Rude else "its text"
+                self.assertEqual({*self.check_500(raising(error)[name], kind.__name__, text)}, {error})
 
     def test_a_handler_that_cancels_itself_is_a_500(self) -> None:
         """A CancelledError of a handler's own is its mistake: nobody has left."""
@@ -5740,16 +5759,21 @@ class HandlerFaultTest(LeakTest):
 
     def test_a_handler_that_never_returns_holds_only_its_request(self) -> None:
         """Others are served, and stop() does not wait for it."""
-        held = threading.Event()
+        held, returned = threading.Event(), threading.Event()
         self.addCleanup(held.set)
-        server = FakeOpenAI(lambda request: str(held.wait(WAIT))).start()
-        with Wire(server) as wire:
+
+        def handler(request: Request) -> str:
+            held.wait(WAIT)
+            returned.set()
+            return "too late"
+
+        server = FakeOpenAI(handler).start()
+        with Wire(server) as wire, mock.patch.object(openai_fake, "_STOP_SECONDS", 0.05):
             wire.send(GOOD)
             server.wait_for_requests(1, WAIT)
             self.assert_works(server)
-            began = time.monotonic()
             server.stop()
-            self.assertLess(time.monotonic() - began, STOPPED)
+            self.assertFalse(returned.is_set())
             self.assertEqual(wire.rest(), b"")
 
     def test_bad_header_fields_are_refused_where_they_are_set(self) -> None:
@@ -5833,9 +5857,8 @@ class LifecycleTest(LeakTest):
         """It returns there, and all clients' connections end."""
 
         def handler(request: Request) -> str:
-            began = time.monotonic()
             server.stop()
-            stopped.put(time.monotonic() - began)
+            stopped.set()
             return "too late"
 
         async def coroutine(request: Request) -> str:
@@ -5845,15 +5868,15 @@ class LifecycleTest(LeakTest):
             yield handler(request)
 
         for each in (handler, coroutine, generator):
-            stopped: queue.SimpleQueue[float] = queue.SimpleQueue()
+            stopped = threading.Event()
             server = FakeOpenAI(each).start()
             with self.subTest(name=each.__name__), Wire(server) as wire, Wire(server) as idle:
                 wire.send(FLOW)
-                self.assertLess(stopped.get(timeout=WAIT), STOPPED)
+                self.assertTrue(stopped.wait(WAIT))
                 self.assertEqual((wire.rest(), idle.rest()), (b"", b""))
 
     def test_stop_cuts_whatever_goes_on(self) -> None:
-        """Within its bound, whatever a connection does; streams are cut without their terminator."""
+        """Whatever a connection does, nothing of it runs on; streams are cut without their terminator."""
 
         def pausing(request: Request) -> Iterator[Any]:
             yield from ("Hi", Pause(3600))
@@ -5883,24 +5906,22 @@ class LifecycleTest(LeakTest):
                     wire.send(data)
                     wire.until(mark)
                     self.assert_works(server)
-                    began = time.monotonic()
-                    server.stop()
-                    self.assertLess(time.monotonic() - began, STOPPED)
+                    with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
+                        server.stop()
                     self.assertNotRegex(wire.rest(), rb"\[DONE\]|\r\n0\r\n\r\n")
                     self.assertRaises(ConnectionRefusedError, Wire, server)
                 self.assertEqual(server.errors, [])
                 self.assert_back_to(baseline)
 
     def test_the_same_port_binds_at_once(self) -> None:
-        """Stopped servers free their port, also when connections were open; 100 cycles take seconds."""
-        port, began = 0, time.monotonic()
-        for _ in range(100):
+        """Stopped servers free their port, also when connections were open."""
+        port = 0
+        for _ in range(30):
             server = FakeOpenAI(port=port).start()
             with Wire(server) as wire:
                 self.assertEqual(wire.send(got()).answer().status, 200)
                 port = int(server.url.rpartition(":")[2])
                 server.stop()
-        self.assertLess(time.monotonic() - began, 10)
 
     def test_a_busy_port_is_an_error_of_the_caller(self) -> None:
         """OSError from start(), at once; the first server goes on, and the second can start later."""
@@ -6031,11 +6052,14 @@ server.stop()
         self.assertEqual(done.stdout, "waits True\n" + "b'HTTP/1.1 200'\n" * 3)
 
     def test_importing_starts_nothing(self) -> None:
-        """No thread, no event loop's machinery, no output."""
-        script = "import sys, threading, openai_fake; print(threading.active_count(), 'asyncio' in sys.modules)"
+        """No thread, no event loop's machinery, nothing of pytest, no output."""
+        script = (
+            "import sys, threading, openai_fake; print(threading.active_count(), {'asyncio', 'pytest'} & "
+            "{*sys.modules})"
+        )
         environ = {**os.environ, "PYTHONPATH": str(Path(openai_fake.__file__).parent)}
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
-        self.assertEqual((done.stdout, done.stderr), ("1 False\n", ""))
+        self.assertEqual((done.stdout, done.stderr), ("1 set()\n", ""))
 
 
 # ---- Time and trouble: live streams, faults, and the real client -----------------------------------------------------
@@ -6044,18 +6068,20 @@ server.stop()
 # ---- Nothing hangs it, nothing leaks, no test trick breaks it --------------------------------------------------------
 
 
-def growth(work: Callable[[int], object], n: int) -> float:
-    """How many times the CPU seconds of n are those of 4n, at best: 4 where the work is linear, 16 where quadratic."""
+LINEAR = 9.0  # how many times as much four times the work may cost: 4 where it is linear, 16 where quadratic
+
+
+def is_linear(work: Callable[[int], object], n: int) -> bool:
+    """Whether 4n cost about four times the CPU seconds of n, in the best of some tries."""
 
     def seconds(n: int) -> float:
         began = time.thread_time()
         work(n)
         return max(time.thread_time() - began, 1e-4)
 
-    return min(min(seconds(4 * n) for _ in range(5)) / max(seconds(n) for _ in range(3)) for _ in range(2))
+    return any(seconds(4 * n) / seconds(n) < LINEAR for _ in range(5))
 
 
-LINEAR = 9.0  # the growth that is still taken for linear
 AWKWARD = [b" ", b"\t", b"1", b":", b"%", b"a", b"%41", b",", b";", b"[", b".", b"a ", b" :", b'"', b"\xe9", b"-_"]
 # Where 64 kB of something can stand in a request; a line of the chunked coding ends at 4 kB.
 PLACES: dict[str, tuple[bytes, bytes]] = {
@@ -6090,7 +6116,7 @@ class WorkTest(unittest.TestCase):
                     def read(n: int, data: tuple[bytes, bytes, bytes] = (before, filler, after)) -> None:
                         ReaderTest.read(data[0] + data[1] * (n // len(data[1])) + data[2])
 
-                    self.assertLess(growth(read, 16_000), LINEAR)
+                    self.assertTrue(is_linear(read, 16_000))
 
     def test_answers_that_alternate(self) -> None:
         """An answer of texts and calls in turn costs what its length says, as JSON and as a stream."""
@@ -6107,7 +6133,7 @@ class WorkTest(unittest.TestCase):
                     openai_fake._dumps(encoder.body()) if not stream else list(openai_fake._texts(encoder.end()))
 
                 with self.subTest(name=api, stream=stream):
-                    self.assertLess(growth(answer, 250), LINEAR)
+                    self.assertTrue(is_linear(answer, 250))
 
     def test_a_page_of_many_chats(self) -> None:
         """A page of stored chats builds what is on it, not all that is stored."""
@@ -6153,12 +6179,13 @@ class InputBoundsTest(unittest.TestCase):
 
     def test_a_small_gzip_is_not_a_large_body(self) -> None:
         """A compressed body may be 8 MiB, or 200 times what came; one that is more costs no memory."""
-        bomb = zlib.compress(b'{"a":[' + b"0," * (30 << 20) + b"0]}")
-        with FakeOpenAI() as server:
+        self.assertEqual(openai_fake._MAX_INFLATED, 8 << 20)
+        bomb = zlib.compress(b'{"a":[' + b"0," * (300 << 10) + b"0]}")
+        with FakeOpenAI() as server, mock.patch.object(openai_fake, "_MAX_INFLATED", 80 << 10):
             for coding, body, status in (
                 ("deflate", bomb, 413),
-                ("gzip", gzip.compress(json.dumps(chat("x" * (7 << 20))).encode()), 200),
-                ("gzip", gzip.compress(json.dumps(chat(random.Random(1).randbytes(6 << 20).hex())).encode(), 1), 200),
+                ("gzip", gzip.compress(json.dumps(chat("x" * (70 << 10))).encode()), 200),
+                ("gzip", gzip.compress(json.dumps(chat(random.Random(1).randbytes(60 << 10).hex())).encode(), 1), 200),
             ):
                 with Wire(server) as wire:
                     wire.send(http_bytes(body, PATHS["chat.completions"], "POST", f"Content-Encoding: {coding}"))
@@ -6174,12 +6201,6 @@ class InputBoundsTest(unittest.TestCase):
                         self.assertEqual(call(server, BODIES[api](**{name: huge})).status, expected, (api, name))
                 for name in ("presence_penalty", "frequency_penalty"):
                     self.assertEqual(call(server, {**responses(), name: huge}).status, 200, name)
-
-    def test_odd_conversations(self) -> None:
-        """With `validate=False` a conversation that is none is let through."""
-        with FakeOpenAI(validate=False) as server:
-            for odd in ([1], 5, True, {"id": 7}, {}):
-                self.assertEqual(call(server, responses(conversation=odd)).status, 200, odd)
 
     def test_pages(self) -> None:
         """`limit` is 1 to 100, `order` asc or desc, and `after` in the list: else the page is refused."""
@@ -6256,6 +6277,7 @@ class SharedAnswersTest(unittest.TestCase):
                 return handler(request)
 
             with self.subTest(name=name):
+                gc.freeze()
                 server = FakeOpenAI(marked, keep=0).start()
                 server_seen = weakref.ref(server)
                 for api in PATHS:
@@ -6422,10 +6444,10 @@ class KeepTest(unittest.TestCase):
         before = tracemalloc.get_traced_memory()[0]
         with FakeOpenAI(keep=1) as server:
             for number in range(20):
-                call(server, chat(model=f"gpt-{number}" + "x" * 1_000_000))
+                call(server, chat(model=f"gpt-{number}" + "x" * 300_000))
         del server
         gc.collect()
-        self.assertLess(tracemalloc.get_traced_memory()[0] - before, 2_000_000)
+        self.assertLess(tracemalloc.get_traced_memory()[0] - before, 600_000)
 
 
 class ReaderChangesTest(unittest.TestCase):
@@ -6566,7 +6588,7 @@ class OneTaskTest(LeakTest):
 
         came: queue.SimpleQueue[None] = queue.SimpleQueue()
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with FakeOpenAI(endless) as server, mock.patch.object(openai_fake, "_HALF_CLOSED", 0.05):
+        with FakeOpenAI(endless) as server, mock.patch.object(openai_fake, "_HALF_CLOSED", 0.01):
             for body, path in ASKED:
                 for leave in (socket.socket.close, reset):
                     with Wire(server) as wire:
@@ -6579,16 +6601,23 @@ class OneTaskTest(LeakTest):
 class PatienceTest(LeakTest):
     def test_a_body_that_is_steadily_read_is_not_cut(self) -> None:
         """The limit of a write is for one that makes no progress: a body may take many times as long."""
-        with FakeOpenAI(lambda request: "x" * (5 << 20)) as server, Wire(server) as wire:
-            running, tick, taken = server._running(), threading.Event(), 0
-            running.limits[openai_fake._State.SENDING], running.sweep = 0.5, 0.05
+        now, limit = 0.0, openai_fake._LIMITS[openai_fake._State.SENDING]
+        with (
+            mock.patch.object(openai_fake._Clock, "monotonic", lambda: now),
+            FakeOpenAI(lambda request: "x" * (3 << 20)) as server,
+            Wire(server) as wire,
+        ):
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)  # else much of it has come unread
             wire.send(http_bytes(chat(), PATHS["chat.completions"], "POST", "Connection: close"))
-            began = time.monotonic()
+            taken, seen = 0, math.inf
             while wire.more():
                 taken, wire.buffer = taken + len(wire.buffer), b""
-                tick.wait(0.032)  # a slow reader: so much a second is nothing beside the buffers of sockets
-            self.assertGreater(taken, 5 << 20)
-            self.assertGreater(time.monotonic() - began, 2 * 0.5)
+                for connection in tuple(server._running().connections):
+                    if connection.deadline != seen:  # a part was written: now it takes a while
+                        seen, now = connection.deadline, now + 0.6 * limit
+                        server._running()._sweep(now)
+        self.assertGreater(taken, 3 << 20)
+        self.assertGreater(now, 3 * limit)
 
     def test_a_long_request_behind_a_waiting_answer(self) -> None:
         """A client that has sent its next request, of whatever length, has not left."""
@@ -6625,6 +6654,7 @@ class PatienceTest(LeakTest):
         """Where a signal's exception breaks stop() off, wherever, the next one does the rest: nothing is left."""
         owners: dict[str, Any] = {"wake": openai_fake._Server, "server_close": openai_fake._Server}
         owners |= {"join": threading.Thread, "shutdown": socket.socket, "peer_gone": openai_fake._Connection}
+        threads, _ = resources()
         for name, owner in owners.items():
             real: Any = getattr(owner, name)
 
@@ -6643,7 +6673,7 @@ class PatienceTest(LeakTest):
                     server.stop()
                 self.assertNotIn(b"[DONE]", wire.rest())
                 server.stop()
-                self.assert_back_to((1, 10**6))
+                self.assert_back_to((threads, 10**6))
 
     def test_errors_that_cannot_be_told(self) -> None:
         """An error whose str() and repr() raise fails its answer, in the background too; stop() can raise it."""
@@ -7196,6 +7226,9 @@ class ReportTest(unittest.TestCase):
         self.assertLess(max(map(len, lines)), 250)
 
 
+# Without hypothesis's plugin, whose import takes most of a second.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+PYTEST += ["-W", "error::pytest.PytestAssertRewriteWarning"]
 PYTEST_CASES = """
 import asyncio, json, unittest, urllib.request
 import pytest
@@ -7306,7 +7339,7 @@ class TestUnittest(unittest.TestCase):
 class PytestTest(unittest.TestCase):
     """Under pytest: the fixture of the file, and the same reports."""
 
-    def pytest(self, *arguments: str, conftest: str = 'pytest_plugins = ["openai_fake"]') -> tuple[int, str]:
+    def pytest(self, *arguments: str, conftest: str = "") -> tuple[int, str]:
         """Runs the cases in a folder of their own. Returns the exit status, and what was printed."""
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
@@ -7314,17 +7347,7 @@ class PytestTest(unittest.TestCase):
         Path(folder, "test_cases.py").write_text(PYTEST_CASES, "utf-8")
         Path(folder, "pytest.ini").write_text("[pytest]\nmarkers =\n    anyio\n    asyncio\n", "utf-8")
         where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-rA",
-            "-W",
-            "error::pytest.PytestAssertRewriteWarning",
-            "-p",
-            "no:cacheprovider",
-            *arguments,
-        ]
+        command = [*PYTEST, "-rA", *arguments]
         missing = [
             name for name in ("anyio", "asyncio") if not find_spec("pytest_asyncio" if name == "asyncio" else name)
         ]
@@ -7346,7 +7369,7 @@ class PytestTest(unittest.TestCase):
 
     def test_each_case_is_one_entry(self) -> None:
         """What fails is one entry, with the handler's traceback once and the transcript; skips stay skips."""
-        status, text = self.pytest("-p", "no:randomly", "-p", "no:xdist")
+        status, text = self.pytest("-p", "openai_fake", "-p", "no:randomly", "-p", "no:xdist")
         self.assertEqual(status, 1)
         self.check_outcomes(text)
         reports = dict(
@@ -7367,26 +7390,10 @@ class PytestTest(unittest.TestCase):
             self.assertIn("the body's own", report)
             self.assertIn("No request came to the fake.", report)
 
-    def test_the_module_may_be_imported_first(self) -> None:
-        """A conftest that imports the module before pytest does gets no warning; -p works as well."""
-        for conftest, arguments in (
-            ('import openai_fake\npytest_plugins = ["openai_fake"]', ()),
-            ("", ("-p", "openai_fake")),
-        ):
-            with self.subTest(conftest=conftest):
-                self.check_outcomes(self.pytest(*arguments, conftest=conftest)[1])
-
     @unittest.skipUnless(find_spec("xdist") and find_spec("pytest_randomly"), "xdist and randomly are not installed")
     def test_side_by_side_in_any_order(self) -> None:
         """With xdist and in random order, the outcomes are the same."""
-        self.check_outcomes(self.pytest("-n", "2")[1])
-
-    def test_nothing_of_pytest_is_imported(self) -> None:
-        """The module imports nothing of pytest unless pytest loads it."""
-        code = "import sys, openai_fake; print([name for name in sys.modules if 'pytest' in name])"
-        where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
-        done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, check=True)
-        self.assertEqual(done.stdout, "[]\n")
+        self.check_outcomes(self.pytest("-n", "2", "--tb=no", conftest='pytest_plugins = ["openai_fake"]')[1])
 
 
 def fed(*parts: Any) -> Stream:
@@ -7455,9 +7462,11 @@ class AnswersTest(unittest.TestCase):
                 self.assertEqual(text_streamed(api, events), "Hello you")
 
     def test_a_reply_has_its_envelope(self) -> None:
-        """A Reply's id, model, time and headers are the answer's, in all four encodings."""
-        reply = Reply("Hi", id="my-id", model="my-model", created=7, headers={"X-Own": "yes", "openai-version": "mine"})
-        for api, stream in itertools.product(PATHS, (False, True)):
+        """A Reply's id, model, time and headers are the answer's, in all four encodings; so are a Completion's."""
+        headers = {"X-Own": "yes", "openai-version": "mine"}
+        said = Completion([CompletionChoice(Message("assistant", "Hi"))], id="my-id", model="my-model", created=7)
+        replies = (Reply("Hi", id="my-id", model="my-model", created=7, headers=headers), Reply(said, headers=headers))
+        for reply, api, stream in itertools.product(replies, PATHS, (False, True)):
             with self.subTest(name=api, stream=stream), FakeOpenAI(always(reply)) as server:
                 answer = call(server, BODIES[api](stream=stream))
                 body = answer.events[0] if stream else answer.json
@@ -7651,7 +7660,7 @@ class AutoTest(unittest.TestCase):
     def test_samples_fit(self) -> None:
         """What is made up for a schema fits it, with any seed."""
         for name, schema in SCHEMAS.items():
-            for seed in range(30):
+            for seed in range(10):
                 with self.subTest(name=name, seed=seed):
                     value = openai_fake._Sample(schema, random.Random(seed)).make(schema)
                     fitting = name == "slashes" or fits(value, schema, schema)
@@ -8218,11 +8227,7 @@ class WireActTest(unittest.TestCase):
         """What was said before a Pause is on the wire of a stream while it lasts."""
         for api in PATHS:
             parts = ["one", Pause(600), "two"]
-            with (
-                self.subTest(name=api),
-                FakeOpenAI(always(parts)) as server,
-                asking(server, api, stream=True) as wire,
-            ):
+            with self.subTest(name=api), FakeOpenAI(always(parts)) as server, asking(server, api, stream=True) as wire:
                 wire.until(b"one")
 
     def test_a_json_answer_arrives_whole(self) -> None:
@@ -8271,10 +8276,8 @@ class WireActTest(unittest.TestCase):
                 server = FakeOpenAI(untyped(handler)).start()
                 with asking(server, stream=stream) as wire:
                     self.assertTrue(waits.wait(WAIT))
-                    begun = time.monotonic()
                     with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
                         server.stop()
-                    self.assertLess(time.monotonic() - begun, 1.5)
                     self.assertEqual(wire.rest(), b"")
 
 
@@ -8322,30 +8325,6 @@ class PaceTest(unittest.TestCase):
                     asks.append(wire)
                     wire.send(http_bytes(BODIES[api](stream=True), PATHS[api])).until(ENDS[api])
         self.assertEqual(readable, [[], []])
-
-
-class ErrorsOnTheWireTest(unittest.TestCase):
-    """Errors as clients meet them."""
-
-    def test_rate_limit_tells_when_to_come_back(self) -> None:
-        """rate_limit() is the API's 429, with both headers that clients read, and the x-ratelimit ones."""
-        for seconds, whole, milliseconds in ((0.02, "1", "20"), (1.5, "2", "1500"), (30, "30", "30000")):
-            with self.subTest(name=seconds), FakeOpenAI(always(rate_limit(seconds))) as server:
-                answer = call(server, chat())
-                self.assertEqual((answer.status, answer.error["code"]), (429, "rate_limit_exceeded"))
-                self.assertEqual(answer.headers["retry-after"], whole)
-                self.assertEqual(answer.headers["retry-after-ms"], milliseconds)
-                for name in itertools.product(("limit", "remaining", "reset"), ("requests", "tokens")):
-                    self.assertIn("x-ratelimit-" + "-".join(name), answer.headers)
-
-    def test_connections_are_refused_after_stop(self) -> None:
-        """A stopped fake refuses connections, and its open ones are closed."""
-        with FakeOpenAI() as server:
-            wire = Wire(server)
-        with wire:
-            self.assertEqual(wire.rest(), b"")
-            with self.assertRaises(ConnectionRefusedError):
-                Wire(server)
 
 
 class Driven:
@@ -8853,11 +8832,7 @@ FRAMES: dict[str, tuple[bytes, list[tuple[int, bytes]], int | None]] = {
     "in two": (HALVES[0] + HALVES[1], [(1, b"Hello")], None),
     "with an empty end": (HALVES[0] + client_frame(0, b""), [(1, b"Hel")], None),
     "ping between": (HALVES[0] + client_frame(PING_FRAME, b"?") + HALVES[1], [(9, b"?"), (1, b"Hello")], None),
-    "character in two": (
-        client_frame(TEXT_FRAME, b"\xc3", 0) + client_frame(0, b"\xa9"),
-        [(1, "é".encode())],
-        None,
-    ),
+    "character in two": (client_frame(TEXT_FRAME, b"\xc3", 0) + client_frame(0, b"\xa9"), [(1, "é".encode())], None),
     "pong": (client_frame(PONG_FRAME, b"\xff"), [(10, b"\xff")], None),
     "close": (client_frame(CLOSE_FRAME, b"\x03\xe8bye"), [(8, b"\x03\xe8bye")], None),
     "close without a code": (client_frame(CLOSE_FRAME), [(8, b"")], None),
@@ -8905,11 +8880,14 @@ class FrameReaderTest(unittest.TestCase):
         raise AssertionError("the reader ended by itself")
 
     def test_frames(self) -> None:
-        """What is right is read, what is wrong has its code, and one byte at a time is the same."""
+        """What is right is read, what is wrong has its code, and bytes that come one by one are the same."""
         for name, (data, messages, code) in FRAMES.items():
             with self.subTest(name=name):
                 self.assertEqual(self.read(data), (messages, code))
-                self.assertEqual(self.read(*(bytes([byte]) for byte in data)), (messages, code))
+                step = len(data) // 1_000 + 1
+                self.assertEqual(
+                    self.read(*(data[at : at + step] for at in range(0, len(data), step))), (messages, code)
+                )
 
     @needs_websockets
     def test_second_opinion(self) -> None:
@@ -9318,7 +9296,7 @@ class WebSocketTest(LeakTest):
                 self.assertEqual((sock.frame(), sock.event()["type"]), ((PONG_FRAME, b"\xff?"), "error"))
                 sock.send(client_frame(CLOSE_FRAME, data))
                 self.assertEqual(sock.closed(), (code, b""))
-                self.assertTrue(stream.wait_disconnected(NOTICED))
+                self.assertTrue(stream.wait_disconnected(WAIT))
 
     def test_bad_frames(self) -> None:
         """What breaks the protocol closes the connection with its code, and ends what streams."""
@@ -9330,7 +9308,7 @@ class WebSocketTest(LeakTest):
                     self.assertEqual(sock.event()["type"], "response.in_progress")
                     sock.send(data)
                     self.assertEqual(sock.closed(), (code, b""))
-                    self.assertTrue(stream.wait_disconnected(NOTICED))
+                    self.assertTrue(stream.wait_disconnected(WAIT))
 
     def test_wire_acts(self) -> None:
         """Raw is a message as it is; Disconnect ends the connection, with RST if asked, and all that streams on it."""
@@ -9351,7 +9329,7 @@ class WebSocketTest(LeakTest):
                         sock.sock.recv(1)
                 else:
                     self.assertEqual(sock.rest(), b"")
-                self.assertTrue(stream.wait_disconnected(NOTICED))
+                self.assertTrue(stream.wait_disconnected(WAIT))
 
     def test_leaving_is_noticed(self) -> None:
         """FIN, RST and a Close end all that streams; generators are closed once, and what waits is not begun."""
@@ -9379,7 +9357,7 @@ class WebSocketTest(LeakTest):
                     event = sock.event()
                     begun |= {event["stream_id"]} if event["type"] == "response.output_text.delta" else set()
                 act(sock)
-                self.assertEqual({ended.get(timeout=NOTICED), ended.get(timeout=NOTICED)}, {"a", "b"})
+                self.assertEqual({ended.get(timeout=WAIT), ended.get(timeout=WAIT)}, {"a", "b"})
                 self.eventually(lambda server=server: not server.in_flight)  # type: ignore[misc]
                 self.assertEqual((ended.empty(), server.errors), (True, []))
                 self.assertTrue(server.requests[0].disconnected)
@@ -9393,9 +9371,8 @@ class WebSocketTest(LeakTest):
             server.wait_for_requests(2, WAIT)
             self.assertEqual(said_in(other.create().events()[-1]), "Hi")
             self.assert_works(server)
-            began = time.monotonic()
-            server.stop()
-            self.assertLess(time.monotonic() - began, STOPPED)
+            with self.assertNoLogs("openai_fake", "WARNING"):  # that a thread still runs
+                server.stop()
             self.assertTrue(ended.is_set())
 
     def test_leaving_is_noticed_in_a_blocked_write(self) -> None:
@@ -9414,7 +9391,7 @@ class WebSocketTest(LeakTest):
                 [connection] = server._running().connections
                 self.eventually(lambda: connection.deadline < connection.until, "a blocked write")  # noqa: B023
                 act(sock.sock)
-                self.assertTrue(ended.wait(NOTICED))
+                self.assertTrue(ended.wait(WAIT))
 
     def test_nothing_follows_a_close(self) -> None:
         """A Close comes whole between the messages of a stream, is the last frame, and reaches who is still sending."""
@@ -9482,18 +9459,23 @@ class WebSocketTest(LeakTest):
 
     def test_the_time_of_a_connection_is_limited(self) -> None:
         """After 60 minutes a connection is told to connect again, and closed; until then it may be idle."""
-        with FakeOpenAI(always(["Hi", Raw(b"x" * 8_000_000)])) as server:  # more than fits into the buffers
-            server._running().sweep = 0.02
-            server._running().limits[openai_fake._State.IDLE] = 0.01
-            server._running().limits[openai_fake._State.WEBSOCKET] = 0.5
-            with Socket(server) as sock:
-                sock.create()
-                while b'"response.completed"' not in sock.frame()[1]:
-                    pass
-                event = sock.event()
-                self.assertEqual((event["status"], event["error"]["code"]), (400, "websocket_connection_limit_reached"))
-                self.assertEqual(sock.closed(), (1000, b""))
-        self.assertEqual(openai_fake._LIMITS[openai_fake._State.WEBSOCKET], 3600)
+        now = 0.0
+        with (
+            mock.patch.object(openai_fake._Clock, "monotonic", lambda: now),
+            FakeOpenAI(always(["Hi", Raw(b"x" * 8_000_000)])) as server,  # more than fits into the buffers
+            Socket(server) as sock,
+        ):
+            [connection] = server._running().connections
+            for now in (0.0, 3599.0, 3600.0):
+                self.eventually(lambda: connection.deadline == 3600)
+                server._running()._sweep(now)
+                if now < 3600:
+                    sock.create()
+                    while b'"response.completed"' not in sock.frame()[1]:
+                        pass
+            event = sock.event()
+            self.assertEqual((event["status"], event["error"]["code"]), (400, "websocket_connection_limit_reached"))
+            self.assertEqual(sock.closed(), (1000, b""))
 
     def test_one_byte_at_a_time(self) -> None:
         """A client that trickles gets the same."""
@@ -9503,11 +9485,12 @@ class WebSocketTest(LeakTest):
             self.assertEqual(said_in(sock.events()[-1]), "Hi")
 
     def test_many_silent_sockets(self) -> None:
-        """300 silent sockets with a response each: others are served, and all threads are gone after the clients."""
+        """100 silent sockets with a response each: others are served, and all threads are gone after the clients."""
         with FakeOpenAI(silent) as server:
+            _hurry(server)
             baseline = resources()
-            socks = [Socket(server).create() for _ in range(300)]
-            server.wait_for_requests(300, WAIT)
+            socks = [Socket(server).create() for _ in range(100)]
+            server.wait_for_requests(100, WAIT)
             self.assert_works(server)
             for number, sock in enumerate(socks):
                 (reset if number % 2 else socket.socket.close)(sock.sock)
@@ -9596,16 +9579,17 @@ class Program:
 
     def __init__(self, test: unittest.TestCase, *arguments: str, stdout: int = subprocess.PIPE, **env: str) -> None:
         environ = {name: value for name, value in os.environ.items() if name not in SETTINGS} | env
+        self.start(test, [*COMMAND, "--port", "0", *arguments], DIRECTORY, stdout, environ)
+
+    def start(
+        self, test: unittest.TestCase, command: list[str], folder: str, stdout: int, environ: dict[str, str]
+    ) -> None:
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [*COMMAND, "--port", "0", *arguments],
-            bufsize=0,
-            cwd=DIRECTORY,
-            env=environ,
-            stdin=subprocess.PIPE,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
+            command, bufsize=0, cwd=folder, env=environ, stdin=pipe, stdout=stdout, stderr=pipe
         )
         test.addCleanup(self._end)
+        self.stdin: Any = self.process.stdin
         self.stdout: Any = self.process.stdout
 
     def url(self) -> str:
@@ -9623,13 +9607,12 @@ class Program:
         return line
 
     def type(self, *lines: str) -> None:
-        stdin: Any = self.process.stdin
         for line in lines:
-            stdin.write(f"{line}\n".encode())
+            self.stdin.write(f"{line}\n".encode())
 
     def interrupt(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(2)  # it leaves within two seconds
+        return self.process.wait(PATIENCE)
 
     def _end(self) -> None:
         self.process.kill()
@@ -9639,9 +9622,64 @@ class Program:
                 pipe.close()
 
 
-def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *arguments]
-    return subprocess.run(command, cwd=DIRECTORY, capture_output=True, text=True, timeout=PATIENCE, check=False)
+class Main(Program):
+    """The command line on a thread of this process, with pipes for standard streams: its words in less time."""
+
+    def __init__(self, test: unittest.TestCase, *arguments: str) -> None:
+        (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
+        self.stdin, self.stdout = open(ours_in, "wb", buffering=0), open(ours_out, "rb", buffering=0)  # noqa: SIM115
+        self.theirs = open(theirs_in, encoding="utf-8"), open(theirs_out, "w", encoding="utf-8")  # noqa: SIM115
+        self.signals: dict[int, Callable[[int, object], object]] = {}
+        self.thread = threading.Thread(target=main, args=(["--port", "0", *arguments],), daemon=True)
+        with (
+            mock.patch.multiple(sys, stdin=self.theirs[0], stdout=self.theirs[1], path=[*sys.path]),
+            mock.patch("sys.dont_write_bytecode", True),
+            mock.patch("signal.signal", self.signals.__setitem__),
+        ):
+            self.thread.start()
+            test.addCleanup(self._end)
+            test.addCleanup(sys.modules.pop, "openai_fake_handler", None)
+            self.first = self.line()
+
+    def url(self) -> str:
+        return self.first.split()[-1]
+
+    def interrupt(self, number: int = signal.SIGTERM) -> int:
+        self.signals[number](number, None)
+        self.thread.join(PATIENCE)
+        return 1 if self.thread.is_alive() else 0
+
+    def rest(self) -> str:
+        """What it still says, to its end."""
+        self.interrupt()
+        self.theirs[1].close()
+        rest: bytes = within(PATIENCE, self.stdout.read)
+        return rest.decode()
+
+    def _end(self) -> None:
+        self.interrupt()
+        self.stdin.close()
+        for thread in threading.enumerate():
+            if thread.name == "openai_fake input":  # it reads from what is closed next
+                thread.join(PATIENCE)
+        for stream in (self.stdout, *self.theirs):
+            stream.close()
+
+
+def left(*arguments: str) -> tuple[Any, str, str]:
+    """The exit status of a command that does not serve, and what it wrote to stdout and stderr."""
+    streams = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.multiple(sys, path=[*sys.path], dont_write_bytecode=True),
+        mock.patch("signal.signal"),
+        contextlib.redirect_stdout(streams[0]),
+        contextlib.redirect_stderr(streams[1]),
+    ):
+        try:
+            main(arguments)
+        except SystemExit as error:
+            return error.code, streams[0].getvalue(), streams[1].getvalue()
+    raise AssertionError("it serves")
 
 
 class Caller:
@@ -9990,15 +10028,13 @@ class ControlTest(LeakTest):
                 gate.set()
 
     def test_stop(self) -> None:
-        """stop() ends who follows or waits, within its bound."""
+        """stop() ends who follows or waits."""
         wires: list[Wire] = []
-        with controlled() as server:
+        with self.assertNoLogs("openai_fake", "WARNING"), controlled() as server:  # that a thread still runs
             for path in ("/_fake/events", "/_fake/requests?wait=1&timeout=60"):
                 wires.append(Wire(server))
                 wires[-1].send(http_bytes(None, path, "GET").replace(b"Host: test", b"Host: localhost"))
             wires[0].until(b"\r\n\r\n")
-            began = time.monotonic()
-        self.assertLess(time.monotonic() - began, 1.5)
         for wire in wires:
             with wire:
                 self.assertNotIn(b'"data"', wire.rest())
@@ -10149,17 +10185,17 @@ class CommandLineTest(unittest.TestCase):
     @unittest.skipUnless(shutil.which("curl"), "curl is not installed")
     def test_curl_line(self) -> None:
         """The curl line works as it is pasted, with a key to give too."""
-        rows = ((), ("--api-key", "it's a $key"), ("--models", "llama, mistral"))
-        for arguments, program in [(each, Program(self, *each)) for each in rows]:
+        for arguments in ((), ("--api-key", "it's a $key"), ("--models", "llama, mistral")):
             with self.subTest(arguments=arguments):
-                line = program.until("curl")
+                line = Main(self, *arguments).until("curl")
                 pasted = subprocess.run(line, shell=True, capture_output=True, timeout=PATIENCE, check=True).stdout
                 self.assertEqual(json.loads(pasted)["choices"][0]["message"]["content"].strip(), "Hello!")
 
     @POSIX
     def test_signals(self) -> None:
-        """SIGINT and SIGTERM end it within two seconds, quietly, with requests under way too."""
-        rows = itertools.product((signal.SIGINT, signal.SIGTERM), ((), ("--interactive",)))
+        """SIGINT and SIGTERM end it, quietly, with requests under way too."""
+        rows: list[tuple[signal.Signals, tuple[str, ...]]]
+        rows = [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, ("--interactive",))]
         for number, arguments, program in [(*row, Program(self, *row[1])) for row in rows]:
             with self.subTest(signal=number.name, arguments=arguments):
                 Caller(self, program.url()).send()
@@ -10167,62 +10203,58 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(program.interrupt(number), 0)
                 self.assertEqual(within(PATIENCE, program.process.communicate)[1], b"")
 
-    def test_bad_address(self) -> None:
-        """A port in use, and a host that there is not, is one line on stderr, which names it, and exit status 2."""
-        with socket.create_server(("127.0.0.1", 0)) as busy:
-            port = str(busy.getsockname()[1])
-            for option, value in (("--port", port), ("--host", "256.0.0.0.1")):
-                with self.subTest(name=option):
-                    result = ran("--port", "0", option, value)
-                    self.assertEqual((result.returncode, result.stdout, result.stderr.count("\n")), (2, "", 1))
-                    self.assertIn(value, result.stderr)
-
     def test_bad_options(self) -> None:
         """What cannot be done is one line on stderr, which names it, and exit status 2."""
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory, "handlers.py")
-            path.write_text("import sys\nnumber = 1\nif 'x' in sys.argv: raise OSError('two\\nlines')\n", "utf-8")
-            broken = Path(directory, "broken.py")
-            broken.write_text("def answer(:\n", "utf-8")
-            leaving = Path(directory, "leaving.py")
-            leaving.write_text("raise SystemExit(0)\n", "utf-8")
+        files = {
+            "handlers": "import sys\nnumber = 1\nif 'x' in sys.argv: raise OSError('two\\nlines')\n",
+            "broken": "def answer(:\n",
+            "leaving": "raise SystemExit(0)\n",
+            "faulty": "def answer(request): ...\n\n1 // 0\n",
+        }
+        with tempfile.TemporaryDirectory() as directory, socket.create_server(("127.0.0.1", 0)) as busy:
+            for name, source in files.items():
+                Path(directory, f"{name}.py").write_text(source, "utf-8")
+            handlers, port = f"{directory}/handlers.py", str(busy.getsockname()[1])
             cases = {
                 "unknown option": (["--prot", "1"], "--prot"),
                 "port not a number": (["--port", "http"], "'http'"),
                 "port too high": (["--port", "65536"], "'65536'"),
+                "port in use": (["--port", port], port),
+                "no such host": (["--port", "0", "--host", "256.0.0.0.1"], "256.0.0.0.1"),
                 "negative seconds": (["--itl", "-1"], "'-1'"),
                 "seconds not a number": (["--ttft", "nan"], "'nan'"),
                 "two answers": (["--reply", "a", "--interactive"], "--interactive"),
-                "handler without a name": (["--handler", str(path)], "FILE.py:NAME"),
+                "two answers, one of them auto": (["--auto", "--reply", "a"], "--reply"),
+                "handler without a name": (["--handler", handlers], "FILE.py:NAME"),
                 "no such file": (["--handler", f"{directory}/none.py:answer"], "none.py"),
                 "no such module": (["--handler", "no_such_module:answer"], "no_such_module"),
-                "no such name": (["--handler", f"{path}:nobody"], "nobody"),
-                "not a function": (["--handler", f"{path}:number"], "number"),
-                "syntax error": (["--handler", f"{broken}:answer"], "SyntaxError"),
-                "exits": (["--handler", f"{leaving}:answer"], "SystemExit"),
+                "no such name": (["--handler", f"{handlers}:nobody"], "nobody"),
+                "not a function": (["--handler", f"{handlers}:number"], "number"),
+                "syntax error": (["--handler", f"{directory}/broken.py:answer"], "SyntaxError"),
+                "exits": (["--handler", f"{directory}/leaving.py:answer"], "SystemExit"),
+                "fails, and where": (
+                    ["--handler", f"{directory}/faulty.py:answer"],
+                    "ZeroDivisionError: integer division or modulo by zero (faulty.py:3",
+                ),
+                "no place to dump": (["--dump", f"{directory}/no/such/file"], "no/such/file"),
+                "no error": (["--error-rate", "200=1"], "'200=1'"),
+                "no rate": (["--error-rate", "429=two"], "429=two"),
+                "no format": (["--log", "xml"], "xml"),
             }
+            self.addCleanup(sys.modules.pop, "openai_fake_handler", None)
             for name, (arguments, named) in cases.items():
-                self.addCleanup(sys.modules.pop, "openai_fake_handler", None)
-                with (
-                    self.subTest(name=name),
-                    mock.patch.multiple(sys, path=[*sys.path], dont_write_bytecode=True),
-                    mock.patch("signal.signal", side_effect=AssertionError("it would serve now")),
-                    contextlib.redirect_stdout(io.StringIO()) as stdout,
-                    contextlib.redirect_stderr(io.StringIO()) as stderr,
-                ):
-                    with self.assertRaises(SystemExit) as left:
-                        main(arguments)
-                    told = stderr.getvalue()
-                    self.assertEqual((left.exception.code, stdout.getvalue(), told.count("\n")), (2, "", 1))
+                with self.subTest(name=name):
+                    status, out, told = left(*arguments)
+                    self.assertEqual((status, out, told.count("\n")), (2, "", 1))
                     self.assertIn(named, told)
 
     def test_version(self) -> None:
         """--version prints the name and the version."""
-        self.assertEqual(ran("--version").stdout, f"openai_fake {openai_fake.__version__}\n")
+        self.assertEqual(left("--version"), (0, f"openai_fake {openai_fake.__version__}\n", ""))
 
     def test_reply(self) -> None:
         """--reply answers that text, whatever was said."""
-        caller = Caller(self, Program(self, "--reply", "No.").url())
+        caller = Caller(self, Main(self, "--reply", "No.").url())
         self.assertEqual([caller.said("Yes?"), caller.said("Why?")], ["No.", "No."])
 
     def test_recorded_reply(self) -> None:
@@ -10231,28 +10263,22 @@ class CommandLineTest(unittest.TestCase):
             path = Path(directory, "answer")
             with FakeOpenAI(always("Recorded.")) as server:
                 path.write_bytes(call(server, responses(stream=True), PATHS["responses"]).body)
-            self.assertEqual(Caller(self, Program(self, "--reply", f"@{path}").url()).said("Yes?"), "Recorded.")
+            self.assertEqual(Caller(self, Main(self, "--reply", f"@{path}").url()).said("Yes?"), "Recorded.")
             path.write_text("{}")
             for data, words in ((f"@{path}", "it is no chat.completion"), (f"@{path}.not", "No such file")):
-                done = ran("--reply", data)
-                self.assertEqual(done.returncode, 2)
-                self.assertIn(words, done.stderr)
+                status, _, told = left("--reply", data)
+                self.assertEqual(status, 2)
+                self.assertIn(words, told)
 
     def test_lines(self) -> None:
         """Each request is a line; --verbose adds the conversation and the answer, --quiet shows neither."""
-        options = {option: Program(self, "--reply", "Fine.", option) for option in ("--cors", "--verbose", "--quiet")}
-        for option, program in options.items():
+        for option in ("--cors", "--verbose", "--quiet"):
             with self.subTest(option=option):
+                program = Main(self, "--reply", "Fine.", option)
                 Caller(self, program.url()).said("How are you?")
-                if option == "--quiet":
-                    program.until("Ctrl-C")  # so its signal handlers are in place
-                else:
+                if option != "--quiet":
                     program.until("chat.completions gpt-4o")
-                if sys.platform != "win32":
-                    program.interrupt()
-                else:
-                    program.process.kill()
-                rest = within(PATIENCE, program.process.communicate)[0].decode()
+                rest = program.rest()
                 self.assertNotIn("gpt-4o", rest)
                 self.assertEqual("How are you?" in rest and "Fine." in rest, option == "--verbose")
 
@@ -10261,7 +10287,7 @@ class CommandLineTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory, "handlers.py")
             path.write_text("def answer(request):\n    return 1 // 0\n", "utf-8")
-            program = Program(self, "--verbose", "--handler", f"{path}:answer")
+            program = Main(self, "--verbose", "--handler", f"{path}:answer")
             self.assertIn("ZeroDivisionError", Caller(self, program.url()).said())
             self.assertIn("ZeroDivisionError", program.until("  500  "))
             program.until("handlers.py")
@@ -10308,34 +10334,16 @@ class CommandLineTest(unittest.TestCase):
 
     def test_help_fits_a_screen(self) -> None:
         """--help is no longer than a terminal, nor wider, and names every option."""
-        lines = ran("--help").stdout.splitlines()
+        lines = left("--help")[1].splitlines()
         self.assertLessEqual((len(lines), max(map(len, lines))), (23, 80))  # the 24th has the prompt
         for each in openai_fake._parser()._actions:
             self.assertIn(each.option_strings[-1], "\n".join(lines))
-
-    def test_more_bad_options(self) -> None:
-        """So do the other options say in one line what cannot be done; a handler's file names its own place."""
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory, "faulty.py")
-            path.write_text("def answer(request): ...\n\n1 // 0\n", "utf-8")
-            for arguments, named in (
-                (["--dump", f"{directory}/no/such/file"], "no/such/file"),
-                (["--error-rate", "200=1"], "'200=1'"),
-                (["--error-rate", "429=two"], "429=two"),
-                (["--handler", f"{path}:answer"], "ZeroDivisionError: integer division or modulo by zero (faulty.py:3"),
-                (["--log", "xml"], "xml"),
-                (["--auto", "--reply", "a"], "--reply"),
-            ):
-                with self.subTest(arguments=arguments):
-                    result = ran(*arguments)
-                    self.assertEqual((result.returncode, result.stdout, result.stderr.count("\n")), (2, "", 1))
-                    self.assertIn(named, result.stderr)
 
     def test_auto(self) -> None:
         """--auto answers texts of --tokens; with --seed it answers the same again, ids too."""
         said: list[Any] = []
         for _ in range(2):
-            caller = Caller(self, Program(self, "--auto", "--tokens", "7", "--seed", "3").url())
+            caller = Caller(self, Main(self, "--auto", "--tokens", "7", "--seed", "3").url())
             caller.send()
             said.append(caller.receive()[1])
         self.assertEqual(said[0]["usage"]["completion_tokens"], 7)
@@ -10350,7 +10358,7 @@ class CommandLineTest(unittest.TestCase):
             (["--no-validate"], "gpt-4o", "clown", 200),
         ):
             with self.subTest(arguments=arguments, model=model, role=role):
-                caller = Caller(self, Program(self, *arguments).url())
+                caller = Caller(self, Main(self, *arguments).url())
                 body = {"model": model, "messages": [{"role": role, "content": "Hi"}]}
                 caller.connection.request("POST", "/v1/chat/completions", json.dumps(body))
                 self.assertEqual(caller.receive()[0], status)
@@ -10359,7 +10367,7 @@ class CommandLineTest(unittest.TestCase):
         """--error-rate fails so many requests, and with --seed the same ones."""
         told = []
         for _ in range(2):
-            caller = Caller(self, Program(self, "--error-rate", "429=0.3,500=0.2", "--seed", "5").url())
+            caller = Caller(self, Main(self, "--error-rate", "429=0.3,500=0.2", "--seed", "5").url())
             told.append([caller.said()[:3] for _ in range(60)])
         self.assertEqual(told[0], told[1])
         self.assertEqual(set(told[0]), {"429", "500", "Hel"})
@@ -10370,12 +10378,11 @@ class CommandLineTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory, "dump.jsonl")
             path.write_text("{}\n", "utf-8")
-            program = Program(self, "--reply", "Fine.", "--dump", str(path))
+            program = Main(self, "--reply", "Fine.", "--dump", str(path))
             caller = Caller(self, program.url())
             for text in ("How are you?", "And\u2028now?"):
                 caller.said(text)
-                program.until("chat.completions")  # then it was dumped too, for the line is put first
-            caller.said()  # whose exchange ends after those before
+            program.interrupt()
             _, first, second, *_ = path.read_text("utf-8").split("\n")
         self.assertEqual(json.loads(first)["body"]["messages"][0]["content"], "How are you?")
         self.assertEqual(json.loads(first)["answer"][0], {"type": "Text", "text": "Fine."})
@@ -10385,7 +10392,7 @@ class CommandLineTest(unittest.TestCase):
         """--log json makes each line JSON that a terminal obeys nothing of; with --verbose it has all."""
         for arguments in ((), ("--verbose",)):
             with self.subTest(arguments=arguments):
-                program = Program(self, "--log", "json", *arguments)
+                program = Main(self, "--log", "json", *arguments)
                 Caller(self, program.url()).said("Hi\u009b")
                 line = program.until('"method"')
                 told = json.loads(line)
@@ -10396,10 +10403,9 @@ class CommandLineTest(unittest.TestCase):
     @unittest.skipUnless(hasattr(socket, "SO_REUSEPORT"), "this system cannot share a port")
     def test_reuse_port(self) -> None:
         """With --reuse-port several processes listen on one port; without, the second is refused."""
-        port = Program(self, "--reuse-port").url().rsplit(":", 1)[1].removesuffix("/v1")
-        result = ran("--port", port)
-        self.assertIn(port, result.stderr)
-        self.assertEqual(Program(self, "--reuse-port", "--port", port).url(), f"http://127.0.0.1:{port}/v1")
+        port = Main(self, "--reuse-port").url().rsplit(":", 1)[1].removesuffix("/v1")
+        self.assertIn(port, left("--port", port)[2])
+        self.assertEqual(Main(self, "--reuse-port", "--port", port).url(), f"http://127.0.0.1:{port}/v1")
 
     def test_verbose_request(self) -> None:
         """--verbose shows tools, options, and images and files by their size."""
@@ -10427,12 +10433,15 @@ class CommandLineTest(unittest.TestCase):
     @POSIX
     def test_output_never_read(self) -> None:
         """A reader that stops reading its output holds up neither the answers nor the end."""
-        program = Program(self, "--verbose")
-        caller = Caller(self, program.url())
-        for number in range(1_100):  # more than are kept for it, and than a pipe holds
-            text = f"Hello {number} " + "x" * 999
-            self.assertEqual(caller.said(text), text)
-        self.assertEqual(program.interrupt(), 0)
+        # In hundreds: more lines than a pipe holds, and more than that and what is kept for it.
+        for make, hundreds in ((Main, 6), (Program, 16)):
+            with self.subTest(hundreds=hundreds):
+                program = make(self, "--log", "json")
+                with Wire(cast(FakeOpenAI, SimpleNamespace(url=program.url().removesuffix("/v1")))) as wire:
+                    for _ in range(hundreds):
+                        wire.send(got() * 100)
+                        self.assertEqual({wire.answer().status for _ in range(100)}, {200})
+                self.assertEqual(program.interrupt(), 0)
 
     @POSIX
     def test_output_broken(self) -> None:
@@ -10467,7 +10476,7 @@ class CommandLineTest(unittest.TestCase):
                 break
         self.assertLess(time.monotonic(), deadline)
         process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(2), 0)
+        self.assertEqual(process.wait(PATIENCE), 0)
 
     @POSIX
     def test_colour(self) -> None:
@@ -10483,9 +10492,17 @@ class CommandLineTest(unittest.TestCase):
                 self.addCleanup(program.stdout.close)
                 Caller(self, program.url()).said()
                 self.assertEqual("\x1b[" in program.until("chat.completions gpt-4o"), coloured)
-        program = Program(self)
+        program = Main(self)
         Caller(self, program.url()).said()
         self.assertNotIn("\x1b", program.until("chat.completions gpt-4o"))
+
+
+# The path and the names of a module are as they were before it was imported.
+FORGET = """import sys
+for name in [*sys.modules]:
+    if name.split(".")[0] == "tests":
+        del sys.modules[name]
+"""
 
 
 class CopiesTest(unittest.TestCase):
@@ -10508,25 +10525,23 @@ class CopiesTest(unittest.TestCase):
         }
         commands = (["-m", "tests.vendor.openai_fake"], ["tests/vendor/openai_fake.py"])
         environ = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-        for command, (name, lines) in itertools.product(commands, imports.items()):
-            with self.subTest(command=command, name=name):
-                source = lines + "\n\ndef answer(request):\n    return openai_fake.ToolCall('f')\n"
-                (self.folder / "answers.py").write_text(source, "utf-8")
-                program = Program.__new__(Program)
-                program.process = subprocess.Popen(
-                    [sys.executable, *command, "--port", "0", "--handler", "answers.py:answer"],
-                    bufsize=0,
-                    cwd=self.folder,
-                    env=environ,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-                program.stdout = program.process.stdout
-                self.addCleanup(program._end)
-                data = json.dumps(responses()).encode()
-                with urllib.request.urlopen(program.url() + "/responses", data, timeout=WAIT) as answer:
-                    self.assertEqual(arguments_in(json.load(answer)), ["{}"])
+        path = self.folder / "answers.py"
+
+        def write(number: int, lines: str) -> None:
+            path.write_text(f"{FORGET}{lines}\n\ndef answer(request):\n    return openai_fake.ToolCall('f')\n", "utf-8")
+            os.utime(path, ns=(number, number))  # so it is loaded again
+
+        for command in commands:
+            write(0, "import openai_fake")
+            program = Program.__new__(Program)
+            whole = [sys.executable, *command, "--port", "0", "--handler", "answers.py:answer"]
+            program.start(self, whole, str(self.folder), subprocess.PIPE, environ)
+            url = program.url() + "/responses"
+            for number, (name, lines) in enumerate(imports.items(), 1):
+                with self.subTest(command=command, name=name):
+                    write(number, lines)
+                    with urllib.request.urlopen(url, json.dumps(responses()).encode(), timeout=WAIT) as answer:
+                        self.assertEqual(arguments_in(json.load(answer)), ["{}"])
 
     def test_two_copies_are_told(self) -> None:
         """A part of another copy of the module is no answer, and the message names both files."""
@@ -10542,7 +10557,7 @@ class CopiesTest(unittest.TestCase):
 
 class InteractiveTest(unittest.TestCase):
     def setUp(self) -> None:
-        self.program = Program(self, "--interactive")
+        self.program = Main(self, "--interactive")
         self.url = self.program.url()
         self.caller = Caller(self, self.url)
         self.program.until("/hangup")  # the help, its last line
@@ -10563,18 +10578,6 @@ class InteractiveTest(unittest.TestCase):
         """A request that is not streamed gets all at /end; lines typed ahead are for it."""
         self.program.type("One", "Two", "/end")
         self.assertEqual(self.caller.said(), "One\nTwo\n")
-
-    def test_turns(self) -> None:
-        """One conversation at a time has the terminal; the others wait for their turn."""
-        self.caller.send("First")
-        self.program.until("First")
-        second = Caller(self, self.url)
-        second.send("Second")
-        self.program.type("1", "/end")
-        self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["content"], "1\n")
-        self.program.until("Second")
-        self.program.type("2", "/end")
-        self.assertEqual(second.receive()[1]["choices"][0]["message"]["content"], "2\n")
 
     def test_call(self) -> None:
         """/call calls a tool, with what follows its name as the arguments."""
@@ -10600,9 +10603,12 @@ class InteractiveTest(unittest.TestCase):
 
     def test_hangup(self) -> None:
         """/hangup drops the connection with no reply."""
-        self.program.type("/hangup")
-        with self.assertRaises((http.client.RemoteDisconnected, ConnectionError)):
-            self.caller.said()
+        for stream in (False, True):
+            with self.subTest(stream=stream), self.assertRaises((http.client.RemoteDisconnected, ConnectionError)):
+                self.program.type("/hangup")
+                caller = Caller(self, self.url)
+                caller.send(stream=stream)
+                caller.connection.getresponse()
 
     def test_client_leaves(self) -> None:
         """A client that leaves while one types gives the terminal to the next, which is said."""
@@ -10615,6 +10621,18 @@ class InteractiveTest(unittest.TestCase):
         self.program.type("2", "/end")
         self.assertEqual(Caller(self, self.url).said(), "2\n")
 
+    def test_background_cancelled(self) -> None:
+        """A background response that is cancelled, even before anything was said, gives up the terminal too."""
+        body = responses("First", background=True)
+        self.caller.connection.request("POST", "/v1/responses", json.dumps(body))
+        made = self.caller.receive()[1]
+        self.program.until("> user")
+        self.caller.connection.request("POST", f"/v1/responses/{made['id']}/cancel")
+        self.assertEqual(self.caller.receive()[1]["status"], "cancelled")
+        self.program.until("client has left")
+        self.program.type("2", "/end")
+        self.assertEqual(self.caller.said(), "2\n")
+
     def test_unknown_command(self) -> None:
         """A command that there is not shows those that there are."""
         self.caller.send()
@@ -10625,10 +10643,9 @@ class InteractiveTest(unittest.TestCase):
 
     def test_input_ends(self) -> None:
         """When the input ends, so does the answer, with what was said; later requests get a 503."""
-        stdin: Any = self.program.process.stdin
         self.caller.send()
         self.program.type("So far")
-        stdin.close()
+        self.program.stdin.close()
         self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["content"], "So far\n")
         self.assertIn("503 ", self.caller.said())
 
@@ -10660,24 +10677,25 @@ class InteractiveTest(unittest.TestCase):
         self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["refusal"], "Not that.")
 
     def test_others_wait(self) -> None:
-        """A request that has to wait for its turn is told, and shown with its tools when it comes."""
+        """One conversation has the terminal; who waits for it is told, and shown with its tools when its turn comes."""
         self.caller.send("First")
         self.program.until("First")
         second = Caller(self, self.url)
         body = chat("Second", tools=[{"type": "function", "function": {"name": "f"}}], temperature=0.5)
         second.connection.request("POST", "/v1/chat/completions", json.dumps(body))
         self.program.until("waits: 1 before it")
-        self.program.type("/end", "2", "/end")
+        self.program.type("1", "/end")
+        self.assertEqual(self.caller.receive()[1]["choices"][0]["message"]["content"], "1\n")
         self.program.until("Second")
         self.program.until("f()")
         self.program.until("temperature=0.5")
+        self.program.type("2", "/end")
         self.assertEqual(second.receive()[1]["choices"][0]["message"]["content"], "2\n")
 
     def test_all_typed_before(self) -> None:
         """A file of lines answers one request after the other, also when the input has ended long since."""
-        stdin: Any = self.program.process.stdin
         self.program.type("1", "/end", "2", "/end")
-        stdin.close()
+        self.program.stdin.close()
         self.program.until("The input has ended")
         self.assertEqual([self.caller.said() for _ in range(3)], ["1\n", "2\n", "503 Nobody is at the terminal."])
 
@@ -10703,6 +10721,7 @@ class TerminalTest(unittest.TestCase):
         self.url = self.until("/v1\r\n").split()[-1]
         self.caller = Caller(self, self.url)
         self.until("drops the connection\r\n")
+        self.until("< ")  # what is typed from here on is edited
 
     def terminal_modes(self) -> Any:
         import termios
@@ -10744,6 +10763,8 @@ class TerminalTest(unittest.TestCase):
         self.until("First")
         self.type("So\r")
         contents(self.caller.events(), "So\n")
+        self.until("So")
+        self.until("< ")  # what is typed from here on is edited
         self.type("For the fi")
         self.until("For the fi")
         self.caller.connection.close()
@@ -10757,8 +10778,8 @@ class TerminalTest(unittest.TestCase):
         """SIGINT and SIGTERM end it while one types, quietly, and the terminal is as it was."""
         for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(signal=number.name):
-                self.setUp()
-                self.until("< ")
+                if number == signal.SIGTERM:
+                    self.setUp()
                 self.type("Half a")
                 self.until("Half a")
                 self.process.send_signal(number)
@@ -10812,7 +10833,7 @@ class ShownTextTest(unittest.TestCase):
         shown = [
             _log_line(self.asked(model=hostile, _outcome=hostile), "12:00:00"),
             _log_line(self.asked(api="", path=hostile, method=hostile), "12:00:00"),
-            _shown_conversation([self.message(hostile, hostile, hostile)]),
+            self.shown(self.message(hostile, hostile, hostile)),
             _answer_text([openai_fake.Text(hostile), openai_fake.ToolCall(hostile, hostile, id="1")]),
         ]
         for text in shown:
@@ -10822,7 +10843,7 @@ class ShownTextTest(unittest.TestCase):
 
     def test_long_texts(self) -> None:
         """A text of any length shows its beginning, and how much is left out."""
-        text = _shown_conversation([self.message("user", "x" * 1_000_000)])
+        text = self.shown(self.message("user", "x" * 1_000_000))
         self.assertLess(len(text), 3_000)
         self.assertIn("(998,000 more characters)", text)
 
@@ -10830,7 +10851,7 @@ class ShownTextTest(unittest.TestCase):
         """A message shows its role and its text, with its lines one below the other, and its calls."""
         messages = [self.message("user", "Rain\nin Paris?"), self.message("assistant", "", "{}")]
         self.assertEqual(
-            _shown_conversation(messages),
+            self.shown(*messages),
             "  > user       Rain\n               in Paris?\n  > call       get_weather({})\n",
         )
 
@@ -10851,6 +10872,11 @@ class ShownTextTest(unittest.TestCase):
     def message(role: str, text: str, arguments: str | None = None) -> Any:
         calls = [] if arguments is None else [openai_fake.ToolCall("get_weather", arguments, id="call_1")]
         return SimpleNamespace(role=role, text=text, content=text, tool_calls=calls, tool_call_id=None)
+
+    @staticmethod
+    def shown(*messages: Any) -> str:
+        request: Any = SimpleNamespace(messages=messages, options={}, tools=[])
+        return openai_fake._shown_request(request)
 
 
 # ---- The README and the docstrings -----------------------------------------------------------------------------------
@@ -10878,12 +10904,11 @@ def table(heading: str) -> list[list[str]]:
 class ReadmeBlocksTest(unittest.TestCase):
     """What the README shows is what happens."""
 
-    def names_of(self, block: str) -> dict[str, Any]:
-        """The names that a block makes; a recipe goes on from the block with FakeCase."""
-        first, common, *_ = fenced("python")
-        names: dict[str, Any] = {"__name__": "readme"}
-        for source in (block,) if block == first else (common, block):
-            exec(compile(source, "README.md", "exec", dont_inherit=True), names)
+    @staticmethod
+    def names_of(block: str, **names: Any) -> dict[str, Any]:
+        """The names that there are after a block; before it there are those given."""
+        names["__name__"] = "readme"
+        exec(compile(block, "README.md", "exec", dont_inherit=True), names)
         return names
 
     def test_python_compiles(self) -> None:
@@ -10896,10 +10921,11 @@ class ReadmeBlocksTest(unittest.TestCase):
         """Every Python block but the recipes' common lines holds tests, and they pass."""
         first, common, *recipes = fenced("python")
         self.assertIn("class FakeCase", common)
+        shared = self.names_of(common)
         for block in (first, *recipes):
             if "import pytest" in block or ("responses.connect()" in block and not find_spec("websockets")):
                 continue
-            names = self.names_of(block)
+            names = self.names_of(block, **(shared if block != first else {}))
             with self.subTest(name=re.findall(r"class (\w+)\((?:\w+\.)?\w*TestCase|class (\w+)\(FakeCase", block)):
                 suite = unittest.TestSuite()
                 for case in names.values():
@@ -10913,14 +10939,15 @@ class ReadmeBlocksTest(unittest.TestCase):
     @needs_openai_3
     @unittest.skipUnless(HAS_PYTEST, "pytest is not installed")
     def test_pytest_recipe_runs(self) -> None:
-        """The pytest recipe passes under pytest."""
+        """The pytest recipe passes under pytest, without a warning that the module was imported before."""
         _, common, *recipes = fenced("python")
         [recipe] = [block for block in recipes if "import pytest" in block]
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "test_recipe.py").write_text(common + recipe, "utf-8")
             where = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(openai_fake.__file__))}
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder]
-            done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                [*PYTEST, "-q", folder], env=where, capture_output=True, text=True, timeout=60, check=False
+            )
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     @unittest.skipUnless(shutil.which("node"), "node is not installed")
@@ -10967,13 +10994,6 @@ class ReadmeBlocksTest(unittest.TestCase):
         lines = [line for line in report.splitlines() if line and line[0] not in "-+?"]
         if sys.version_info >= (3, 11):
             self.assertIn(shown.rstrip(), "\n".join(lines))
-
-    def test_help_runs(self) -> None:
-        """`python -m openai_fake --help` names every option of the README's table."""
-        command = [sys.executable, openai_fake.__file__, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        for option, _ in table("Command line"):
-            self.assertIn(option.split()[0], done.stdout)
 
     def test_docstring_runs(self) -> None:
         """The examples of the module's docstrings are true."""
@@ -11023,9 +11043,11 @@ class ReadmeTablesTest(unittest.TestCase):
     def test_attributes(self) -> None:
         """The tables of the request and the server name what they have; the request's, all of it."""
         asked = {name for row in table("The request") for name in re.findall(r"\w+", row[0])}
-        self.assertEqual(asked, {name for name in dir(Request) if not name.startswith("_")})
+        self.assertEqual(asked, {name for name in dir(Request("", "", "", "", {})) if not name.startswith("_")})
         named = {name for row in table("The server") for name in re.findall(r"\w+", re.sub(r"\(.*?\)", "", row[0]))}
-        self.assertEqual(named, {name for name in dir(FakeOpenAI) if not name.startswith("_")} | {"errors"})
+        options = inspect.signature(FakeOpenAI).parameters
+        known = {name for name in dir(FakeOpenAI) if not name.startswith("_") and name not in options}
+        self.assertEqual(named, known | {"errors"})
 
 
 if __name__ == "__main__":
