@@ -3704,7 +3704,7 @@ def _text_form(encoder: _ChatEncoder) -> str:
     form = _TEXT_FORMS.get(kind)
     if form is None:
         id, created, text, *tokens = _SLOTS
-        body = encoder.body() | {"id": id, "created": created}
+        body: _JSON = {**encoder.body(), "id": id, "created": created}
         body["choices"][0]["message"]["content"] = text
         body["usage"] |= zip(("prompt_tokens", "completion_tokens", "total_tokens"), tokens, strict=True)
         form = _dumps(body).replace("%", "%%")
