@@ -73,7 +73,7 @@ import zlib
 from binascii import b2a_base64
 from collections import Counter, deque
 from collections.abc import AsyncIterable, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from contextvars import Context
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from email.utils import formatdate
@@ -3299,10 +3299,6 @@ class _Deltas(NamedTuple):
     texts: Sequence[str]
     first: int  # number of the first event
 
-    def events(self) -> list[_JSON]:
-        """The events one by one."""
-        return [_loads(text) for texts in self.frames(_dumps) for text in texts]
-
     def frames(self, render: Callable[[_Event], str]) -> Iterator[list[str]]:
         """What `render` gives for each of the events, some at a time, at a fifth of the time that it would take."""
         form, mask = self.form, self.form.mask
@@ -4302,18 +4298,22 @@ def _sse(event: _Event) -> str:
     """An event as a server-sent event; Responses' name their type."""
     if isinstance(event, str):
         return f"data: {event}\n\n"
-    kind = cast(_JSON, event).get("type")
-    data = _dumps(event)
+    kind, data = cast(_JSON, event).get("type"), _dumps(event)
     return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
 
 
 def _texts(events: Iterable[_Event], render: Callable[[_Event], str] = _sse) -> Iterator[list[str]]:
-    """The text of each event, as server-sent events unless said otherwise; those of deltas some at a time."""
+    """The texts of events, some at a time, as server-sent events unless said otherwise."""
+    texts: list[str] = []
     for event in events:
         if isinstance(event, _Deltas):
-            yield from event.frames(render)
+            for frames in event.frames(render):
+                yield texts + frames
+                texts = []
         else:
-            yield [render(event)]
+            texts.append(render(event))
+    if texts:
+        yield texts
 
 
 def _sse_bytes(texts: list[str], chunked: bool) -> bytes:
@@ -4335,7 +4335,6 @@ _EVENTS = "text/event-stream; charset=utf-8"
 
 
 # ---- Answering: from the handler to a sink ---------------------------------------------------------------------------
-
 
 _T = TypeVar("_T")
 
@@ -4364,11 +4363,8 @@ class _Waiter:
         if not self.watched:
             self.watched = True
             self.server.waiters.add(self)
-            self._watch()
-
-    def _watch(self) -> None:
-        if self.connection is not None and self.connection.websocket is None:  # whose own thread reads, and tells
-            self.server.watch(self.connection.sock, self)
+            if self.connection is not None and self.connection.websocket is None:  # whose own thread reads, and tells
+                self.server.watch(self.connection.sock, self)
 
     def notice(self) -> None:
         """Called by the server's loop: the client's socket has something to read, and is not watched any more."""
@@ -4385,14 +4381,12 @@ class _Waiter:
         if self.readable:
             self.readable = False
             if connection.read_ahead():
-                self._watch()
+                self.server.watch(connection.sock, self)
         if not connection.gone:
             return math.inf
-        if self.streams:
-            raise _Gone
         now = _Clock.monotonic()
         self.given_up = min(self.given_up, now + _HALF_CLOSED)
-        if now >= self.given_up:
+        if self.streams or now >= self.given_up:
             raise _Gone
         return self.given_up - now
 
@@ -4400,16 +4394,15 @@ class _Waiter:
         """What comes next in a queue. Raises _Gone where the client has left, queue.Empty after the timeout."""
         self.enter(lambda: source.put(_WAKE))
         due = math.inf if timeout is None else _Clock.monotonic() + timeout
-        while True:
+        value: _T = _WAKE
+        while value is _WAKE:
             rest = min(self.patience(), due - _Clock.monotonic(), _LONGEST)
             try:
                 value = source.get(timeout=max(0.0, rest))
             except queue.Empty:
                 if _Clock.monotonic() >= due:
                     raise
-                continue
-            if value is not _WAKE:
-                return value
+        return value
 
     def sleep(self, seconds: float) -> None:
         """Waits. Raises _Gone where the client of a stream has left; who has half-closed gets its JSON, just sooner."""
@@ -4429,10 +4422,10 @@ class _Waiter:
             loop = self.loop = asyncio.new_event_loop()
             loop.time = _Clock.monotonic  # type: ignore[method-assign]  # its own looks time.monotonic up
         given: list[_T] = []  # by the task, and not taken yet
-        resume, closing, over = asyncio.Event(), False, False
+        resume, leaving, over = asyncio.Event(), False, False
 
         def halt(*_: object) -> None:
-            if not over:  # it may be due still: it must not end what comes after
+            if not over:  # else it would end what comes after
                 loop.stop()
 
         async def work() -> None:
@@ -4442,23 +4435,19 @@ class _Waiter:
                     halt()  # the thread takes it
                     await resume.wait()
                     resume.clear()
-                    if closing:
+                    if leaving:
                         return
             finally:
-                close = getattr(coming, "aclose", None)
-                if close is not None:
+                if (close := getattr(coming, "aclose", None)) is not None:
                     await close()
 
-        task = loop.create_task(work())
-        task.add_done_callback(halt)
-        cancelled: list[bool] = []
-
         def look() -> None:  # on the loop's thread, which may read ahead
+            nonlocal leaving
             try:
                 patience = self.patience()
             except _Gone:
-                if not cancelled:  # once: what the coroutine still does in `finally` is let be
-                    cancelled.append(True)
+                if not leaving:  # once: what the coroutine still does in `finally` is let be
+                    leaving = True
                     task.cancel()
             else:
                 if patience != math.inf:
@@ -4468,6 +4457,8 @@ class _Waiter:
             with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
                 loop.call_soon_threadsafe(look)
 
+        task = loop.create_task(work())
+        task.add_done_callback(halt)
         try:
             while True:
                 self.enter(wake)
@@ -4481,13 +4472,10 @@ class _Waiter:
                 self.patience()  # raises _Gone; else the coroutine was cancelled by its own code
             task.result()
         finally:
-            closing = True
-            cancelled.append(True)
+            leaving = over = True
             resume.set()
             if not task.done() and not self.server.stopping:
-                loop.call_later(_STOP_SECONDS, halt)
-                loop.run_forever()
-            over = True
+                loop.run_until_complete(asyncio.wait([task], timeout=_STOP_SECONDS))
             if task.done() and not task.cancelled():
                 task.exception()  # looked at: asyncio would log it else
 
@@ -4497,11 +4485,8 @@ class _Waiter:
         async def once() -> AsyncIterator[_T]:
             yield await awaitable
 
-        steps = self.steps(once())
-        try:
+        with closing(self.steps(once())) as steps:
             return next(steps)
-        finally:
-            steps.close()
 
     def end(self) -> None:
         """The answer is over."""
@@ -4524,12 +4509,17 @@ class _Waiter:
 
 
 class _Sink:
-    """Where the events of an answer go."""
+    """Where the events of an answer go: to the client of a connection, unless said otherwise."""
+
+    def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
+        self.encoder = encoder
+        self.connection = connection
+        self.reply = reply
 
     @property
     def begun(self) -> bool:
         """Whether the client was told something: an error comes too late for a status."""
-        return False
+        return self.connection.headed
 
     def write(self, events: Sequence[_Event]) -> None:
         raise NotImplementedError
@@ -4548,11 +4538,16 @@ class _Sink:
 
     def end(self) -> None:
         """All is said."""
-        raise NotImplementedError
+        self.write(self.encoder.end())
+        self._finish()
 
     def fail(self, error: APIError) -> None:
         """The answer ends with an error, in the API's way."""
-        raise NotImplementedError
+        self.write(self.encoder.fail(error))
+        self._finish()
+
+    def _finish(self) -> None:
+        """All is written."""
 
     def break_off(self, error: APIError) -> None:
         """The handler failed in the middle: the client is told, but the answer is cut, not ended."""
@@ -4563,17 +4558,11 @@ class _StreamSink(_Sink):
     """Server-sent events on a connection. What is known to follow is gathered; nothing waits to be gathered."""
 
     def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
-        self.encoder = encoder
-        self.connection = connection
-        self.reply = reply
+        super().__init__(encoder, connection, reply)
         self.pending: list[bytes] = []
         self.size = 0
         self.limit = _FIRST_BATCH
         self.render: Callable[[_Event], str] = _sse
-
-    @property
-    def begun(self) -> bool:
-        return self.connection.headed
 
     def write(self, events: Sequence[_Event]) -> None:
         for texts in _texts(events, self.render):
@@ -4613,14 +4602,6 @@ class _StreamSink(_Sink):
         self.flush()
         self.connection.hang_up(reset)
 
-    def end(self) -> None:
-        self.write(self.encoder.end())
-        self._finish()
-
-    def fail(self, error: APIError) -> None:
-        self.write(self.encoder.fail(error))
-        self._finish()
-
     def break_off(self, error: APIError) -> None:
         with suppress(_Gone):
             self.write(self.encoder.fail(error))
@@ -4636,18 +4617,14 @@ class _StreamSink(_Sink):
 class _BodySink(_Sink):
     """A JSON body, sent when all is said. Raw bytes and a cut fall between its parts, which have equal shares of it."""
 
-    def __init__(self, encoder: _Encoder, connection: _Connection, reply: Reply) -> None:
-        self.encoder = encoder
-        self.connection = connection
-        self.reply = reply
-        self.said = 0
-        self.insertions: list[tuple[int, bytes]] = []  # after how many parts, what
+    said = 0
+    insertions: Sequence[tuple[int, bytes]] = ()  # after how many parts, what
 
     def write(self, events: Sequence[_Event]) -> None:
         self.said += 1
 
     def raw(self, data: bytes) -> None:
-        self.insertions.append((self.said, data))
+        self.insertions = (*self.insertions, (self.said, data))
 
     def fail(self, error: APIError) -> None:
         raise error
@@ -4658,44 +4635,43 @@ class _BodySink(_Sink):
         self.connection.hang_up(reset)
 
     def end(self, shares: int | None = None) -> None:
-        """Sends the JSON; of its `shares`, one a part and one for the end, only so many where it is cut."""
-        shares = self.said + 1 if shares is None else shares
+        """Sends the JSON; of its shares, one a part and one for the end, only so many where it is cut."""
         body = _utf8(self.encoder.json()) if self.said or not self.insertions else b""
         length, pieces, at = len(body), [b""], 0
-        for said, data in (*self.insertions, (shares, b"")):
+        for said, data in (*self.insertions, (self.said + 1 if shares is None else shares, b"")):
             share = len(body) * said // (self.said + 1)
             pieces += [body[at:share], data]
             length += len(data)
             at = share
         pieces[0] = self.connection.head(200, "application/json", _ON_REPLIES, self.reply.headers, length)
-        self.connection.send(b"".join(pieces), last=shares > self.said)
-
-
-_OPEN_TOOLS = ("mcp", "namespace", "tool_search")  # types of tools that stand for others, whose names are not known
+        self.connection.send(b"".join(pieces), last=shares is None)
 
 
 class _Delivery:
-    """One answer on its way: calls the handler, and carries its parts through an encoder into a sink."""
+    """One answer on its way: calls the handler, and carries its parts through an encoder into a sink.
+
+    To make one raises APIError for a request that is refused.
+    """
 
     encoder: _Encoder
     sink: _Sink
     waiter: _Waiter
     make_sink: Callable[[Any, _Connection, Reply], _Sink] | None = None  # other than a connection's own
+    store: Callable[[Any, _Log | None], object] | None = None  # keeps what the encoder will have said
+    log: _Log | None = None  # in the background
     ttft = itl = 0.0  # seconds before the first token, and between tokens
     over = False  # a Disconnect or a StreamError has ended the answer, with parts perhaps left
 
     def __init__(
-        self,
-        fake: FakeOpenAI,
-        request: Request,
-        make: type[_ChatEncoder | _ResponsesEncoder | _CompletionsEncoder],
-        store: Callable[[Any, _Log | None], None] | None = None,
+        self, fake: FakeOpenAI, request: Request, make: type[_ChatEncoder | _ResponsesEncoder | _CompletionsEncoder]
     ) -> None:
         self.fake = fake
         self.request = request
-        self.streamed = request._json.get("stream") is True
         self.make = make
-        self.store = store  # keeps what will be said
+        self.body = request._json = request._parse()
+        if fake.validate:
+            _check_request(request.api, self.body, fake.strict)
+        self.streamed = self.body.get("stream") is True
         self.handler: Callable[[Request], Any] = fake.handler
         self.streams: list[Stream] = []  # that the answer is made of
 
@@ -4704,9 +4680,10 @@ class _Delivery:
         self.waiter = _Waiter(connection.server, connection, self.streamed)
         try:
             reply = self._ask()
-            self._begin(reply, None)
+            encoder = self._begin(reply)
+            self.request._encoder, self.request._said = encoder, encoder.items
             make_sink = self.make_sink or (_StreamSink if self.streamed else _BodySink)
-            self.sink = make_sink(self.encoder, connection, reply)
+            self.sink = make_sink(encoder, connection, reply)
             self._carry(reply)
         finally:
             self.waiter.end()
@@ -4718,26 +4695,24 @@ class _Delivery:
         """
         server = self.fake._running()
         self.waiter = _Waiter(server, None, True)
-        log = _Log(self.waiter)
+        self.sink = self.log = log = _Log(self.waiter)
         asked: queue.SimpleQueue[Reply | BaseException] = queue.SimpleQueue()
         begun: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
         def work() -> None:
+            answer: Reply | BaseException
             try:
-                try:
-                    answer: Reply | BaseException = self._ask()
-                except BaseException as error:
-                    answer = error
-                asked.put(answer)
+                answer = self._ask()
+            except BaseException as error:
+                answer = error
+            asked.put(answer)
+            try:
                 if begun.get():
-                    try:
-                        self._carry(answer)
-                    finally:
-                        self.request._said = self.encoder.items
+                    self._carry(answer)
             except _Gone:
                 pass
             finally:
-                log.end()
+                log.close()
                 self.waiter.end()
 
         server.run(work)
@@ -4745,10 +4720,9 @@ class _Delivery:
         with suppress(queue.Empty):
             reply = asked.get(timeout=_AT_ONCE)
         try:
-            self._begin(reply if isinstance(reply, Reply) else Reply(), log)
-            self.sink = _LogSink(self.encoder, log)
-            self.sink.write(self.encoder.begin())
-            queued = cast(_ResponsesEncoder, self.encoder).response("queued")
+            log.encoder = encoder = self._begin(reply if isinstance(reply, Reply) else Reply())
+            log.write(encoder.begin())
+            queued = cast(_ResponsesEncoder, encoder).response("queued")
         except BaseException:
             begun.put(False)
             raise
@@ -4769,12 +4743,11 @@ class _Delivery:
         self.itl = self.fake.itl if reply.itl is None else reply.itl
         return reply
 
-    def _begin(self, reply: Reply, log: _Log | None) -> None:
+    def _begin(self, reply: Reply) -> _Encoder:
         self.encoder = self.make(self.request, reply, self.fake._ids(), int(self.fake.clock()))
-        if log is None:
-            self.request._encoder, self.request._said = self.encoder, self.encoder.items
         if self.store is not None:
-            self.store(self.encoder, log)
+            self.store(self.encoder, self.log)
+        return self.encoder
 
     def _carry(self, reply: Reply | BaseException) -> None:
         """Says all parts. An error that comes too late for a status is told in the stream."""
@@ -4787,13 +4760,16 @@ class _Delivery:
             if isinstance(error, _Gone) or not self.sink.begun:
                 raise
             if isinstance(error, APIError):
-                self._fail(error._shared())
+                self.request._outcome = error.message
+                self.sink.fail(error._shared())
             else:  # the handler's own, or what can't be encoded
                 message = self.request._outcome = self.fake._keep_error(error, self.request)
                 self.sink.break_off(APIError(500, message))
         finally:
             for stream in self.streams:
                 self._conclude(stream)
+            if self.log is not None:
+                self.request._said = self.encoder.items
 
     def _say_all(self, reply: Reply) -> None:
         for content in reply.parts:  # all of them now: the client may leave before their turn comes
@@ -4816,7 +4792,9 @@ class _Delivery:
                 if not isinstance(part, _Spoken):
                     part._act(self)
                 elif self.ttft or self.itl:
-                    self._say_slowly(part, texts)
+                    for fragment in part._cut(texts):
+                        self._pace()
+                        self.sink.write(self.encoder.say(fragment, fragment._texts()))
                 else:
                     self.sink.write(self.encoder.say(part, texts))
                 if self.over:
@@ -4833,7 +4811,8 @@ class _Delivery:
         offered = {tool.name for tool in tools if tool.name}
         offered |= {_string(_dict(each).get("name")) for each in _list(self.request.body.get("functions"))}
         chosen = _tool(choice)
-        if name not in offered and not any(tool.type in _OPEN_TOOLS for tool in tools):
+        open_ones = ("mcp", "namespace", "tool_search")  # they stand for others, whose names are not known
+        if name not in offered and not any(tool.type in open_ones for tool in tools):
             fault = f"which the request did not offer; it offered: {', '.join(sorted(offered)) or 'none'}"
         elif choice == "none" or (chosen.type in ("function", "custom") and chosen.name != name):
             fault = f"against the request's tool_choice: {_dumps(choice)}"
@@ -4844,11 +4823,6 @@ class _Delivery:
         if name not in self.fake._warned:
             self.fake._warned.add(name)
             warnings.warn(f"the handler called the tool {name!r}, {fault}", stacklevel=2)
-
-    def _say_slowly(self, part: _Spoken, texts: Sequence[str]) -> None:
-        for fragment in part._cut(texts):
-            self._pace()
-            self.sink.write(self.encoder.say(fragment, fragment._texts()))
 
     def _pace(self) -> None:
         """Waits for the time of the next token."""
@@ -4867,58 +4841,50 @@ class _Delivery:
         self.waiter.sleep(seconds)
 
     def cut(self, reset: bool) -> None:
-        if self.waiter.connection is None:  # in the background nobody is connected
-            return
-        self.over = True
-        self.request._outcome = "cut"
-        self.sink.cut(reset)
-        self.encoder.abandon()
+        if self.log is None:  # in the background nobody is connected
+            self.over = True
+            self.request._outcome = "cut"
+            self.sink.cut(reset)
+            self.encoder.abandon()
 
     def fail(self, error: APIError) -> None:
         self.over = True
-        self._fail(error)
-
-    def _fail(self, error: APIError) -> None:
         self.request._outcome = error.message
         self.sink.fail(error)
 
     # Where parts come from.
 
-    def _coming(self, contents: Iterable[_Content]) -> Generator[tuple[_Part, Sequence[str]]]:
+    def _coming(self, contents: Iterable[Any]) -> Generator[tuple[_Part, Sequence[str]]]:
+        """The parts of an answer of which some come in time, each with its texts."""
         for content in contents:
-            for part in self._source(content):
-                alone = isinstance(content, (str, _Part, Completion))
+            alone = isinstance(content, (str, _Part, Completion))
+            parts: Iterable[_Part]
+            if isinstance(content, Stream):
+                parts = self._live(content)
+            elif isinstance(content, AsyncIterable):
+                parts = self._generated(self.waiter.steps(aiter(cast(Any, content))))
+            elif alone:
+                parts = Reply(content)._known() or ()
+            else:
+                parts = self._generated(iter(content))
+            for part in parts:
                 if isinstance(part, _Spoken):
                     yield part, part._texts(cut=alone)
                 else:
                     yield part, ()
 
-    def _source(self, content: Any) -> Iterator[_Part]:
-        if isinstance(content, Stream):
-            return self._live(content)
-        if isinstance(content, (str, _Part)):
-            return iter([_part(content)])
-        if isinstance(content, Completion):
-            return iter(content._parts())
-        if isinstance(content, AsyncIterable):
-            return self._generated(self.waiter.steps(aiter(cast(Any, content))))
-        return self._generated(iter(content))
-
     def _generated(self, parts: Iterator[Any]) -> Iterator[_Part]:
         """The parts of a generator: each is on the wire before the next is asked for."""
-        waiter = self.waiter
-        if waiter.streams:
-            waiter.enter(bool)  # from now on it is seen between two parts that the client has left
+        if self.waiter.streams:
+            self.waiter.enter(bool)  # from now on it is seen between two parts that the client has left
         try:
             for part in parts:
                 yield _part(part)
                 self.sink.flush()
-                waiter.patience()
+                self.waiter.patience()
         finally:
-            close = getattr(parts, "close", None)
-            if close is not None:
-                with suppress(BaseException):  # it may ignore GeneratorExit, or raise: the answer is over
-                    close()
+            with suppress(BaseException):  # close() may ignore GeneratorExit, or raise: the answer is over
+                getattr(parts, "close", bool)()
 
     def _live(self, stream: Stream) -> Iterator[_Part]:
         """The parts of a Stream, as the test sends them."""
@@ -4957,16 +4923,14 @@ class _Delivery:
 
 def _arranged(parts: list[_Part], encoder: _Encoder) -> list[_Part]:
     """The parts of an answer that is known: as they are, but repeated for n, and parallel calls as the API has them."""
-    calls: dict[int, int] = {}
-    for part in parts:
-        if isinstance(part, _Call) and part.name:
-            calls[part.choice] = calls.get(part.choice, 0) + 1
-    if max(calls.values(), default=0) > 1:
+    calls = [at for at, part in enumerate(parts) if isinstance(part, _Call)]
+    named = [call.choice for at in calls if (call := cast(_Call, parts[at])).name]
+    if len(named) > len(set(named)):
         encoder.parallel = True
         if isinstance(encoder, _ChatEncoder):
             parts = [part._spaced() if isinstance(part, ToolCall) else part for part in parts]
-    if encoder.model.phase and calls:  # what is said before a call is commentary (R)
-        last = max(at for at, part in enumerate(parts) if isinstance(part, _Call))
+    if encoder.model.phase and named:  # what is said before a call is commentary (R)
+        last = calls[-1]
         parts = [
             replace(part, phase="commentary") if isinstance(part, Text) and part.phase is None and at < last else part
             for at, part in enumerate(parts)
@@ -5025,103 +4989,87 @@ def _is_continued(part: _Spoken, parts: Sequence[_Part], at: int) -> bool:
     return False
 
 
-class _Log:
-    """The events of a response that is made in the background, for who follows it."""
+class _News:
+    """What others follow: they look again whenever there is news."""
 
-    def __init__(self, waiter: _Waiter) -> None:
-        self.waiter = waiter
-        self.lock = threading.Lock()  # guards the fields below
-        self.events: list[_Event] = []
-        self.over = False
-        self.followers: list[queue.SimpleQueue[Any]] = []
-        self.cancelled = False
+    def __init__(self) -> None:
+        self.followers: set[queue.SimpleQueue[Any]] = set()
 
-    def add(self, events: Sequence[_Event]) -> None:
-        """Appends events, unless the response was cancelled."""
-        with self.lock:
-            if self.over:
-                return
-            for event in events:
-                self.events.extend(event.events() if isinstance(event, _Deltas) else [event])
-            self._wake_followers()
-
-    def end(self) -> None:
-        with self.lock:
-            self.over = True
-            self._wake_followers()
-
-    def _wake_followers(self) -> None:
-        for follower in self.followers:
+    def wake(self) -> None:
+        for follower in tuple(self.followers):
             follower.put(None)
 
-    def cancel(self) -> None:
-        """Stops the answer, if it is not over."""
-        with self.lock:
-            if self.over:
-                return
-            self.over = self.cancelled = True
-            self._wake_followers()
-        self.waiter.cancelled = True
-        self.waiter.wake()
+    def follow(self, waiter: _Waiter, look: Callable[[], float | None]) -> None:
+        """Calls `look` now, when there is news, and after the seconds that it returned; None ends it."""
+        news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.followers.add(news)
+        try:
+            while (seconds := look()) is not None:
+                with suppress(queue.Empty):
+                    waiter.get(news, seconds)
+        finally:
+            self.followers.discard(news)
+            waiter.end()
 
 
-class _LogSink(_Sink):
-    """The log of a response in the background: there is no wire, and nobody to hang up on."""
+class _Log(_Sink, _News):
+    """The events of a response that is made in the background, for who follows it: there is no wire."""
+
+    over = False
+    cancelled = False
 
     @property
     def begun(self) -> bool:
         return True
 
-    def __init__(self, encoder: _Encoder, log: _Log) -> None:
-        self.encoder = encoder
-        self.log = log
+    def __init__(self, waiter: _Waiter) -> None:
+        _News.__init__(self)
+        self.waiter = waiter
+        self.texts: list[str] = []  # of its events
+        self.lock = threading.Lock()  # guards events, over and cancelled while they change
 
     def write(self, events: Sequence[_Event]) -> None:
-        if self.log.cancelled:
-            raise _Gone
-        self.log.add(events)
+        with self.lock:
+            if self.over:  # cancelled
+                raise _Gone
+            for texts in _texts(events):
+                self.texts += texts
+        self.wake()
 
-    def end(self) -> None:
-        self.write(self.encoder.end())
+    def close(self, cancelled: bool = False) -> None:
+        """Nothing more will be written."""
+        with self.lock:
+            if self.over:
+                return
+            self.over, self.cancelled = True, cancelled
+        self.wake()
+        self.waiter.cancelled = True
+        self.waiter.wake()
 
-    def fail(self, error: APIError) -> None:
-        self.write(self.encoder.fail(error))
 
-
-class _Replay:
+class _Replay(NamedTuple):
     """Streams a log's events, from a sequence number on, as they come."""
 
-    def __init__(self, log: _Log, begin: int) -> None:
-        self.log = log
-        self.begin = begin
+    log: _Log
+    begin: int
 
     def send(self, connection: _Connection) -> None:
-        """Answers on a connection."""
-        waiter = _Waiter(connection.server, connection, True)
-        coming: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        with self.log.lock:
-            self.log.followers.append(coming)
-        try:
-            connection.send(connection.head(200, _EVENTS, _ON_REPLIES))
-            self._follow(connection, waiter, coming)
-        finally:
-            with self.log.lock:
-                self.log.followers.remove(coming)
-            waiter.end()
+        at = self.begin
 
-    def _follow(self, connection: _Connection, waiter: _Waiter, coming: queue.SimpleQueue[Any]) -> None:
-        log, at, over = self.log, self.begin, False
-        while not over:
-            with log.lock:
-                events, over = log.events[at:], log.over
-            at += len(events)
-            data = b"".join(_sse_bytes(texts, connection.http11) for texts in _texts(events))
+        def look() -> float | None:
+            nonlocal at
+            over = self.log.over  # before the texts: then these are all
+            texts = self.log.texts[at:]
+            at += len(texts)
+            data = _sse_bytes(texts, connection.http11)
             if over and connection.http11:
                 data += _LAST_CHUNK
             if data:
                 connection.send(data, last=over)
-            if not over:
-                waiter.get(coming)
+            return None if over else _LONGEST
+
+        connection.send(connection.head(200, _EVENTS, _ON_REPLIES))
+        self.log.follow(_Waiter(connection.server, connection, True), look)
 
 
 # ---- Endpoints -------------------------------------------------------------------------------------------------------
@@ -5154,22 +5102,19 @@ _APIS = {f"POST /{api.replace('.', '/')}": api for api in ("chat.completions", "
 _PREFIX = r"(?s:(?:/openai/deployments/([^/]+)|/openai/v1|/openai|/v1)?(/.*))"
 
 
-class _Router:
-    """Finds the route of a request among "METHOD /path" names: the first that fits.
+@lru_cache(256)
+def _route_pattern(path: str) -> str:
+    """The pattern of a route's path: `{name}` is one segment, `{name*}` the rest: a model's name may have slashes."""
+    names = r"(?<=/)\\{[^/]*?(\\\*)?\\}(?![^/])"
+    return "(?s:" + re.sub(names, lambda match: "(.+)" if match[1] else "([^/]+)", re.escape(path)) + ")"
 
-    `{name}` in a path is one segment of it; `{name*}` is the rest: a model's name may have slashes.
-    """
+
+class _Router:
+    """Finds the route of a request among "METHOD /path" names: the first that fits."""
 
     def __init__(self, endpoints: Mapping[str, _Endpoint]) -> None:
         self.endpoints = endpoints
         self.known: dict[tuple[str, str], _Route] = {}  # of names without {}, so that it stays small
-        self.table: list[tuple[str, str, str, _Endpoint]] = []
-        for name, endpoint in endpoints.items():
-            method, _, path = name.partition(" ")
-            pattern = re.sub(
-                r"(?<=/)\\{[^/]*?(\\\*)?\\}(?![^/])", lambda match: "(.+)" if match[1] else "([^/]+)", re.escape(path)
-            )
-            self.table.append((name, method, f"(?s:{pattern})", endpoint))
 
     def find(self, method: str, path: str) -> _Route:
         """HEAD is served as GET; every path also under /v1 and in Azure's form."""
@@ -5187,8 +5132,9 @@ class _Router:
 
     def _search(self, method: str, path: str) -> _Route:
         allowed: set[str] = set()
-        for name, served, pattern, endpoint in self.table:
-            match = re.fullmatch(pattern, path)
+        for name, endpoint in self.endpoints.items():
+            served, _, template = name.partition(" ")
+            match = re.fullmatch(_route_pattern(template), path)
             if match is None:
                 continue
             values = match.groups()
@@ -5196,25 +5142,14 @@ class _Router:
                 return _Route(endpoint, values, _APIS.get(name, ""), control=endpoint is _CONTROLS.get(name))
             if not values or not values[-1].isalpha():  # a word where an id belongs is a route that is not there
                 allowed |= {served, "HEAD"} if served == "GET" else {served}
-        if allowed:
-            return _Route(_wrong_method, (", ".join(sorted(allowed)),))
-        return _Route(_unknown_route, (f"{method} {path}",))
+        return _Route(_not_served, (", ".join(sorted(allowed)), f"{method} {path}"))
 
 
-@lru_cache(1)
-def _usual_router() -> _Router:
-    return _Router(_ENDPOINTS)
-
-
-def _wrong_method(fake: FakeOpenAI, request: Request, allowed: str) -> NoReturn:
-    raise APIError(
-        405,
-        f"Not allowed to {request.method} on {request.path}. (HINT: Perhaps you meant to use a different HTTP method?)",
-        headers={"allow": allowed},
-    )
-
-
-def _unknown_route(fake: FakeOpenAI, request: Request, asked: str) -> NoReturn:
+def _not_served(fake: FakeOpenAI, request: Request, allowed: str, asked: str) -> NoReturn:
+    if allowed:
+        words = f"Not allowed to {request.method} on {request.path}. "
+        words += "(HINT: Perhaps you meant to use a different HTTP method?)"
+        raise APIError(405, words, headers={"allow": allowed})
     nearest = min(fake._router.endpoints, key=lambda name: _distance(name, asked[:99]))
     words = f"Unknown route: {request.method} {request.path}. The nearest that is served is {nearest}; all are in the "
     words += 'README\'s table of endpoints, and FakeOpenAI(routes={"METHOD /path": function}) adds others.'
@@ -5237,26 +5172,16 @@ def _check_model(fake: FakeOpenAI, request: Request) -> None:
     raise APIError(404, text, code="model_not_found")
 
 
-def _checked_body(fake: FakeOpenAI, request: Request) -> _JSON:
-    """The body of a request for an answer. Raises APIError where it is refused."""
-    body = request._json = request._parse()
-    if fake.validate:
-        _check_request(request.api, body, fake.strict)
-    return body
-
-
 @_endpoint("POST /chat/completions")
-def _create_chat_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
-    body = _checked_body(fake, request)
+@_endpoint("POST /completions")
+def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
+    chat = request.api == "chat.completions"
+    delivery = _Delivery(fake, request, _ChatEncoder if chat else _CompletionsEncoder)
     if fake.strict:
         _check_model(fake, request)
-    if body.get("store") is not True:
-        return _Delivery(fake, request, _ChatEncoder)
-
-    def store(encoder: _ChatEncoder, log: _Log | None) -> None:
-        fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
-
-    return _Delivery(fake, request, _ChatEncoder, store)
+    if chat and delivery.body.get("store") is True:
+        delivery.store = lambda encoder, _: fake._remember(fake._chats, encoder.id, _StoredChat(request, encoder))
+    return delivery
 
 
 class _StoredChat:
@@ -5269,7 +5194,7 @@ class _StoredChat:
         self.request_id = "req_" + encoder.ids.hex(32)
         self.seed = encoder.ids.bits(63)  # there is one, also unasked (R)
 
-    def body(self, id: str = "") -> _JSON:
+    def body(self) -> _JSON:
         """As the API lists it: with what was asked, and less of what was said than the answer had (R)."""
         told, asked = self.encoder.body(), self.request.body
         for choice in told["choices"]:
@@ -5289,16 +5214,6 @@ _STORED_CHAT: _JSON = {  # its keys, in order, and what they are unasked (R)
 }  # fmt: skip
 
 
-def _stored_message(id: str, message: _JSON) -> _JSON:
-    content, parts = message.get("content"), None
-    if isinstance(content, list):
-        kinds = ("type", "text", "image_url", "input_audio", "file")
-        parts = [{kind: _dict(part).get(kind) for kind in kinds} for part in _list(content)]
-        content = _text_of(_list(content))
-    told = {"id": id, "role": message.get("role"), "content": content, "content_parts": parts}
-    return {**told, "name": message.get("name")}
-
-
 def _query(request: Request) -> dict[str, str]:
     """The query's parameters; the last where one came several times."""
     return {key: values[-1] for key, values in parse_qs(request.query).items()}
@@ -5315,10 +5230,7 @@ def _listing(
     show: Callable[[Any], _JSON] = _dict,
     last: str = "last_id",
 ) -> _JSON:
-    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown.
-
-    Which of its keys is the last depends on the list (R).
-    """
+    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown."""
     query: dict[str, Any] = {"limit": "20", "order": order, **_query(request)}
     if re.fullmatch("-?[0-9]{1,18}", query["limit"]):
         query["limit"] = int(query["limit"])
@@ -5329,10 +5241,12 @@ def _listing(
         raise APIError(404, f"There is no item with id '{after}' in this list.", param="after")
     begin = ids.index(after) + 1 if after else 0
     page = ids[begin : begin + query["limit"]]
-    first_id, last_id = (page[0], page[-1]) if page else (None, None)
-    listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": first_id}
-    ends = {"has_more": len(ids) > begin + query["limit"], "last_id": last_id}
-    return listing | (ends if last == "last_id" else dict(reversed(ends.items())))
+    listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": None, "last_id": None}
+    if page:
+        listing.update(first_id=page[0], last_id=page[-1])
+    listing["has_more"] = len(ids) > begin + query["limit"]
+    listing[last] = listing.pop(last)  # it depends on the list (R)
+    return listing
 
 
 def _kept(store: Mapping[str, _T], kind: str, id: str) -> _T:
@@ -5373,8 +5287,14 @@ def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
 
 @_endpoint("GET /chat/completions/{id}/messages")
 def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-    messages = enumerate(_list(_stored_chat(fake, id).request._json.get("messages")))
-    stored = {f"{id}-{at}": _stored_message(f"{id}-{at}", _dict(each)) for at, each in messages}
+    kinds, stored = ("type", "text", "image_url", "input_audio", "file"), dict[str, _JSON]()
+    for at, message in enumerate(map(_dict, _list(_stored_chat(fake, id).request._json.get("messages")))):
+        content, parts = message.get("content"), None
+        if isinstance(content, list):
+            parts = [{kind: part.get(kind) for kind in kinds} for part in map(_dict, _list(content))]
+            content = _text_of(_list(content))
+        told = {"id": f"{id}-{at}", "role": message.get("role"), "content": content, "content_parts": parts}
+        stored[f"{id}-{at}"] = {**told, "name": message.get("name")}
     return _listing(request, stored, "asc", last="has_more")
 
 
@@ -5405,18 +5325,16 @@ _NO_HISTORY = _History(None, list)
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    log: _Log | None = None  # in the background
-
-    def __init__(self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None) -> None:
+    def __init__(
+        self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None, log: _Log | None
+    ) -> None:
         self.encoder = encoder
-        self.input = [_stored_item(item, self.encoder._id) for item in items]
+        self.log = log  # in the background
+        self.input = [_stored_item(item, encoder._id) for item in items]
         if kept is None:
             self.history = _History(past, self.said)
         else:  # a conversation gets nothing of it before it is over
-            self.history = kept.add(lambda: self.said() if self.over() else [])
-
-    def over(self) -> bool:
-        return self.encoder.status in ("completed", "incomplete")
+            self.history = kept.add(lambda: self.said() if encoder.status in ("completed", "incomplete") else [])
 
     def said(self) -> list[Any]:
         """The items that it adds to what was before."""
@@ -5432,7 +5350,8 @@ _ITEM_PREFIXES = {"function_call": "fc_", "function_call_output": "fc_", "reason
 
 def _stored_item(item: Any, new_id: Callable[[str], str]) -> Any:
     """An input item as the API lists it: with an id, a status, and content parts."""
-    stored: _JSON = {**_dict(item), "type": _item_type(_dict(item))}
+    sent = _dict(item)
+    stored: _JSON = {**sent, "type": _item_type(sent)}
     if isinstance(stored.get("content"), str) and stored["type"] == "message":
         kind = "output_text" if stored.get("role") == "assistant" else "input_text"
         stored["content"] = [{"type": kind, "text": stored["content"]}]
@@ -5450,11 +5369,8 @@ def _history(fake: FakeOpenAI, request: Request, body: _JSON) -> _History:
     conversation, previous = body.get("conversation"), body.get("previous_response_id")
     if isinstance(conversation, dict):
         conversation = _dict(conversation).get("id")
-    if isinstance(conversation, str):
-        if (kept := fake._conversations.get(conversation)) is not None:
-            return kept.last
-        if fake.validate:
-            raise APIError(404, f"Conversation with id '{conversation}' not found.")
+    if isinstance(conversation, str) and (fake.validate or conversation in fake._conversations):
+        return _conversation_of(fake, conversation).last
     if isinstance(previous, str):
         if (stored := request._remembered.get(previous) or fake._responses.get(previous)) is not None:
             return stored.history
@@ -5479,11 +5395,8 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
     references = [_item_type(_dict(item)) == "item_reference" for item in items]
     if not any(references):
         return items
-    stored: dict[str, Any] = {
-        str(_dict(item).get("id")): item
-        for response in tuple(fake._responses.values())
-        for item in (*response.input, *response.encoder.output())
-    }
+    responses = tuple(fake._responses.values())
+    stored: dict[str, Any] = {str(item.get("id")): item for response in responses for item in response.said()}
     for conversation in tuple(fake._conversations.values()):
         stored |= conversation.items()
     pairs = zip(items, references, strict=True)
@@ -5492,28 +5405,28 @@ def _resolved(fake: FakeOpenAI, items: list[Any]) -> list[Any]:
 
 @_endpoint("POST /responses")
 def _create_response(fake: FakeOpenAI, request: Request) -> Any:
-    body = _checked_body(fake, request)
+    delivery = _Delivery(fake, request, _ResponsesEncoder)
+    body = delivery.body
     request._before = before = _history(fake, request, body)
     items = _input_items(body.get("input"))
     resolved = _resolved(fake, items)
     if resolved is not items:
         request._resolved = resolved
     if fake.validate:
-        effort = _dict(body.get("reasoning")).get("effort") or _family(request.model[:24]).effort
+        effort = _dict(body.get("reasoning")).get("effort") or _family(_string(body.get("model"))[:24]).effort
         _check_turn(before, resolved, effort not in (None, "none"), body.get("store") is not False)
     if fake.strict:
         _check_model(fake, request)
     background = body.get("background") is True
 
-    def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:
+    def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:  # does not know the delivery: no cycle
         kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
-        stored = _StoredResponse(encoder, resolved, before, kept)
-        stored.log = log
+        stored = _StoredResponse(encoder, resolved, before, kept, log)
         fake._remember(fake._responses, encoder.id, stored)
         fake._remember(fake._histories, id(stored.history), stored.history)
 
-    stores = background or body.get("store") is not False
-    delivery = _Delivery(fake, request, _ResponsesEncoder, store if stores else None)
+    if background or body.get("store") is not False:
+        delivery.store = store
     if items and _item_type(_dict(items[-1])) == "compaction_trigger":
         delivery.handler = Script(Item("compaction"))
     return delivery.in_background() if background else delivery
@@ -5547,7 +5460,7 @@ def _cancel_response(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
     stored = _stored_response(fake, id)
     if stored.log is None:
         raise APIError(400, "Cannot cancel a synchronous response.")
-    stored.log.cancel()
+    stored.log.close(cancelled=True)
     return stored.body()
 
 
@@ -5577,7 +5490,8 @@ def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
 class _Conversation:
     """A conversation object: items that were put in, and the responses made in it."""
 
-    def __init__(self, created: int, metadata: Any, items: list[Any]) -> None:
+    def __init__(self, id: str, created: int, metadata: Any, items: list[Any]) -> None:
+        self.id = id
         self.created = created
         self.metadata = metadata
         self.lock = threading.Lock()  # guards last: several responses may begin in a conversation at a time
@@ -5595,8 +5509,8 @@ class _Conversation:
         """All items, by id."""
         return {str(item["id"]): item for item in self.last}
 
-    def body(self, id: str) -> _JSON:
-        return {"id": id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
+    def body(self) -> _JSON:
+        return {"id": self.id, "object": "conversation", "created_at": self.created, "metadata": self.metadata}
 
 
 def _conversation_of(fake: FakeOpenAI, id: str) -> _Conversation:
@@ -5616,9 +5530,9 @@ def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse() if request.raw_body else {}
     items = _new_items(fake, body)
     id = "conv_" + fake._ids().hex(48)
-    conversation = _Conversation(int(fake.clock()), _new_metadata(fake, body), items)
+    conversation = _Conversation(id, int(fake.clock()), _new_metadata(fake, body), items)
     fake._remember(fake._conversations, id, conversation)
-    return conversation.body(id)
+    return conversation.body()
 
 
 @_endpoint("GET /conversations/{id}/items")
@@ -5646,21 +5560,21 @@ def _delete_item(fake: FakeOpenAI, request: Request, id: str, item_id: str) -> _
     conversation = _conversation_of(fake, id)
     _kept(conversation.items(), "Item", item_id)
     conversation.deleted.add(item_id)
-    return conversation.body(id)
+    return conversation.body()
 
 
 def _stored_routes(path: str, kind: str, find: Callable[[FakeOpenAI, str], Any], store: str) -> None:
     """What is stored is fetched, updated and deleted in one way."""
 
     def get(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
-        return cast(_JSON, find(fake, id).body(id))
+        return cast(_JSON, find(fake, id).body())
 
     def update(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
         stored, body = find(fake, id), request._parse()
         if "metadata" not in body:  # what is there would be lost
             raise _missing("metadata")
         stored.metadata = _new_metadata(fake, body)
-        return cast(_JSON, stored.body(id))
+        return cast(_JSON, stored.body())
 
     def delete(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
         find(fake, id)
@@ -5721,14 +5635,6 @@ def _embedding(text: str, dimensions: int) -> list[float]:
     return [round(number / length, 8) for number in sums]
 
 
-@_endpoint("POST /completions")
-def _create_completion(fake: FakeOpenAI, request: Request) -> _Delivery:
-    _checked_body(fake, request)
-    if fake.strict:
-        _check_model(fake, request)
-    return _Delivery(fake, request, _CompletionsEncoder)
-
-
 @_endpoint("POST /embeddings")
 def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
     body = request._parse()
@@ -5749,13 +5655,11 @@ def _create_embeddings(fake: FakeOpenAI, request: Request) -> _HTTPResponse:
         dimensions = 3072 if model == "text-embedding-3-large" else 1536
     elif type(dimensions) is not int or dimensions < 1:
         raise APIError(400, f"{dimensions} is less than the minimum of 1 - 'dimensions'")
+    embed = fake.embeddings or partial(_embedding, dimensions=min(dimensions, 3072))
     data: list[str] = []  # encoded one by one: the encoder lets no other thread run
     for index, each in enumerate(inputs):
         text = each if isinstance(each, str) else _dumps(each)
-        if fake.embeddings is None:
-            vector: Any = _embedding(text, min(dimensions, 3072))
-        else:
-            vector = [float(number) for number in fake.embeddings(text)]
+        vector: Any = [*map(float, embed(text))]
         if body.get("encoding_format") == "base64":
             vector = b2a_base64(struct.pack(f"<{len(vector)}f", *vector), newline=False).decode()
         place = {"embedding": vector, "index": index} if "-3-" in model else {"index": index, "embedding": vector}  # R
@@ -5776,8 +5680,7 @@ def _create_moderation(fake: FakeOpenAI, request: Request) -> _JSON:
     _INPUTS(given, "input", {})
     texts = len(given) if all(isinstance(each, str) for each in given) else 1  # content parts are one input
     model = _string(body.get("model")) or "omni-moderation-latest"
-    id = "modr-" + fake._ids().alnum(29)
-    return {"id": id, "model": model, "results": [_UNFLAGGED] * texts}
+    return {"id": "modr-" + fake._ids().alnum(29), "model": model, "results": [_UNFLAGGED] * texts}
 
 
 # ---- Control routes --------------------------------------------------------------------------------------------------
@@ -5867,16 +5770,16 @@ def _journal_entry(request: Request) -> _JSON:
     return entry
 
 
-class _Control:
+class _Control(_News):
     """What is queued for the sessions of a server, and who follows its requests."""
 
     def __init__(self, fake: FakeOpenAI) -> None:
+        super().__init__()
         self.fake = fake
         self.handler, fake.handler = fake.handler, self.answer
         self.lock = threading.Lock()  # guards who queues and who deletes; taking an answer is one operation
         self.queues: dict[str, deque[Any]] = {}  # by session
         self.numbers = iter(range(1, sys.maxsize))
-        self.followers: set[queue.SimpleQueue[Any]] = set()
         self.watchers: list[Callable[[Request], object]] = []  # called with each that has ended
         fake._control, fake._observe = self, self.end
         fake._router = _Router({**_CONTROLS, **fake._router.endpoints})
@@ -5918,24 +5821,8 @@ class _Control:
             ending = any(not each._seconds and id(each) not in self.fake._flying for each in found)
             return rest if rest > 0 and (ending or len(found) < wanted) else None
 
-        self.follow(asking._connection, False, look)
+        self.follow(_Waiter(self.fake._running(), asking._connection, False), look)
         return self.of(session)
-
-    def follow(self, connection: _Connection | None, streams: bool, look: Callable[[], float | None]) -> None:
-        """Calls `look` now, when a request comes or ends, and after the seconds that it returned; None ends it."""
-        waiter, news = _Waiter(self.fake._running(), connection, streams), queue.SimpleQueue[Any]()
-        self.followers.add(news)
-        try:
-            while (seconds := look()) is not None:
-                with suppress(queue.Empty):
-                    waiter.get(news, seconds)
-        finally:
-            self.followers.discard(news)
-            waiter.end()
-
-    def wake(self) -> None:
-        for follower in tuple(self.followers):
-            follower.put(None)
 
     def send(self, connection: _Connection) -> None:
         """Streams the requests on a connection, those that came before first, and what becomes of them."""
@@ -5956,7 +5843,7 @@ class _Control:
             return _GLANCE if self.fake._flying else _LONGEST
 
         connection.send(connection.head(200, _EVENTS, _USUAL))
-        self.follow(connection, True, look)
+        self.follow(_Waiter(connection.server, connection, True), look)
 
 
 def _checked(fake: FakeOpenAI, request: Request) -> tuple[_Control, str]:
@@ -7414,7 +7301,7 @@ class FakeOpenAI:
         self.errors: list[BaseException] = []
         self._warned: set[str] = set()  # tools that were called, but not offered
         own = _own_routes(self.routes or {})
-        self._router = _Router({**own, **_ENDPOINTS, **own}) if own else _usual_router()  # they come first, and win
+        self._router = _Router({**own, **_ENDPOINTS, **own})  # they come first, and win
         self._journal: deque[Request] = deque(maxlen=self.keep)
         self._count = 0
         self._lock = threading.Lock()  # guards _count and _streams

@@ -3695,6 +3695,15 @@ class StateTest(unittest.TestCase):
             self.assertEqual([str(error) for error in server.errors], ["no more"])
             server.errors.clear()
 
+    def test_unsendable_background(self) -> None:
+        """What cannot be sent as JSON fails the response where it is said, and is no error of who asks for it."""
+        with FakeOpenAI(lambda request: ["a", Item("thing", x=object())]) as server:
+            path = in_background(server)
+            self.assertEqual(get(server, path + "?stream=true").events[-1]["type"], "response.failed")
+            self.assertEqual(get(server, path).json["status"], "failed")
+            self.assertEqual([type(error) for error in server.errors], [TypeError])
+            server.errors.clear()
+
     def test_cancel(self) -> None:
         """To cancel a background response tells its Stream, keeps what was said, and may be done again."""
         stream = Stream()
@@ -9904,10 +9913,10 @@ class ControlTest(LeakTest):
                 gate.wait(WAIT)
                 ended(*arguments)
 
-            def opening(connection: Any, streams: bool, look: Callable[[], Any]) -> None:
+            def opening(waiter: Any, look: Callable[[], Any]) -> None:
                 if look() is not None:
                     gate.set()
-                follow(connection, streams, look)
+                follow(waiter, look)
 
             with mock.patch.object(server, "_ended", late), mock.patch.object(control_, "follow", opening):
                 try:
