@@ -1139,7 +1139,8 @@ _EFFORT = "Unsupported value: '{value}' is not supported with the '{model}' mode
 _ELSEWHERE = "supported in the v1/{}completions endpoint. Did you mean to use v1/{}completions?"
 
 # R. By API: models, what of a parameter they do not take, how that begins; status, param, code, and words.
-_REFUSALS: dict[str, list[tuple[str, str, str, str, int, str | None, str | None, str]]] = {
+_Refusal: TypeAlias = "tuple[str, str, str, str, int, str | None, str | None, str]"
+_REFUSALS: dict[str, list[_Refusal]] = {
     "chat.completions": [
         (_INSTRUCT_MODELS, "model", "", "", 404, "model", None,
          "This is not a chat model and thus not " + _ELSEWHERE.format("chat/", "")),
@@ -1183,7 +1184,12 @@ _REFUSALS: dict[str, list[tuple[str, str, str, str, int, str | None, str | None,
          "You are not allowed to generate embeddings from this model"),
     ],
 }  # fmt: skip
-_pattern = lru_cache(64)(re.compile)  # each is compiled when it is first asked for; re's own cache costs more
+
+
+@lru_cache(64)
+def _refusals(api: str, begin: str) -> list[_Refusal]:
+    """What a model is refused; of its name the beginning, for what is cached must not be of any size."""
+    return [refusal for refusal in _REFUSALS[api] if re.fullmatch(refusal[0], begin)]
 
 
 def _found(value: Any, path: str, where: str) -> Iterator[tuple[str, Any]]:
@@ -1200,13 +1206,11 @@ def _found(value: Any, path: str, where: str) -> Iterator[tuple[str, Any]]:
 
 def _check_recorded(api: str, body: _JSON) -> None:
     """Raises what a model, or the API, does not take; other faults come later (R)."""
-    model: Any = body.get("model", "")
+    model = _string(body.get("model"))
     turns: list[Any] = body.get("messages") or body.get("input", [])
     parts = type(turns) is list and any(type(each) is dict and type(each.get("content")) is list for each in turns)
-    for models, name, path, begin, status, param, code, words in _REFUSALS[api]:
-        if name not in body or type(model) is not str or ("content" in path and not parts):
-            continue
-        if _pattern(models).fullmatch(model):
+    for _, name, path, begin, status, param, code, words in _refusals(api, model[:64]):
+        if name in body and (parts or "content" not in path):
             for where, value in _found(body[name], path, name):
                 if match := re.match(begin, _string(value)):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
@@ -1401,7 +1405,7 @@ class _Utterance:
 
     def join(self) -> None:
         """Makes few pieces of many, on the thread that adds them: others may read them meanwhile, and only read."""
-        first, *others = _sections(self.pieces)
+        first, *others = _sections(self.pieces) if isinstance(self.part, Reasoning) else ["".join(self.pieces)]
         self.pieces[:] = [first, *map(_Next, others)]
 
 
@@ -2326,15 +2330,17 @@ class Reply:
             _check_fields(self, id=(id, _WORD), model=(model, _WORD), **numbers)
         if only not in (None, "stream", "json"):
             raise ValueError(f"only is 'stream' or 'json', not {only!r}")
-        inner: Any = parts[0] if len(parts) == 1 and type(parts[0]) is not str else None
-        if inner is not None and (isinstance(inner, Mapping) or hasattr(inner, "model_dump")):
-            inner = recorded(cast(object, inner))
-        self.parts = cast("Sequence[_Content]", parts)
+        self.parts: Sequence[Any] = parts
         self.id, self.model, self.created = id or None, model or None, created
         self.headers: Mapping[str, str] = _header_fields(headers) if headers else {}
         self.extra: Mapping[str, Any] = {**extra} if extra else {}
         self.only, self.ttft, self.itl = only, ttft, itl
         self._fragments = False  # whether all parts are fragments, sent as given
+        if len(parts) == 1 and type(parts[0]) is str:
+            return
+        inner: Any = parts[0] if len(parts) == 1 else None
+        if isinstance(inner, Mapping) or hasattr(inner, "model_dump"):
+            inner = recorded(cast(object, inner))
         if isinstance(inner, (Reply, Completion)):  # its envelope holds where none is given
             self.id, self.model = self.id or inner.id or None, self.model or inner.model or None
             self.created = (inner.created or None) if created is None else created
