@@ -82,7 +82,7 @@ from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, chain, pairwise, repeat, starmap
+from itertools import accumulate, chain, pairwise, starmap
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
@@ -2365,7 +2365,8 @@ class Reply:
             elif isinstance(content, _Part):
                 known.append(content)
             elif isinstance(content, (list, tuple)):
-                known += [part if isinstance(part, _Part) else _part(part) for part in content]
+                given = cast("Sequence[object]", content)
+                known += [part if isinstance(part, _Part) else _part(part) for part in given]
             elif isinstance(content, Completion):
                 known += content._parts()
             else:
@@ -3305,19 +3306,23 @@ class _Deltas(NamedTuple):
     texts: Sequence[str]
     first: int  # number of the first event
 
-    def frames(self, render: Callable[[_Event], str]) -> Iterator[list[str]]:
-        """What `render` gives for each of the events, some at a time, at a fifth of the time that it would take."""
-        form, mask = self.form, self.form.mask
+    def frames(self, render: Callable[[_Event], str]) -> list[str]:
+        """What `render` gives for each of the events, at a fifth of the time that it would take."""
+        form, number, frames = self.form, self.first, list[str]()
         before, middle, between, last = form.pieces or form.cut(render)
-        for done in range(0, len(self.texts), _RUN):
-            texts = self.texts[done : done + _RUN]
-            numbers = range(self.first + done, self.first + done + len(texts))
-            shown: Iterable[object] = numbers if form.numbered else repeat("")
-            yield [  # the padding is that of _obfuscation(number, -len(text) & mask)
-                f"{before}{_quote(text)}{middle}{_POOL[(at := number * 37 & 1023) : at + (-len(text) & mask)]}"
-                f"{between}{told}{last}"
-                for text, number, told in zip(texts, numbers, shown, strict=False)
-            ]
+        mask, numbered = form.mask, form.numbered
+        for text in self.texts:
+            at = number * 37 & 1023  # the padding is that of _obfuscation(number, -len(text) & mask)
+            told = number if numbered else ""
+            frames.append(f"{before}{_quote(text)}{middle}{_POOL[at : at + (-len(text) & mask)]}{between}{told}{last}")
+            number += 1
+        return frames
+
+
+def _deltas(form: _Form, texts: Sequence[str], first: int) -> Iterator[_Deltas]:
+    """Deltas of any number of texts: some at a time, so that it can be looked whether they fill a batch."""
+    for at in range(0, len(texts), _RUN):
+        yield _Deltas(form, texts[at : at + _RUN], first + at)
 
 
 _Event: TypeAlias = "_JSON | str | _Deltas"  # an object, or its JSON; [DONE]
@@ -3552,13 +3557,13 @@ class _ChatEncoder(_Fold):
             for text, entries in zip(texts, self.entries(part, texts), strict=True):
                 chunks.append(self._choice(choice, opened._chat_delta(item, text), _chat_logprobs((part, entries))))
             texts = ()
-        events = self._padded(chunks)
+        events = self._padded(chunks) if chunks else []
         if texts:
             if item.form is None:
                 chunk = self._choice(choice, opened._chat_delta(item, _SLOTS[0]))
                 padded = f'{chunk[:-1]},"obfuscation":"{_SLOTS[1]}"}}' if self.obfuscated else chunk
                 item.form = _Form(padded, self.obfuscated, False)
-            events.append(_Deltas(item.form, texts, self.number + 1))
+            events += _deltas(item.form, texts, self.number + 1)
             self.number += len(texts)
         return events
 
@@ -4153,7 +4158,7 @@ class _ResponsesEncoder(_Fold):
                 fields.update(type=kind, item_id=item.id, output_index=item.position, delta=text)
                 padded = {"obfuscation": padding} if self.obfuscated and item.part._padded else {}
                 item.form = _Form(_by_key({**fields, **padded, "sequence_number": number}), bool(padded), True)
-            events.append(_Deltas(item.form, said, self.number))
+            events += _deltas(item.form, said, self.number)
             self.number += len(said)
             item.sent += sum(map(len, said))
         return events
@@ -4308,18 +4313,9 @@ def _sse(event: _Event) -> str:
     return f"data: {data}\n\n" if kind is None else f"event: {kind}\ndata: {data}\n\n"
 
 
-def _texts(events: Iterable[_Event], render: Callable[[_Event], str] = _sse) -> Iterator[list[str]]:
-    """The texts of events, some at a time, as server-sent events unless said otherwise."""
-    texts: list[str] = []
-    for event in events:
-        if isinstance(event, _Deltas):
-            for frames in event.frames(render):
-                yield texts + frames
-                texts = []
-        else:
-            texts.append(render(event))
-    if texts:
-        yield texts
+def _texts(event: _Event, render: Callable[[_Event], str] = _sse) -> list[str]:
+    """The texts of an event, which may stand for several, as server-sent events unless said otherwise."""
+    return event.frames(render) if isinstance(event, _Deltas) else [render(event)]
 
 
 def _sse_bytes(texts: list[str], chunked: bool) -> bytes:
@@ -4571,8 +4567,8 @@ class _StreamSink(_Sink):
         self.render: Callable[[_Event], str] = _sse
 
     def write(self, events: Sequence[_Event]) -> None:
-        for texts in _texts(events, self.render):
-            data = self._pack(texts)
+        for event in events:
+            data = self._pack(_texts(event, self.render))
             self.pending.append(data)
             self.size += len(data)
             if self.size >= self.limit:
@@ -4582,7 +4578,7 @@ class _StreamSink(_Sink):
     def flush(self, last: bool = False) -> None:
         if self.pending:
             pending, self.pending, self.size = self.pending, [], 0
-            if not self.connection.headed:
+            if self.connection.state < _State.SENDING:
                 pending.insert(0, self.connection.head(200, _EVENTS, _ON_REPLIES, self.reply.headers))
             self.connection.send(b"".join(pending), last)
 
@@ -5038,8 +5034,8 @@ class _Log(_Sink, _News):
         with self.lock:
             if self.over:  # cancelled
                 raise _Gone
-            for texts in _texts(events):
-                self.texts += texts
+            for event in events:
+                self.texts += _texts(event)
         self.wake()
 
     def close(self, cancelled: bool = False) -> None:
@@ -6841,10 +6837,12 @@ class _Connection(BaseRequestHandler):
             self.state = _State.SENDING
         if last:
             self.server.fake._flying.pop(id(self.asked), None)
-        rest = memoryview(data)
         try:
-            with suppress(BlockingIOError):
-                rest = rest[self.sock.send(rest, _DONT_WAIT) :]
+            try:
+                sent = self.sock.send(data, _DONT_WAIT)
+            except BlockingIOError:
+                sent = 0
+            rest = memoryview(data)[sent:] if sent < len(data) else None
             while rest:  # in pieces: who reads steadily may take its time
                 self.deadline = _Clock.monotonic() + self.server.limits[_State.SENDING]
                 rest = rest[self.sock.send(rest[:_BATCH]) :]

@@ -6129,8 +6129,8 @@ class WorkTest(unittest.TestCase):
                     encoder = make(request, Reply(), openai_fake._Ids(random.getrandbits), CLOCK)
                     parts: list[Any] = [Text("word "), ToolCall("f", "{}")] * n
                     for part, texts in openai_fake._runs(openai_fake._arranged(parts, encoder), False, True):
-                        list(openai_fake._texts(encoder.say(cast(Any, part), texts)))
-                    openai_fake._dumps(encoder.body()) if not stream else list(openai_fake._texts(encoder.end()))
+                        list(map(openai_fake._texts, encoder.say(cast(Any, part), texts)))
+                    openai_fake._dumps(encoder.body()) if not stream else list(map(openai_fake._texts, encoder.end()))
 
                 with self.subTest(name=api, stream=stream):
                     self.assertTrue(is_linear(answer, 250))
