@@ -10950,6 +10950,18 @@ class ReadmeBlocksTest(unittest.TestCase):
             )
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
+    @needs_openai_3
+    def test_what_a_test_pays_runs(self) -> None:
+        """The script that tells what a test pays prints a line for each way."""
+        [script] = fenced("py")
+        self.assertIn("range(150)", script)
+        names: dict[str, Any] = {}
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(script.replace("range(150)", "range(1)"), names)
+        names["CLIENT"].close()
+        ways = ["a_client_of_its_own", "one_client_for_all", "one_server_too", "a_mock_transport"]
+        self.assertEqual(re.findall(r"^(\w+): [\d.]+ ms$", printed.getvalue(), re.MULTILINE), ways)
+
     @unittest.skipUnless(shutil.which("node"), "node is not installed")
     def test_node_runs(self) -> None:
         """The tests in JavaScript pass under Node."""
