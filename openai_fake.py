@@ -6050,6 +6050,7 @@ class _Head(NamedTuple):
     length: int  # of the body; -1 where it is chunked
     expects: bool  # waits for 100 Continue
     coding: str  # Content-Encoding
+    guarded: bool  # a page asks, or the journal's own pages are asked for: not everybody may
 
 
 _REQUEST_LINE = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
@@ -6130,8 +6131,9 @@ def _parse_head(head: bytes) -> _Head:
     if expectations not in ([], ["100-continue"]):
         raise _Refused(417, "The only expectation that is met is 100-continue.")
     coding = ",".join(values.get("content-encoding", ())).strip().lower()
-    headers = _Headers(fields)
-    return _Head(method, path, query, route, headers, http11, keep_alive, length, bool(expectations), coding)
+    headers, expects = _Headers(fields), bool(expectations)
+    guarded = "origin" in values or route == "/" or route.startswith("/_fake")
+    return _Head(method, path, query, route, headers, http11, keep_alive, length, expects, coding, guarded)
 
 
 _parse_known_head = lru_cache(128)(_parse_head)  # a client's heads are the same again and again
@@ -6970,7 +6972,8 @@ class _Connection(BaseRequestHandler):
         try:
             if head.coding:
                 request.raw_body = _decoded(raw_body, head.coding)
-            fake._check_page(request, "/" if route.control else head.route)
+            if head.guarded or route.control:
+                fake._check_page(request, "/" if route.control else head.route)
             if fake.api_key is not None and not route.control:
                 fake._check_key(request)
             if opens != (route.endpoint is _WebSocket):
