@@ -2415,9 +2415,7 @@ class Stream:
         self._sent = 0  # parts, and the end
         self._taken = 0  # parts, by the answer
         self._written = 0  # of what was sent, on the wire
-        self._ended = False
-        self._gone = False
-        self._noticed = False  # the test was told that the client has left
+        self._ended = self._gone = self._noticed = False  # closed; its client has left; the test was told of that
 
     def send(self, *parts: _Sent) -> bool:
         """Sends parts, in order. Returns whether there is still a client: False once it has left, and drops them.
@@ -2518,25 +2516,23 @@ class Script:
         for answer in answers if otherwise is None else (*answers, otherwise):
             if not (callable(answer) or isinstance(answer, (APIError, Mapping)) or hasattr(answer, "model_dump")):
                 Reply(answer)  # raises TypeError for what is no answer
-        self._answers = answers
-        self._when = when
-        self._otherwise = otherwise
-        self._next = 0
-        self._lock = threading.Lock()  # guards _next: requests come on many threads
+        self._answers, self._unused = answers, deque(answers)
+        self._when, self._otherwise = when, otherwise
 
     def __call__(self, request: Request) -> Any:
-        if self._when is not None and not self._when(request):
-            return self._otherwise(request) if callable(self._otherwise) else self._otherwise
-        with self._lock:
-            index, self._next = self._next, self._next + 1
-        if index >= len(self._answers):
-            hint = "; a list is one answer" if index == 1 and isinstance(self._answers[0], list) else ""
-            raise AssertionError(f"the Script ends with answer {index}, and one more request came: {request!r}{hint}")
-        answer = self._answers[index]
+        answer = self._otherwise
+        if self._when is None or self._when(request):
+            try:
+                answer = self._unused.popleft()
+            except IndexError:
+                count = len(self._answers)
+                hint = "; a list is one answer" if count == 1 and isinstance(self._answers[0], list) else ""
+                words = f"the Script ends with answer {count}, and one more request came: {request!r}{hint}"
+                raise AssertionError(words) from None
         return answer(request) if callable(answer) else answer
 
     def _check_used(self) -> None:
-        if unused := self._answers[self._next :]:
+        if unused := tuple(self._unused):
             raise AssertionError(f"unused answers of the Script, {len(unused)} of {len(self._answers)}: {unused!r}")
 
 
@@ -2619,9 +2615,8 @@ class _Sample:
 
     def choose(self, options: list[Any], depth: int) -> list[Any]:
         """The first of some schemas that is not null; below, the first that ends."""
-        if depth < _DEEP:
-            return sorted(options, key=lambda each: each.get("type") == "null")[:1]
-        return sorted(options, key=lambda each: "$ref" in each or each.get("type") in ("object", "array"))[:1]
+        late = ("null",) if depth < _DEEP else ("object", "array")
+        return sorted(options, key=lambda each: each.get("type") in late or ("$ref" in each and depth >= _DEEP))[:1]
 
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
@@ -2803,14 +2798,8 @@ class Chunk(_Part):
         answer.chunk(self)
 
     def _parts(self) -> list[_Part]:
-        parts: list[_Part] = []
-        for choice in self.choices:
-            if choice.delta:
-                parts.append(Text(choice.delta, choice=choice.index))
-            parts += [replace(call, choice=choice.index) for call in choice.tool_calls]
-            if choice.finish_reason:
-                parts.append(Finish(choice.finish_reason, choice=choice.index))
-        return parts + ([self.usage] if self.usage else [])
+        said = [_said([each.delta] if each.delta else [], each.tool_calls, each) for each in self.choices]
+        return [*chain.from_iterable(said), *filter(None, [self.usage])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2835,13 +2824,18 @@ class Completion:
 
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = []
-        for choice in self.choices:
-            message = choice.message
-            if message.text or not message.tool_calls:
-                parts.append(Text(message.text, choice=choice.index))
-            parts += [replace(call, choice=choice.index) for call in message.tool_calls]
-            parts.append(Finish(choice.finish_reason, choice=choice.index))
-        return parts + ([self.usage] if self.usage else [])
+        for each in self.choices:
+            text, calls = each.message.text, each.message.tool_calls
+            parts += _said([text] if text or not calls else [], calls, each)
+        return [*parts, *filter(None, [self.usage])]
+
+
+def _said(texts: list[str], calls: Sequence[_Call], choice: ChunkChoice | CompletionChoice) -> Iterator[_Part]:
+    """The parts that say what a choice holds."""
+    yield from (Text(text, choice=choice.index) for text in texts)
+    yield from (replace(call, choice=choice.index) for call in calls)
+    if choice.finish_reason:
+        yield Finish(choice.finish_reason, choice=choice.index)
 
 
 class _Dumps(Protocol):
@@ -2976,8 +2970,7 @@ def _recorded_chunks(chunks: list[_JSON], holder: str) -> Reply:
         parts.insert(0, Item("audio", **audio))
     kept = ("service_tier", "system_fingerprint", "moderation")
     extra = {key: each for key, each in envelope.items() if key in kept}
-    id, model, created = envelope.get("id"), envelope.get("model"), envelope.get("created")
-    reply = Reply(*parts, id=id, model=model, created=created, extra=extra)
+    reply = Reply(*parts, **{key: envelope.get(key) for key in ("id", "model", "created")}, extra=extra)
     reply._fragments = holder == "delta"
     return reply
 
@@ -3029,19 +3022,12 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
     if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
-    echoed = _ECHO.split()
+    # Of the others the encoder knows better: they come from the request, or from what is said; output_text is the SDK's.
+    kept = {"access_programs", "moderation", "service_tier", "store", "tool_usage"}
+    echoed = {*_UNASKED, "output_text"} - kept
     extra = {key: value for key, value in body.items() if key not in echoed and value is not None}
     created = body.get("created_at")  # of the SDK a float
     return Reply(*parts, id=body.get("id"), model=body.get("model"), created=created and int(created), extra=extra)
-
-
-# Keys of a response that come from its request, or from what is said. All others are told as they were.
-_ECHO = """
-    id object created_at status background billing completed_at conversation error frequency_penalty incomplete_details
-    instructions max_output_tokens max_tool_calls metadata model output output_text parallel_tool_calls presence_penalty
-    previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning safety_identifier
-    temperature text tool_choice tools top_logprobs top_p truncation usage user
-"""
 
 
 def _recorded_item(value: Any, path: str) -> _Spoken:
