@@ -2590,7 +2590,7 @@ class _Sample:
         return _MAKERS[kind](self, schema, depth)
 
     def fail(self, schema: _JSON, what: str) -> NoReturn:
-        raise ValueError(f"auto cannot make up {what}, for the schema {_short(repr(schema))}; write a handler for it")
+        raise ValueError(f"auto cannot make up {what}, for the schema {_short(schema)}; write a handler for it")
 
     def target(self, pointer: str, depth: int) -> list[Any]:
         """What a $ref points to: RFC 6901, in the same schema."""
@@ -2873,9 +2873,8 @@ def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
 
 def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     """A chunk that calls a function: choice 0, call index 0, id `call_...`."""
-    ids, created = _Ids(random.getrandbits), int(_Clock.time())
-    call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
-    return Chunk([ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=created, model="gpt-4")
+    call = ToolCall(name, arguments, id="call_" + _Ids(random.getrandbits).alnum(24))
+    return replace(*text_chunks(""), choices=[ChunkChoice(tool_calls=[call])])
 
 
 # ---- Answers in the API's own JSON -----------------------------------------------------------------------------------
@@ -3117,28 +3116,25 @@ def _in_pieces(item: Item, events: list[_JSON]) -> Item:
 
 def _recorded_events(events: list[_JSON]) -> Reply:
     """Reads a stream of events; a response is a stream of the one that has it."""
-    items: dict[Any, _JSON] = {}  # by output_index: as they were added, then as they were done
-    told: dict[Any, list[_JSON]] = {}  # what the events between say of them
-    done: dict[Any, _Spoken] = {}
+    # By output_index: as they were told last, what events say of them, and what they are once they are done.
+    items: dict[Any, tuple[_JSON, list[_JSON], _Spoken | None]] = {}
     response: _JSON = {}
     errors: list[_Part] = []
     for at, event in enumerate(events):
         kind, index = _string(event.get("type")), event.get("output_index")
         response = event.get("response") or response
         if kind == "response.output_item.added":
-            items[event["output_index"]], told[index] = event["item"], []
+            items[event["output_index"]] = event["item"], [], None
         elif kind == "response.output_item.done":
-            items[event["output_index"]] = event["item"]
-            done[index] = _recorded_item(event["item"], f"event {at}.item")
+            _, told, _ = items.get(index, (None, [], None))
+            items[event["output_index"]] = event["item"], told, _recorded_item(event["item"], f"event {at}.item")
         elif kind == "error":
             errors.append(_recorded_error(event.get("error", event), True))
         elif not _REPEATS.fullmatch(kind):
-            if index not in told or not kind.endswith((".delta", ".annotation.added", ".partial_image")):
+            if index not in items or not kind.endswith((".delta", ".annotation.added", ".partial_image")):
                 raise ValueError(f"event {at} is of a type that is not known here: {kind!r}")
-            told[index].append(event)
-    parts: list[_Part] = []
-    for index in sorted(items):
-        parts += _streamed_item(items[index], told.get(index, []), done.get(index))
+            items[index][1].append(event)
+    parts: list[_Part] = [part for index in sorted(items) for part in _streamed_item(*items[index])]
     if not items:
         parts += [_recorded_item(item, f"output[{at}]") for at, item in enumerate(_list(response.get("output")))]
     reply = _response_reply(response, [*parts, *errors])
@@ -7433,7 +7429,7 @@ class FakeOpenAI:
             return "No request came to the fake." if self.keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in requests:
-            said = ", ".join(map(_shown, request.answer[:4]))
+            said = ", ".join(map(_short, request.answer[:4]))
             unsaid = "no answer yet" if id(request) in self._flying else "cut"
             lines.append(f"  {request!r} -> {request._status or unsaid} {_short(request._outcome) or said}")
         return "\n".join(lines)
@@ -7579,16 +7575,12 @@ _NO_KEY = (
 )
 
 
-def _shown(value: object) -> str:
-    """A value in short, also one whose repr() raises."""
+def _short(value: object) -> str:
+    """A value, or a text, in one short line; also a value whose repr() raises."""
     try:
-        return _short(repr(value))
+        line = " ".join((value if isinstance(value, str) else repr(value)).split())
     except BaseException as error:
         return f"<{type(value).__name__} whose repr() raises {type(error).__name__}>"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
     return line if len(line) <= 100 else line[:99] + "…"
 
 
