@@ -434,17 +434,16 @@ def _item_type(item: _JSON) -> Any:
 
 def _items_messages(items: Iterable[object]) -> list[Message]:
     """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
-    calls = {make._type: make for make in (ToolCall, CustomToolCall)}
     messages: list[Message] = []
     for item in map(_dict, items):
         kind = _string(_item_type(item))
         if kind == "message":
             messages.append(Message(_string(item.get("role")), _own(item.get("content"))))
-        elif make := calls.get(kind):
+        elif make := _CALL_TYPES.get(kind):
             call = make(_string(item.get("name")), _string(item.get(make._grows)), id=_string(item.get("call_id")))
             before = messages.pop() if messages and messages[-1].role == "assistant" else Message("assistant")
             messages.append(replace(before, tool_calls=(*before.tool_calls, call)))
-        elif kind.removesuffix("_output") in calls:
+        elif kind.removesuffix("_output") in _CALL_TYPES:
             messages.append(Message("tool", _own(item.get("output")), tool_call_id=_string(item.get("call_id"))))
     return messages
 
@@ -3018,7 +3017,7 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
         if finish is None:
             raise ValueError(f"incomplete_details.reason is not known: {reason!r}")
         parts = [*parts, Finish(cast(_Reason, finish))]
-    if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
+    if body.get("status") == "failed":
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
     # Of the others the encoder knows better: they come from the request, or from what is said; output_text is the SDK's.
@@ -7647,10 +7646,9 @@ class _OwnRoute:
 
 
 def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
-    """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
+    """Status, headers, and bytes or an iterator, from what a route may return."""
     headed = type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]
-    status, headers, body = cast(Any, result if headed else (200, None, result))
-    headers = _header_fields(headers)
+    status, headers, body = cast(Any, result if headed else (200, {}, result))
     if isinstance(body, bytes) or hasattr(body, "__next__") or hasattr(body, "__anext__"):
         return status, headers, body
     typed = "content-type" in map(str.lower, headers)
@@ -7757,9 +7755,8 @@ def pytest_configure(config: Any) -> None:
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-# `python -m openai_fake`. First what it shows, as functions that only make text; then the terminal; then the
-# handlers that it offers; `main` last. What only the command line needs is imported where it is used: tests import
-# this module a great deal more often than they run it.
+# `python -m openai_fake`: what it shows, the terminal, the handlers that it offers, `main`. What only this section needs
+# is imported where it is used: tests import this module a great deal more often than they run it.
 
 # What a terminal would obey, or could not encode: controls but tab and newline, line separators, changes of
 # direction (CVE-2021-42574), lone surrogates.
@@ -7839,12 +7836,11 @@ def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str 
     import shlex
 
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
-    curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json"]
-    curl += ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
-    page = base_url.removesuffix("v1")
+    key = ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
+    curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json", *key, "-d", body]
     exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items() if "OPENAI" in name)
-    paste = f"{exports}  {shlex.join([*curl, '-d', body])}\n\n"
-    return f"openai_fake listens on {base_url}\n\n{paste}{page} shows what comes. Ctrl-C ends it.\n"
+    shows = f"{base_url.removesuffix('v1')} shows what comes. Ctrl-C ends it."
+    return f"openai_fake listens on {base_url}\n\n{exports}  {shlex.join(curl)}\n\n{shows}\n"
 
 
 class _Console:
@@ -8206,10 +8202,9 @@ def _parser() -> argparse.ArgumentParser:
     types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
     types |= {"TEXT": reply, "STATUS=RATE": rates, "FILE.jsonl": _dumper}
     for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
-        more: _JSON = {"metavar": takes, "type": types.get(takes, str)}
-        more["choices"] = ("text", "json") if name == "log" else None
-        more = more if takes else {"action": "store_true"}
-        groups.get(name, parser).add_argument(f"--{name}", **more)
+        choices = ("text", "json") if takes == "FORMAT" else None
+        valued: _JSON = {"metavar": takes, "type": types.get(takes, str), "choices": choices}
+        groups.get(name, parser).add_argument(f"--{name}", **(valued if takes else {"action": "store_true"}))
     parser.set_defaults(host="127.0.0.1", port=8080, tokens=32, ttft=0.0, itl=0.0, error_rate={}, log="text")
     return parser
 
