@@ -2556,12 +2556,11 @@ _FORMATS = {
 }  # fmt: skip
 
 
-class _Sample:
+class _Sample(NamedTuple):
     """Makes up values that fit a JSON Schema, as much of it as SDKs emit. Raises ValueError for what it cannot make."""
 
-    def __init__(self, root: Any, rng: random.Random) -> None:
-        self.root = root
-        self.rng = rng
+    root: Any
+    rng: random.Random
 
     def instance(self, schema: Any) -> Any:
         """A value that fits. Raises ValueError where it cannot make one."""
@@ -2737,8 +2736,7 @@ def auto(request: Request, *, tokens: int = 32) -> list[Text | ToolCall | Custom
 
     It calls the first tool, or what `tool_choice` names; after the tool's result, or without tools, it says an instance
     of the request's `json_schema`, or a text of so many `tokens`. With the server's `seed`, the same request gets the
-    same. A custom tool gets words, whatever its grammar. Raises ValueError for a schema of which it cannot make an
-    instance.
+    same. A custom tool gets words, whatever its grammar. Raises ValueError for a schema that it cannot fit.
     """
     connection = request._connection
     seed = None if connection is None else connection.server.fake.seed
@@ -3020,7 +3018,7 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
     if body.get("status") == "failed":
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
-    # Of the others the encoder knows better: they come from the request, or from what is said; output_text is the SDK's.
+    # What the encoder knows better comes from the request, or from what is said; output_text is of the SDK's.
     kept = {"access_programs", "moderation", "service_tier", "store", "tool_usage"}
     echoed = {*_UNASKED, "output_text"} - kept
     extra = {key: value for key, value in body.items() if key not in echoed and value is not None}
@@ -3125,7 +3123,7 @@ def _recorded_events(events: list[_JSON]) -> Reply:
         if kind == "response.output_item.added":
             items[event["output_index"]] = event["item"], [], None
         elif kind == "response.output_item.done":
-            _, told, _ = items.get(index, (None, [], None))
+            told = items[index][1] if index in items else []
             items[event["output_index"]] = event["item"], told, _recorded_item(event["item"], f"event {at}.item")
         elif kind == "error":
             errors.append(_recorded_error(event.get("error", event), True))
@@ -7246,8 +7244,7 @@ class FakeOpenAI:
     - `embeddings`: takes a text and returns its vector; without it, texts that share words are near each other.
 
     Options can be set later, but for host, port, routes and keep. What went wrong in the fake so far is in `errors`;
-    `stop` raises the first. Raises TypeError for a handler that is not callable, ValueError for a route that is not
-    "METHOD /path".
+    `stop` raises the first. Raises TypeError for what is no handler, ValueError for a route that is not "METHOD /path".
     """
 
     handler: Handler = echo
@@ -7755,8 +7752,8 @@ def pytest_configure(config: Any) -> None:
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-# `python -m openai_fake`: what it shows, the terminal, the handlers that it offers, `main`. What only this section needs
-# is imported where it is used: tests import this module a great deal more often than they run it.
+# `python -m openai_fake`: what it shows, the terminal, the handlers that it offers, `main`. What only this needs is
+# imported where it is used: tests import this module a great deal more often than they run it.
 
 # What a terminal would obey, or could not encode: controls but tab and newline, line separators, changes of
 # direction (CVE-2021-42574), lone surrogates.
@@ -7901,7 +7898,8 @@ def _observer(console: _Console, fake: FakeOpenAI, verbose: bool, log: str) -> C
 
 
 def _dumper(path: str) -> Callable[[Request], object]:
-    """What appends each request to a file as it ends, as a line of JSON. Raises ValueError where it cannot."""
+    """What appends each request to a file as it ends, as a line of JSON. Raises ArgumentTypeError where it cannot."""
+    import argparse
 
     def dump(line: bytes) -> None:
         with open(path, "ab", buffering=0) as file:  # each line is one write, which no other can split
@@ -7910,7 +7908,7 @@ def _dumper(path: str) -> Callable[[Request], object]:
     try:
         dump(b"")
     except OSError as error:
-        raise ValueError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return lambda request: dump(_utf8(_dumps(_journal_entry(request))) + b"\n")
 
 
@@ -8203,8 +8201,9 @@ def _parser() -> argparse.ArgumentParser:
     types |= {"TEXT": reply, "STATUS=RATE": rates, "FILE.jsonl": _dumper}
     for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
         choices = ("text", "json") if takes == "FORMAT" else None
-        valued: _JSON = {"metavar": takes, "type": types.get(takes, str), "choices": choices}
-        groups.get(name, parser).add_argument(f"--{name}", **(valued if takes else {"action": "store_true"}))
+        more: _JSON = {"metavar": takes, "type": types.get(takes, str), "choices": choices}
+        more = more if takes else {"action": "store_true"}
+        groups.get(name, parser).add_argument(f"--{name}", **more)
     parser.set_defaults(host="127.0.0.1", port=8080, tokens=32, ttft=0.0, itl=0.0, error_rate={}, log="text")
     return parser
 

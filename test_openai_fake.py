@@ -10236,7 +10236,7 @@ class CommandLineTest(unittest.TestCase):
                     ["--handler", f"{directory}/faulty.py:answer"],
                     "ZeroDivisionError: integer division or modulo by zero (faulty.py:3",
                 ),
-                "no place to dump": (["--dump", f"{directory}/no/such/file"], "no/such/file"),
+                "no place to dump": (["--dump", f"{directory}/no/such/file"], "No such file or directory"),
                 "no error": (["--error-rate", "200=1"], "'200=1'"),
                 "no rate": (["--error-rate", "429=two"], "429=two"),
                 "no format": (["--log", "xml"], "xml"),
