@@ -2855,8 +2855,7 @@ def streaming_response(*chunks: Chunk) -> Reply:
 
 def non_streaming_response(text: str) -> Reply:
     """The answer with this text, from gpt-4, which used 10 + 5 tokens; a request that streams gets a 500."""
-    choice = CompletionChoice(Message("assistant", text))
-    return Reply(Completion([choice], usage=Usage(10, 5)), model="gpt-4", only="json")
+    return Reply(text, Finish("stop"), Usage(10, 5), model="gpt-4", only="json")
 
 
 def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
