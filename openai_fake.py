@@ -434,17 +434,16 @@ def _item_type(item: _JSON) -> Any:
 
 def _items_messages(items: Iterable[object]) -> list[Message]:
     """The messages that a model sees in Responses items. Calls join the assistant's message before them."""
-    calls = {make._type: make for make in (ToolCall, CustomToolCall)}
     messages: list[Message] = []
     for item in map(_dict, items):
         kind = _string(_item_type(item))
         if kind == "message":
             messages.append(Message(_string(item.get("role")), _own(item.get("content"))))
-        elif make := calls.get(kind):
+        elif make := _CALL_TYPES.get(kind):
             call = make(_string(item.get("name")), _string(item.get(make._grows)), id=_string(item.get("call_id")))
             before = messages.pop() if messages and messages[-1].role == "assistant" else Message("assistant")
             messages.append(replace(before, tool_calls=(*before.tool_calls, call)))
-        elif kind.removesuffix("_output") in calls:
+        elif kind.removesuffix("_output") in _CALL_TYPES:
             messages.append(Message("tool", _own(item.get("output")), tool_call_id=_string(item.get("call_id"))))
     return messages
 
@@ -2422,9 +2421,7 @@ class Stream:
         self._sent = 0  # parts, and the end
         self._taken = 0  # parts, by the answer
         self._written = 0  # of what was sent, on the wire
-        self._ended = False
-        self._gone = False
-        self._noticed = False  # the test was told that the client has left
+        self._ended = self._gone = self._noticed = False  # closed; its client has left; the test was told of that
 
     def send(self, *parts: _Sent) -> bool:
         """Sends parts, in order. Returns whether there is still a client: False once it has left, and drops them.
@@ -2525,25 +2522,23 @@ class Script:
         for answer in answers if otherwise is None else (*answers, otherwise):
             if not (callable(answer) or isinstance(answer, (APIError, Mapping)) or hasattr(answer, "model_dump")):
                 Reply(answer)  # raises TypeError for what is no answer
-        self._answers = answers
-        self._when = when
-        self._otherwise = otherwise
-        self._next = 0
-        self._lock = threading.Lock()  # guards _next: requests come on many threads
+        self._answers, self._unused = answers, deque(answers)
+        self._when, self._otherwise = when, otherwise
 
     def __call__(self, request: Request) -> Any:
-        if self._when is not None and not self._when(request):
-            return self._otherwise(request) if callable(self._otherwise) else self._otherwise
-        with self._lock:
-            index, self._next = self._next, self._next + 1
-        if index >= len(self._answers):
-            hint = "; a list is one answer" if index == 1 and isinstance(self._answers[0], list) else ""
-            raise AssertionError(f"the Script ends with answer {index}, and one more request came: {request!r}{hint}")
-        answer = self._answers[index]
+        answer = self._otherwise
+        if self._when is None or self._when(request):
+            try:
+                answer = self._unused.popleft()
+            except IndexError:
+                count = len(self._answers)
+                hint = "; a list is one answer" if count == 1 and isinstance(self._answers[0], list) else ""
+                words = f"the Script ends with answer {count}, and one more request came: {request!r}{hint}"
+                raise AssertionError(words) from None
         return answer(request) if callable(answer) else answer
 
     def _check_used(self) -> None:
-        if unused := self._answers[self._next :]:
+        if unused := tuple(self._unused):
             raise AssertionError(f"unused answers of the Script, {len(unused)} of {len(self._answers)}: {unused!r}")
 
 
@@ -2568,12 +2563,11 @@ _FORMATS = {
 }  # fmt: skip
 
 
-class _Sample:
+class _Sample(NamedTuple):
     """Makes up values that fit a JSON Schema, as much of it as SDKs emit. Raises ValueError for what it cannot make."""
 
-    def __init__(self, root: Any, rng: random.Random) -> None:
-        self.root = root
-        self.rng = rng
+    root: Any
+    rng: random.Random
 
     def instance(self, schema: Any) -> Any:
         """A value that fits. Raises ValueError where it cannot make one."""
@@ -2601,7 +2595,7 @@ class _Sample:
         return _MAKERS[kind](self, schema, depth)
 
     def fail(self, schema: _JSON, what: str) -> NoReturn:
-        raise ValueError(f"auto cannot make up {what}, for the schema {_short(repr(schema))}; write a handler for it")
+        raise ValueError(f"auto cannot make up {what}, for the schema {_short(schema)}; write a handler for it")
 
     def target(self, pointer: str, depth: int) -> list[Any]:
         """What a $ref points to: RFC 6901, in the same schema."""
@@ -2626,9 +2620,8 @@ class _Sample:
 
     def choose(self, options: list[Any], depth: int) -> list[Any]:
         """The first of some schemas that is not null; below, the first that ends."""
-        if depth < _DEEP:
-            return sorted(options, key=lambda each: each.get("type") == "null")[:1]
-        return sorted(options, key=lambda each: "$ref" in each or each.get("type") in ("object", "array"))[:1]
+        late = ("null",) if depth < _DEEP else ("object", "array")
+        return sorted(options, key=lambda each: each.get("type") in late or ("$ref" in each and depth >= _DEEP))[:1]
 
     def words(self, count: int) -> str:
         return " ".join(self.rng.choices(_WORDS.split(), k=count))
@@ -2750,8 +2743,7 @@ def auto(request: Request, *, tokens: int = 32) -> list[Text | ToolCall | Custom
 
     It calls the first tool, or what `tool_choice` names; after the tool's result, or without tools, it says an instance
     of the request's `json_schema`, or a text of so many `tokens`. With the server's `seed`, the same request gets the
-    same. A custom tool gets words, whatever its grammar. Raises ValueError for a schema of which it cannot make an
-    instance.
+    same. A custom tool gets words, whatever its grammar. Raises ValueError for a schema that it cannot fit.
     """
     connection = request._connection
     seed = None if connection is None else connection.server.fake.seed
@@ -2810,14 +2802,8 @@ class Chunk(_Part):
         answer.chunk(self)
 
     def _parts(self) -> list[_Part]:
-        parts: list[_Part] = []
-        for choice in self.choices:
-            if choice.delta:
-                parts.append(Text(choice.delta, choice=choice.index))
-            parts += [replace(call, choice=choice.index) for call in choice.tool_calls]
-            if choice.finish_reason:
-                parts.append(Finish(choice.finish_reason, choice=choice.index))
-        return parts + ([self.usage] if self.usage else [])
+        said = [_said([each.delta] if each.delta else [], each.tool_calls, each) for each in self.choices]
+        return [*chain.from_iterable(said), *filter(None, [self.usage])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -2842,13 +2828,18 @@ class Completion:
 
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = []
-        for choice in self.choices:
-            message = choice.message
-            if message.text or not message.tool_calls:
-                parts.append(Text(message.text, choice=choice.index))
-            parts += [replace(call, choice=choice.index) for call in message.tool_calls]
-            parts.append(Finish(choice.finish_reason, choice=choice.index))
-        return parts + ([self.usage] if self.usage else [])
+        for each in self.choices:
+            text, calls = each.message.text, each.message.tool_calls
+            parts += _said([text] if text or not calls else [], calls, each)
+        return [*parts, *filter(None, [self.usage])]
+
+
+def _said(texts: list[str], calls: Sequence[_Call], choice: ChunkChoice | CompletionChoice) -> Iterator[_Part]:
+    """The parts that say what a choice holds."""
+    yield from (Text(text, choice=choice.index) for text in texts)
+    yield from (replace(call, choice=choice.index) for call in calls)
+    if choice.finish_reason:
+        yield Finish(choice.finish_reason, choice=choice.index)
 
 
 class _Dumps(Protocol):
@@ -2871,8 +2862,7 @@ def streaming_response(*chunks: Chunk) -> Reply:
 
 def non_streaming_response(text: str) -> Reply:
     """The answer with this text, from gpt-4, which used 10 + 5 tokens; a request that streams gets a 500."""
-    choice = CompletionChoice(Message("assistant", text))
-    return Reply(Completion([choice], usage=Usage(10, 5)), model="gpt-4", only="json")
+    return Reply(text, Finish("stop"), Usage(10, 5), model="gpt-4", only="json")
 
 
 def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
@@ -2886,9 +2876,8 @@ def text_chunks(*deltas: str, index: int | None = None) -> list[Chunk]:
 
 def tool_call_chunk(name: str, arguments: str | Mapping[str, object]) -> Chunk:
     """A chunk that calls a function: choice 0, call index 0, id `call_...`."""
-    ids, created = _Ids(random.getrandbits), int(_Clock.time())
-    call = ToolCall(name, arguments, id="call_" + ids.alnum(24))
-    return Chunk([ChunkChoice(tool_calls=[call])], id="chatcmpl-" + ids.alnum(29), created=created, model="gpt-4")
+    call = ToolCall(name, arguments, id="call_" + _Ids(random.getrandbits).alnum(24))
+    return replace(*text_chunks(""), choices=[ChunkChoice(tool_calls=[call])])
 
 
 # ---- Answers in the API's own JSON -----------------------------------------------------------------------------------
@@ -2983,8 +2972,7 @@ def _recorded_chunks(chunks: list[_JSON], holder: str) -> Reply:
         parts.insert(0, Item("audio", **audio))
     kept = ("service_tier", "system_fingerprint", "moderation")
     extra = {key: each for key, each in envelope.items() if key in kept}
-    id, model, created = envelope.get("id"), envelope.get("model"), envelope.get("created")
-    reply = Reply(*parts, id=id, model=model, created=created, extra=extra)
+    reply = Reply(*parts, **{key: envelope.get(key) for key in ("id", "model", "created")}, extra=extra)
     reply._fragments = holder == "delta"
     return reply
 
@@ -3033,22 +3021,15 @@ def _response_reply(body: _JSON, parts: list[_Part]) -> Reply:
         if finish is None:
             raise ValueError(f"incomplete_details.reason is not known: {reason!r}")
         parts = [*parts, Finish(cast(_Reason, finish))]
-    if body.get("status") == "failed" and not any(isinstance(part, StreamError) for part in parts):
+    if body.get("status") == "failed":
         parts = [*parts, _recorded_error(body.get("error"), False)]
     parts += _recorded_usage(body.get("usage"), ("input", "output"))
-    echoed = _ECHO.split()
+    # What the encoder knows better comes from the request, or from what is said; output_text is of the SDK's.
+    kept = {"access_programs", "moderation", "service_tier", "store", "tool_usage"}
+    echoed = {*_UNASKED, "output_text"} - kept
     extra = {key: value for key, value in body.items() if key not in echoed and value is not None}
     created = body.get("created_at")  # of the SDK a float
     return Reply(*parts, id=body.get("id"), model=body.get("model"), created=created and int(created), extra=extra)
-
-
-# Keys of a response that come from its request, or from what is said. All others are told as they were.
-_ECHO = """
-    id object created_at status background billing completed_at conversation error frequency_penalty incomplete_details
-    instructions max_output_tokens max_tool_calls metadata model output output_text parallel_tool_calls presence_penalty
-    previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning safety_identifier
-    temperature text tool_choice tools top_logprobs top_p truncation usage user
-"""
 
 
 def _recorded_item(value: Any, path: str) -> _Spoken:
@@ -3138,28 +3119,25 @@ def _in_pieces(item: Item, events: list[_JSON]) -> Item:
 
 def _recorded_events(events: list[_JSON]) -> Reply:
     """Reads a stream of events; a response is a stream of the one that has it."""
-    items: dict[Any, _JSON] = {}  # by output_index: as they were added, then as they were done
-    told: dict[Any, list[_JSON]] = {}  # what the events between say of them
-    done: dict[Any, _Spoken] = {}
+    # By output_index: as they were told last, what events say of them, and what they are once they are done.
+    items: dict[Any, tuple[_JSON, list[_JSON], _Spoken | None]] = {}
     response: _JSON = {}
     errors: list[_Part] = []
     for at, event in enumerate(events):
         kind, index = _string(event.get("type")), event.get("output_index")
         response = event.get("response") or response
         if kind == "response.output_item.added":
-            items[event["output_index"]], told[index] = event["item"], []
+            items[event["output_index"]] = event["item"], [], None
         elif kind == "response.output_item.done":
-            items[event["output_index"]] = event["item"]
-            done[index] = _recorded_item(event["item"], f"event {at}.item")
+            told = items[index][1] if index in items else []
+            items[event["output_index"]] = event["item"], told, _recorded_item(event["item"], f"event {at}.item")
         elif kind == "error":
             errors.append(_recorded_error(event.get("error", event), True))
         elif not _REPEATS.fullmatch(kind):
-            if index not in told or not kind.endswith((".delta", ".annotation.added", ".partial_image")):
+            if index not in items or not kind.endswith((".delta", ".annotation.added", ".partial_image")):
                 raise ValueError(f"event {at} is of a type that is not known here: {kind!r}")
-            told[index].append(event)
-    parts: list[_Part] = []
-    for index in sorted(items):
-        parts += _streamed_item(items[index], told.get(index, []), done.get(index))
+            items[index][1].append(event)
+    parts: list[_Part] = [part for index in sorted(items) for part in _streamed_item(*items[index])]
     if not items:
         parts += [_recorded_item(item, f"output[{at}]") for at, item in enumerate(_list(response.get("output")))]
     reply = _response_reply(response, [*parts, *errors])
@@ -7272,8 +7250,7 @@ class FakeOpenAI:
     - `embeddings`: takes a text and returns its vector; without it, texts that share words are near each other.
 
     Options can be set later, but for host, port, routes and keep. What went wrong in the fake so far is in `errors`;
-    `stop` raises the first. Raises TypeError for a handler that is not callable, ValueError for a route that is not
-    "METHOD /path".
+    `stop` raises the first. Raises TypeError for what is no handler, ValueError for a route that is not "METHOD /path".
     """
 
     handler: Handler = echo
@@ -7454,7 +7431,7 @@ class FakeOpenAI:
             return "No request came to the fake." if self.keep != 0 else "No request is kept: keep=0."
         lines = ["The last requests to the fake, and its answers:"]
         for request in requests:
-            said = ", ".join(map(_shown, request.answer[:4]))
+            said = ", ".join(map(_short, request.answer[:4]))
             unsaid = "no answer yet" if id(request) in self._flying else "cut"
             lines.append(f"  {request!r} -> {request._status or unsaid} {_short(request._outcome) or said}")
         return "\n".join(lines)
@@ -7600,16 +7577,12 @@ _NO_KEY = (
 )
 
 
-def _shown(value: object) -> str:
-    """A value in short, also one whose repr() raises."""
+def _short(value: object) -> str:
+    """A value, or a text, in one short line; also a value whose repr() raises."""
     try:
-        return _short(repr(value))
+        line = " ".join((value if isinstance(value, str) else repr(value)).split())
     except BaseException as error:
         return f"<{type(value).__name__} whose repr() raises {type(error).__name__}>"
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
     return line if len(line) <= 100 else line[:99] + "…"
 
 
@@ -7676,10 +7649,9 @@ class _OwnRoute:
 
 
 def _own_answer(result: Any) -> tuple[int, dict[str, str], Any]:
-    """Status, headers, and bytes or an iterator, from what a route may return. Raises ValueError for odd headers."""
+    """Status, headers, and bytes or an iterator, from what a route may return."""
     headed = type(result) is tuple and [type(each) for each in cast(Any, result)[:2]] == [int, dict]
-    status, headers, body = cast(Any, result if headed else (200, None, result))
-    headers = _header_fields(headers)
+    status, headers, body = cast(Any, result if headed else (200, {}, result))
     if isinstance(body, bytes) or hasattr(body, "__next__") or hasattr(body, "__anext__"):
         return status, headers, body
     typed = "content-type" in map(str.lower, headers)
@@ -7786,9 +7758,8 @@ def pytest_configure(config: Any) -> None:
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-# `python -m openai_fake`. First what it shows, as functions that only make text; then the terminal; then the
-# handlers that it offers; `main` last. What only the command line needs is imported where it is used: tests import
-# this module a great deal more often than they run it.
+# `python -m openai_fake`: what it shows, the terminal, the handlers that it offers, `main`. What only this needs is
+# imported where it is used: tests import this module a great deal more often than they run it.
 
 # What a terminal would obey, or could not encode: controls but tab and newline, line separators, changes of
 # direction (CVE-2021-42574), lone surrogates.
@@ -7868,12 +7839,11 @@ def _banner(base_url: str, environ: Mapping[str, str], model: str, api_key: str 
     import shlex
 
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]}, ensure_ascii=False)
-    curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json"]
-    curl += ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
-    page = base_url.removesuffix("v1")
+    key = ["-H", f"Authorization: Bearer {api_key}"] if api_key else []
+    curl = ["curl", f"{base_url}/chat/completions", "-H", "Content-Type: application/json", *key, "-d", body]
     exports = "".join(f"  export {name}={shlex.quote(value)}\n" for name, value in environ.items() if "OPENAI" in name)
-    paste = f"{exports}  {shlex.join([*curl, '-d', body])}\n\n"
-    return f"openai_fake listens on {base_url}\n\n{paste}{page} shows what comes. Ctrl-C ends it.\n"
+    shows = f"{base_url.removesuffix('v1')} shows what comes. Ctrl-C ends it."
+    return f"openai_fake listens on {base_url}\n\n{exports}  {shlex.join(curl)}\n\n{shows}\n"
 
 
 class _Console:
@@ -7934,7 +7904,8 @@ def _observer(console: _Console, fake: FakeOpenAI, verbose: bool, log: str) -> C
 
 
 def _dumper(path: str) -> Callable[[Request], object]:
-    """What appends each request to a file as it ends, as a line of JSON. Raises ValueError where it cannot."""
+    """What appends each request to a file as it ends, as a line of JSON. Raises ArgumentTypeError where it cannot."""
+    import argparse
 
     def dump(line: bytes) -> None:
         with open(path, "ab", buffering=0) as file:  # each line is one write, which no other can split
@@ -7943,7 +7914,7 @@ def _dumper(path: str) -> Callable[[Request], object]:
     try:
         dump(b"")
     except OSError as error:
-        raise ValueError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return lambda request: dump(_utf8(_dumps(_journal_entry(request))) + b"\n")
 
 
@@ -8235,8 +8206,8 @@ def _parser() -> argparse.ArgumentParser:
     types: dict[str, Any] = {"PORT": port, "SECONDS": seconds, "N": int, "SEED": int, "NAME,NAME": names}
     types |= {"TEXT": reply, "STATUS=RATE": rates, "FILE.jsonl": _dumper}
     for name, takes in re.findall(r"  ?--(?!version|help)([a-z-]+)(?: ([A-Z](?:\S*[^\s,])?))?", _USAGE):
-        more: _JSON = {"metavar": takes, "type": types.get(takes, str)}
-        more["choices"] = ("text", "json") if name == "log" else None
+        choices = ("text", "json") if takes == "FORMAT" else None
+        more: _JSON = {"metavar": takes, "type": types.get(takes, str), "choices": choices}
         more = more if takes else {"action": "store_true"}
         groups.get(name, parser).add_argument(f"--{name}", **more)
     parser.set_defaults(host="127.0.0.1", port=8080, tokens=32, ttft=0.0, itl=0.0, error_rate={}, log="text")
