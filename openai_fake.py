@@ -7364,7 +7364,7 @@ class FakeOpenAI:
             except (AssertionError, RuntimeError) as fault:
                 fault.__context__ = None  # the test's own failure
                 self.errors.append(fault)
-        errors = [_cut(self.errors[0]), *self.errors[1:6]] if self.errors else []
+        errors = [_from_handler(self.errors[0]), *self.errors[1:6]] if self.errors else []
         text = self.transcript() + "".join(f"\nAnother error: {_short(_error_words(error))}" for error in errors[1:])
         if tell is not None:
             first = ("".join(traceback.format_exception(error)).rstrip() for error in errors[:1])
@@ -7377,7 +7377,7 @@ class FakeOpenAI:
         if ends or type(error).__name__ == "CancelledError":
             error = RuntimeError(f"handler raised {_error_words(error)}")
             error.__cause__ = errors[0]
-        _tell(error, text)
+        _add_text(error, text)
         return error
 
     def __enter__(self) -> Self:
@@ -7385,7 +7385,7 @@ class FakeOpenAI:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         __tracebackhide__ = True
-        if (failure := self._stop(None if error is None else partial(_tell, error))) is not None:
+        if (failure := self._stop(None if error is None else partial(_add_text, error))) is not None:
             raise failure
 
     @property
@@ -7534,7 +7534,7 @@ def _place(error: BaseException) -> str:
     return ""
 
 
-def _cut(error: BaseException) -> BaseException:
+def _from_handler(error: BaseException) -> BaseException:
     """An error whose traceback begins at the handler: without the frames of this file above it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
@@ -7542,7 +7542,7 @@ def _cut(error: BaseException) -> BaseException:
     return error.with_traceback(trace)
 
 
-def _tell(error: BaseException, text: str) -> None:
+def _add_text(error: BaseException, text: str) -> None:
     """Adds a text that is shown with an error's traceback: under it, or above it where Python has no notes."""
     if type(error).__name__ in ("SkipTest", "Skipped", "XFailed"):  # unittest's and pytest's: no failures
         return
@@ -7711,7 +7711,7 @@ def _teller(test: object, outcome: Any) -> Callable[[str], object] | None:
     raised = [info[1] for each, info in getattr(outcome, "errors", ()) if info and _is_of(each, test)]  # before 3.11
     raised += [info.value for info in getattr(result, "_excinfo", None) or ()]  # pytest
     if raised:
-        return partial(_tell, raised[0])
+        return partial(_add_text, raised[0])
     lists: list[list[tuple[object, str]]] = [getattr(result, name, []) for name in ("failures", "errors")]
     for reports in lists:
         for index, (each, report) in enumerate(reports):
@@ -7745,7 +7745,7 @@ def pytest_configure(config: Any) -> None:
     def pytest_runtest_makereport(item: Any, call: Any) -> None:
         info = (getattr(item, "_excinfo", None) or [call.excinfo])[0]  # a TestCase's, or a function's
         for server in fakes.get(item, ()) if info or call.when == "call" else ():
-            if (error := server._verdict(info and partial(_tell, info.value))) is not None:
+            if (error := server._verdict(info and partial(_add_text, info.value))) is not None:
                 info = call.excinfo = pytest.ExceptionInfo.from_exception(error)
         if info or call.when == "teardown":
             fakes.pop(item, None)  # it has failed, and fails no second time
