@@ -42,7 +42,7 @@ P probes of the live API, S the public API reference and the types of openai-pyt
 pytest: PYTEST_DONT_REWRITE (it takes a second, and the module may be imported before pytest loads it).
 """
 
-# pyright: strict, reportPrivateUsage=false, reportMissingModuleSource=false
+# pyright: strict, reportPrivateUsage=false, reportMissingModuleSource=false, reportImplicitOverride=false
 
 from __future__ import annotations
 
@@ -96,16 +96,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import NoReturn, TextIO, TypeAlias
 
-    from typing_extensions import Self, Unpack, override
+    from typing_extensions import Self, Unpack
 else:
     try:
-        from typing_extensions import Self, override
-    except ImportError:  # the copied file runs on a bare interpreter; only type checkers need the real ones
+        from typing_extensions import Self
+    except ImportError:  # the copied file runs on a bare interpreter; only type checkers need the real one
         Self = Any
-
-        def override(method):
-            return method
-
 
 __all__ = [
     "APIError", "Answer", "Chunk", "ChunkChoice", "Completion", "CompletionChoice", "CustomToolCall", "Disconnect",
@@ -190,18 +186,13 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []  # pyright: ignore[reportUnknownVariableType]
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):  # it could not be sent back
-        raise ValueError(f"{text} is too large")
+    if not math.isfinite(number := float(text)):  # it could not be sent back
+        raise ValueError(f"{text} is too large" if text[-1].isdigit() else f"{text} is not JSON")
     return number
 
 
-_loads = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
+_loads = json.JSONDecoder(parse_constant=_finite, parse_float=_finite).decode
 
 
 def _own(value: Any) -> Any:
@@ -331,23 +322,15 @@ class _Headers(Mapping[str, str]):
             key = name.lower()
             self._fields[key] = f"{self._fields[key]}, {value}" if key in self._fields else value
 
-    @override
     def __getitem__(self, name: str) -> str:
         return self._fields[name.lower()]
 
-    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 
-    @override
     def __len__(self) -> int:
         return len(self._fields)
 
-    @override
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.lower() in self._fields
-
-    @override
     def __repr__(self) -> str:
         return f"Headers({self._fields!r})"
 
@@ -402,9 +385,8 @@ def _tool(value: object) -> Tool:
     tool = _dict(value)
     kind = _string(tool.get("type"))
     about = (_dict(tool.get(kind)) if kind in ("function", "custom") else {}) or tool  # Chat Completions nests it
-    return Tool(
-        _string(about.get("name")), about.get("description"), about.get("parameters"), about.get("strict"), type=kind
-    )
+    others = {key: about.get(key) for key in ("description", "parameters", "strict")}
+    return Tool(_string(about.get("name")), **others, type=kind)
 
 
 def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
@@ -415,15 +397,11 @@ def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
     return None
 
 
-def _chat_messages(value: object) -> list[Message]:
-    """The messages of a Chat Completions request."""
-    messages: list[Message] = []
-    for sent in map(_dict, _list(value)):
-        calls = tuple(call for call in map(_chat_call, _list(sent.get("tool_calls"))) if call is not None)
-        id = sent.get("tool_call_id")
-        content = _own(sent.get("content"))
-        messages.append(Message(_string(sent.get("role")), content, calls, id if isinstance(id, str) else None))
-    return messages
+def _chat_message(value: object) -> Message:
+    sent = _dict(value)
+    calls = tuple(call for call in map(_chat_call, _list(sent.get("tool_calls"))) if call is not None)
+    id = sent.get("tool_call_id")
+    return Message(_string(sent.get("role")), _own(sent.get("content")), calls, id if isinstance(id, str) else None)
 
 
 def _item_type(item: _JSON) -> Any:
@@ -527,21 +505,18 @@ class Request:
             body["model"] = self._deployment
         return body
 
-    @cached_property
-    def body(self) -> _JSON:
-        """The JSON object that was sent; {} where there was none. It is the reader's own."""
-        return self._parsed()
-
-    @cached_property
-    def _json(self) -> _JSON:
-        """The same, which is the server's own."""
-        return self._parsed()
-
     def _parsed(self) -> _JSON:
         try:
             return self._parse()
         except APIError:  # the client was told
             return {}
+
+    @cached_property
+    def body(self) -> _JSON:
+        """The JSON object that was sent; {} where there was none. It is the reader's own."""
+        return self._parsed()
+
+    _json = cached_property(_parsed)  # the same, which is the server's own
 
     def _forget(self) -> None:
         """Drops what can be made again from the bytes: the journal holds many requests."""
@@ -571,7 +546,7 @@ class Request:
             return _items_messages(self._items)
         if self.api == "completions":
             return [Message("user", each) for each in _prompts(self.prompt)]
-        return _chat_messages(self._json.get("messages"))
+        return [*map(_chat_message, _list(self._json.get("messages")))]
 
     @property
     def turn(self) -> int:
@@ -673,7 +648,6 @@ class Request:
         """What the model has said to it, each part whole."""
         return [item.part._with(item.pieces) for item in self._said]
 
-    @override
     def __repr__(self) -> str:
         if not self.api:
             return f"<Request {self.method} {self.path}>"
@@ -1214,30 +1188,29 @@ def _check_recorded(api: str, body: _JSON) -> None:
                     raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
 
 
-# P. The rules; what may not lack, and is looked for before unknown parameters; what is looked for where it lacks.
-_ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...], tuple[str, ...]]] = {
-    "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
-    "responses": (_RESPONSES, ("model",), ("model", "input")),
-    "completions": (_COMPLETIONS, ("model",), ("model",)),
+# P. The rules, and what may not lack, which is looked for before unknown parameters.
+_ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...]]] = {
+    "chat.completions": (_CHAT, ("model", "messages")),
+    "responses": (_RESPONSES, ("model",)),
+    "completions": (_COMPLETIONS, ("model",)),
 }
 
 
 def _check_request(api: str, body: _JSON, strict: bool) -> None:
     """Raises the first fault of a request, in the API's order of checks. `strict`: unknown parameters are faults."""
-    rules, first, needed = _ORDERS[api]
-    for name in first:
+    rules, needed = _ORDERS[api]
+    for name in needed:
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
     _check_recorded(api, body)
     for name in body if strict else ():
         if name not in rules:
-            others = [other for other in rules if other not in body and abs(len(other) - len(name)) < 3]
-            distance, other = min(((_distance(name, other), other) for other in others), default=(3, ""))
+            near = [each for each in rules if each not in body and abs(len(each) - len(name)) < 3]
+            distance, other = min(((_distance(name, each), each) for each in near), default=(3, ""))
             hint = f" Did you mean '{other}'?" if distance < 3 else ""
             raise _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
-    given = {**dict.fromkeys(needed), **body}
-    for name in filter(given.__contains__, rules):
-        if (value := given[name]) is not None or name in needed:
+    for name in filter({*body, "input"}.__contains__, rules):  # that may lack too, but later
+        if (value := body.get(name)) is not None or name == "input":
             rules[name](value, name, body)
 
 
@@ -1432,7 +1405,6 @@ class _Part:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    @override
     def __repr__(self) -> str:
         """What makes it: the fields that are not what they are by themselves."""
         shown: list[str] = []
@@ -1562,9 +1534,9 @@ class _MessagePart(_Spoken):
 
     def _gather(self, fragment: _Spoken) -> Self:
         more = cast(_MessagePart, fragment)
+        gathered = replace(self)
         logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
-        gathered = replace(self, logprobs=logprobs)
-        gathered._set(annotations=(*self.annotations, *more.annotations))
+        gathered._set(annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
         return gathered
 
     def _texts(self, cut: bool = False) -> Sequence[str]:
@@ -1835,13 +1807,9 @@ class _Call(_Spoken):
         caller = None if self.caller is None else _by_key({"type": "program", **self.caller})
         keys: _JSON = {"call_id": item.call_id, "caller": caller, "name": self.name, "namespace": self.namespace}
         keys[self._grows] = item.text if whole else ""
-        # What a program calls stays "in_progress" (R).
-        told: _JSON = {
-            "id": item.id,
-            "type": self._type,
-            "status": item.status if whole and not caller else "in_progress",
-        }
-        return {**told, **{key: keys[key] for key in sorted(keys) if keys[key] is not None}}
+        status = item.status if whole and not caller else "in_progress"  # what a program calls stays so (R)
+        told = {key: keys[key] for key in sorted(keys) if keys[key] is not None}
+        return {"id": item.id, "type": self._type, "status": status, **told}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return f"response.{self._type}_{self._grows}.delta", {}
@@ -2049,7 +2017,6 @@ class Item(_Spoken):
                 f"Item({type!r}): what the model says is Text, Refusal, ToolCall, CustomToolCall, Reasoning"
             )
 
-    @override
     def __hash__(self) -> int:
         return hash(self.type)  # the values of fields may be lists
 
@@ -2157,7 +2124,6 @@ class WebSearch(Item):
         """The URLs."""
         return tuple(page["url"] for page in self.fields["action"]["sources"])
 
-    @override
     def __repr__(self) -> str:
         return f"WebSearch({self.query!r}, sources={self.sources!r}, id={self.id!r})"
 
@@ -7052,7 +7018,6 @@ class _Server(ThreadingHTTPServer):
                 each.close()
             raise
 
-    @override
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """The loop: accepts, tells waiters that their client did something, and looks at deadlines."""
         select, listener, waker = self.selector.select, self.socket, self.waker
@@ -7119,7 +7084,6 @@ class _Server(ThreadingHTTPServer):
         with suppress(OSError):
             self.alarm.send(b"!")
 
-    @override
     def process_request(self, request: Any, client_address: Any) -> None:
         """Gives a connection to a thread that waits, or to a new one."""
         with self.lock:
@@ -7166,12 +7130,10 @@ class _Server(ThreadingHTTPServer):
             with self.lock:
                 self.idle += 1
 
-    @override
     def shutdown_request(self, request: Any) -> None:
         self.sockets.discard(request)
         self.close_request(request)  # its handler has shut it down
 
-    @override
     def handle_error(self, request: Any, client_address: Any) -> None:
         _LOG.exception("a connection failed in the server itself")
 
@@ -7322,7 +7284,6 @@ class FakeOpenAI:
 
     # For tests.
 
-    @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set at any time, and count from the next request on, but for those that are refused here."""
         fixed = ("keep", "routes") if self._server is None else ("keep", "routes", "host", "port")
