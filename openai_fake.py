@@ -85,7 +85,7 @@ from importlib.machinery import PathFinder
 from itertools import accumulate, chain, pairwise, repeat, starmap
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from weakref import WeakSet
 
@@ -202,19 +202,16 @@ def _own(value: Any) -> Any:
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
-_FIELD_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELD_VALUE = r"[\t\x20-\x7e\xa0-\xff]*"
-
 
 def _header_fields(headers: Mapping[str, str] | None) -> dict[str, str]:
     """Header fields as given, refused where they could not go on the wire as one field each."""
     fields = dict(headers or {})
     for name, value in fields.items():
-        if not re.fullmatch(_FIELD_NAME, name):
+        if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name):
             raise ValueError(f"not a header field name: {name!r}")
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"the server itself sets {name}; use Raw(...) or Disconnect() to break an answer")
-        if not re.fullmatch(_FIELD_VALUE, value):
+        if not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
             raise ValueError(f"not a header field value, which is one line of Latin-1: {value!r} in {name!r}")
     return fields
 
@@ -1178,9 +1175,8 @@ def _check_recorded(api: str, body: _JSON) -> None:
     turns: list[Any] = body.get("messages") or body.get("input", [])
     parts = type(turns) is list and any(type(each) is dict and type(each.get("content")) is list for each in turns)
     for models, name, path, begin, status, param, code, words in _REFUSALS[api]:
-        if name not in body or type(model) is not str or ("content" in path and not parts):
-            continue
-        if _pattern(models).fullmatch(model):
+        applies = name in body and type(model) is str and (parts or "content" not in path)
+        if applies and _pattern(models).fullmatch(model):
             for where, value in _found(body[name], path, name):
                 if match := re.match(begin, _string(value)):
                     told = {"model": model, "where": where, "top": where.split(".")[0], "value": value}
@@ -1297,14 +1293,12 @@ def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored:
 _TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
 
 
-@lru_cache(4096)
-def _short_tokens(text: str) -> tuple[str, ...]:
-    return tuple(_TOKEN.findall(text))
+_short_tokens = lru_cache(4096)(_TOKEN.findall)  # short texts come again
 
 
-def _tokens(text: str) -> tuple[str, ...]:
-    """The word-sized pieces that a stream sends of a text; joined, they are the text. Short texts come again."""
-    return _short_tokens(text) if len(text) <= 32 else tuple(_TOKEN.findall(text))
+def _tokens(text: str) -> Sequence[str]:
+    """The word-sized pieces that a stream sends of a text; joined, they are the text."""
+    return _short_tokens(text) if len(text) <= 32 else _TOKEN.findall(text)
 
 
 class _Next(str):
@@ -1395,11 +1389,7 @@ class _Part:
         cls._kinds = {**cls._kinds, **kinds}
 
     def __post_init__(self) -> None:
-        for name, kind in self._kinds.items():
-            value = getattr(self, name)
-            fits = isinstance(value, kind)
-            if not fits or kind is _SECONDS or (kind is int and value < 0):  # seldom
-                _check_fields(self, **{name: (value, kind)})
+        _check_fields(self, **{name: (getattr(self, name), kind) for name, kind in self._kinds.items()})
 
     def _set(self, **fields: object) -> None:
         for name, value in fields.items():
@@ -2129,7 +2119,6 @@ class WebSearch(Item):
 
 
 _Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
-_REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -2141,8 +2130,8 @@ class Finish(_Part):
     choice: int = 0
 
     def __post_init__(self) -> None:
-        if self.reason not in _REASONS:
-            raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
+        if self.reason not in get_args(_Reason):
+            raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(get_args(_Reason))}")
         _Part.__post_init__(self)
 
     def _act(self, answer: _Delivery) -> None:
