@@ -82,7 +82,7 @@ from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, chain, pairwise, repeat, starmap
+from itertools import accumulate, chain, pairwise, repeat, starmap, takewhile
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
@@ -219,9 +219,8 @@ def _header_fields(headers: Mapping[str, str] | None) -> dict[str, str]:
 class APIError(Exception):
     """An error of the API: a handler returns or raises it, and the client gets it with its HTTP status.
 
-    The body is `{"error": {"message", "type", "param", "code"}}`. `type` defaults to what the API calls that
-    status. `headers` are sent beside the usual ones. Raises ValueError for a status that is not an error's,
-    and for headers that could not be sent.
+    The body is `{"error": {"message", "type", "param", "code"}}`. `type` defaults to what the API calls that status;
+    `headers` are sent beside the usual ones. Raises ValueError for a status, or headers, that could not be sent.
     """
 
     def __init__(
@@ -352,8 +351,7 @@ def _string(value: object) -> str:
 class Message:
     """One message of a conversation. `content` is as it came: a string, a list of content parts, or None.
 
-    `tool_calls` are the calls that an assistant's message makes; `tool_call_id` names the call that a tool's
-    message answers.
+    `tool_calls`: what an assistant's message calls; `tool_call_id`: the call that a tool's message answers.
     """
 
     role: str
@@ -554,9 +552,8 @@ class Request:
     @property
     def tool_results(self) -> list[Message]:
         """The tools' messages since the model's last answer, in order."""
-        messages = self.messages
-        begin = max((end for end, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
-        return [message for message in messages[begin:] if message.role in ("tool", "function")]
+        since = takewhile(lambda message: message.role != "assistant", reversed(self.messages))
+        return [message for message in since if message.role in ("tool", "function")][::-1]
 
     def _told(self) -> tuple[list[Any], list[Any]]:
         """Instructions, and input, as items."""
@@ -1003,7 +1000,6 @@ _schema = partial(_strict, _schema_format, "response_format", "schema", "invalid
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
 _chat_schema = partial(_strict, _named, "response_format", "schema", None)  # R: no code, and another param
 _chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
-_stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
     "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
@@ -1041,7 +1037,7 @@ _CHAT: dict[str, _Rule] = {
     "max_tokens": _integer(1),  # S
     "reasoning_effort": _EFFORTS,  # S
     "logit_bias": _either("an object", {dict: partial(_map, _decimal(-100, 100), math.inf, math.inf)}),  # S
-    "stop": _either("one of a string or array of strings", {str: _anything, list: _stop}),  # S
+    "stop": _either("one of a string or array of strings", {str: _anything, list: _array(_any_string, high=4)}),  # S
     "stream": _boolean,  # B
     "stream_options": _stream_options,  # S
     "store": _boolean,  # S
@@ -1184,18 +1180,13 @@ def _check_recorded(api: str, body: _JSON) -> None:
                     raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
 
 
-# P. The rules, and what may not lack, which is looked for before unknown parameters.
-_ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...]]] = {
-    "chat.completions": (_CHAT, ("model", "messages")),
-    "responses": (_RESPONSES, ("model",)),
-    "completions": (_COMPLETIONS, ("model",)),
-}
+_RULES = {"chat.completions": _CHAT, "responses": _RESPONSES, "completions": _COMPLETIONS}
 
 
 def _check_request(api: str, body: _JSON, strict: bool) -> None:
     """Raises the first fault of a request, in the API's order of checks. `strict`: unknown parameters are faults."""
-    rules, needed = _ORDERS[api]
-    for name in needed:
+    rules = _RULES[api]
+    for name in ("model", "messages") if api == "chat.completions" else ("model",):  # lacking, they are told first (P)
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
     _check_recorded(api, body)
@@ -1425,8 +1416,7 @@ class _Spoken(_Part):
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
 
-        `functools.reduce(type(part).merge, part.split()) == part`, for every part. Raises ValueError for a
-        fragment that is not this part's.
+        `functools.reduce(type(part).merge, part.split()) == part`. Raises ValueError for a fragment of another part.
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
@@ -1548,7 +1538,7 @@ class _MessagePart(_Spoken):
         return type(self)(text, choice=self.choice)
 
     def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
-        fragments = [self._with(texts[:1]), *map(self._more, texts[1:])]
+        fragments = _Spoken._cut(self, texts)
         if self.logprobs is None or len(self.logprobs) != len(texts):
             return fragments
         return [replace(part, logprobs=[entry]) for part, entry in zip(fragments, self.logprobs, strict=True)]

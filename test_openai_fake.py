@@ -128,7 +128,7 @@ def http_bytes(body: Any, path: str = PATHS["chat.completions"], method: str = "
 
 
 # What stays private: all that these tests look at inside the module, a name a line, and why.
-_PARAMETERS = {api: openai_fake._ORDERS[api][0] for api in ("chat.completions", "responses")}  # name -> check
+_PARAMETERS = {api: openai_fake._RULES[api] for api in ("chat.completions", "responses")}  # name -> check
 _unchecked = openai_fake._anything
 _Part = openai_fake._Part  # README's tables name each
 _ENDPOINTS = openai_fake._ENDPOINTS  # and each of these
