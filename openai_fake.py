@@ -438,13 +438,10 @@ _NOT_JSON = {  # by whether it came to Chat Completions
 }
 
 
-def _too_deep(value: Any) -> bool:
+def _too_deep(value: Any, levels: int = _MAX_DEPTH) -> bool:
     """Whether JSON is nested deeper than what follows it recursively can bear."""
-    level, depth = [value], 0
-    while level and depth < _MAX_DEPTH:
-        inner = chain.from_iterable(_dict(each).values() or _list(each) for each in level)
-        level, depth = [each for each in inner if each.__class__ in (dict, list)], depth + 1
-    return bool(level)
+    inner = [each for each in _dict(value).values() or _list(value) if each.__class__ in (dict, list)]
+    return levels == 0 or any(_too_deep(each, levels - 1) for each in inner)
 
 
 def _prompts(value: Any) -> list[Any]:
@@ -808,8 +805,8 @@ def _string_or_parts(of: _Rule) -> _Rule:
     return _either("one of a string or array of objects", {str: _anything, list: _array(of)})  # P
 
 
-def _choice(of: _Rule, *words: str) -> _Rule:
-    return _either("one of a string or object", {str: _enum(*words), dict: of})
+def _string_or(of: _Rule, string: _Rule = _anything) -> _Rule:
+    return _either("one of a string or object", {str: string, dict: of})
 
 
 def _needed(rule: _Rule, instead: Iterable[str], value: Any, path: str, body: _JSON) -> None:
@@ -918,9 +915,8 @@ def _input_item(value: Any, path: str, body: _JSON) -> None:
     _typed_item({**value, "type": _item_type(value)}, path, body)
 
 
-_input = _either(
-    "one of a string or array of input items", {str: _anything, list: partial(_turns, _array(_input_item))}
-)  # P
+_input_array = partial(_turns, _array(_input_item))
+_input = _either("one of a string or array of input items", {str: _anything, list: _input_array})  # P
 
 # Rules about more than one value
 
@@ -932,24 +928,18 @@ def _chat_model(value: Any, path: str, body: _JSON) -> None:
         _any_string(value, path, body)
 
 
-_stream_flags = _object({}, include_usage=_boolean, include_obfuscation=_boolean)
-
-
-def _stream_options(value: Any, path: str, body: _JSON) -> None:
+def _stream_options(flags: _Rule, value: Any, path: str, body: _JSON) -> None:
     if body.get("stream") is not True:
         raise _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
-    _stream_flags(value, path, body)
+    flags(value, path, body)
 
 
-_conversation_id = _either("one of a string or object", {str: _anything, dict: _strings("id")})
-
-
-def _conversation_parameter(value: Any, path: str, body: _JSON) -> None:
+def _conversation_parameter(by_id: _Rule, value: Any, path: str, body: _JSON) -> None:
     if body.get("previous_response_id") is not None:
         words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: "
         words += "'pre..._id' or 'conversation'."  # as the probe saw it, quotes and dots
         raise _bad_request(words, None, "mutually_exclusive_parameters")
-    _conversation_id(value, path, body)
+    by_id(value, path, body)
 
 
 def _check_closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
@@ -988,6 +978,7 @@ def _moved(new: str, value: Any, path: str, body: _JSON) -> None:
 
 _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
 _VERBOSITIES = _enum("low", "medium", "high")  # P
+_TOOL_CHOICES = _enum("none", "auto", "required")  # S
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
 _metadata = _either("an object", {dict: partial(_map, _string_of(0, 512), 16, 64)})  # P
 _named = _object({"name": _name})
@@ -1010,9 +1001,9 @@ _CHAT: dict[str, _Rule] = {
     "model": _chat_model,  # P; B
     "messages": partial(_needed, partial(_turns, _messages), ()),  # P, R, I; B
     "functions": _array(_named),  # S
-    "function_call": _choice(_named, "none", "auto"),  # S
+    "function_call": _string_or(_named, _enum("none", "auto")),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
-    "tool_choice": _choice(_tagged("type", _chat_choices), "none", "auto", "required"),  # S
+    "tool_choice": _string_or(_tagged("type", _chat_choices), _TOOL_CHOICES),  # S
     "parallel_tool_calls": _boolean,  # S
     "max_completion_tokens": _integer(1),  # P
     "n": _integer(1, _MAX_CHOICES),  # P
@@ -1039,7 +1030,7 @@ _CHAT: dict[str, _Rule] = {
     "logit_bias": _either("an object", {dict: partial(_map, _decimal(-100, 100), math.inf, math.inf)}),  # S
     "stop": _either("one of a string or array of strings", {str: _anything, list: _array(_any_string, high=4)}),  # S
     "stream": _boolean,  # B
-    "stream_options": _stream_options,  # S
+    "stream_options": partial(_stream_options, _object({}, include_usage=_boolean, include_obfuscation=_boolean)),  # S
     "store": _boolean,  # S
     "metadata": _metadata,  # P
     "prediction": _any_object,  # S
@@ -1063,7 +1054,7 @@ _RESPONSES: dict[str, _Rule] = {
     "metadata": _metadata,  # P
     "text": _object({}, format=_tagged("type", _formats), verbosity=_VERBOSITIES),  # S
     **_as_in_chat("temperature top_p"),
-    "tool_choice": _choice(_tool_of, "none", "auto", "required"),  # S
+    "tool_choice": _string_or(_tool_of, _TOOL_CHOICES),  # S
     **_as_in_chat("parallel_tool_calls stream stream_options"),
     "background": _boolean,  # S
     "max_output_tokens": _integer(16),  # P
@@ -1077,7 +1068,7 @@ _RESPONSES: dict[str, _Rule] = {
     "top_logprobs": _integer(0, 20),  # S
     **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
     "client_metadata": _anything,  # R: Codex
-    "conversation": _conversation_parameter,  # P
+    "conversation": partial(_conversation_parameter, _string_or(_strings("id"))),  # P
     "prompt": _strings("id"),  # S
     "previous_response_id": _any_string,  # S
 }
@@ -1538,7 +1529,7 @@ class _MessagePart(_Spoken):
         return type(self)(text, choice=self.choice)
 
     def _cut(self, texts: Sequence[str]) -> Sequence[Self]:
-        fragments = _Spoken._cut(self, texts)
+        fragments = [self._with(texts[:1]), *map(self._more, texts[1:])]
         if self.logprobs is None or len(self.logprobs) != len(texts):
             return fragments
         return [replace(part, logprobs=[entry]) for part, entry in zip(fragments, self.logprobs, strict=True)]
@@ -1758,9 +1749,7 @@ class _Call(_Spoken):
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
             return False
-        if self.id is not None and opened.id is not None:
-            return self.id == opened.id
-        return not self.name
+        return not self.name if None in (self.id, opened.id) else self.id == opened.id
 
     def _chat_call(self, item: _Utterance, text: str) -> _JSON:
         return {"id": item.call_id, "type": self._key, self._key: {"name": self.name, self._grows: text}}
