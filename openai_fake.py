@@ -438,10 +438,13 @@ _NOT_JSON = {  # by whether it came to Chat Completions
 }
 
 
-def _too_deep(value: Any, levels: int = _MAX_DEPTH) -> bool:
+def _too_deep(value: Any) -> bool:
     """Whether JSON is nested deeper than what follows it recursively can bear."""
-    inner = [each for each in _dict(value).values() or _list(value) if each.__class__ in (dict, list)]
-    return levels == 0 or any(_too_deep(each, levels - 1) for each in inner)
+    level, depth = [value], 0
+    while level and depth < _MAX_DEPTH:
+        inner = chain.from_iterable(_dict(each).values() or _list(each) for each in level)
+        level, depth = [each for each in inner if each.__class__ in (dict, list)], depth + 1
+    return bool(level)
 
 
 def _prompts(value: Any) -> list[Any]:
