@@ -1276,8 +1276,6 @@ def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored:
 
 # Words with the space before them, as the models' own tokens are; a long word is several.
 _TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
-
-
 _short_tokens = lru_cache(4096)(_TOKEN.findall)  # short texts come again
 
 
@@ -1758,10 +1756,10 @@ class _Call(_Spoken):
         return {"id": item.call_id, "type": self._key, self._key: {"name": self.name, self._grows: text}}
 
     def _chat_role(self, item: _Utterance) -> _JSON:
-        head = cast(_JSON, self._chat_head(item))
-        return {"role": "assistant", "content": None, **head, **({} if item.legacy else {"refusal": None})}
+        refusal = {} if item.legacy else {"refusal": None}
+        return {"role": "assistant", "content": None, **self._chat_head(item), **refusal}
 
-    def _chat_head(self, item: _Utterance) -> _JSON | None:
+    def _chat_head(self, item: _Utterance) -> _JSON:
         call = {"index": item.index, **self._chat_call(item, "")}
         return {"function_call": {"name": self.name, "arguments": ""}} if item.legacy else {"tool_calls": [call]}
 
@@ -1937,34 +1935,30 @@ def _pieces(value: Any, cut: bool = True) -> Sequence[Any]:
 _IMAGE_KEYS = ("background", "output_format", "quality", "size")  # that each partial image tells
 
 
-def _partial_images(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+def _partial_image(fields: Mapping[str, Any], index: int, image: Any) -> Iterator[tuple[str, _JSON]]:
     shown = {key: fields[key] for key in _IMAGE_KEYS if key in fields}
-    images: Sequence[Any] = fields.get("partial_images") or ()
-    for index, image in enumerate(images):
-        told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
-        yield "response.image_generation_call.partial_image", {**shown, **told, "partial_image_index": index}
+    told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
+    yield "response.image_generation_call.partial_image", {**shown, **told, "partial_image_index": index}
 
 
-def _shell_commands(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, command in enumerate(_at(fields, "action.commands") or ()):
-        where = {"command_index": index, "item_id": None}  # these have no item_id (R)
-        yield "response.shell_call_command.added", {**where, "command": ""}
-        yield from (("response.shell_call_command.delta", {**where, "delta": text}) for text in _pieces(command))
-        yield "response.shell_call_command.done", {**where, "command": _joined(command)}
+def _shell_command(fields: Mapping[str, Any], index: int, command: Any) -> Iterator[tuple[str, _JSON]]:
+    where = {"command_index": index, "item_id": None}  # these have no item_id (R)
+    yield "response.shell_call_command.added", {**where, "command": ""}
+    yield from (("response.shell_call_command.delta", {**where, "delta": text}) for text in _pieces(command))
+    yield "response.shell_call_command.done", {**where, "command": _joined(command)}
 
 
-def _shell_outputs(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, output in enumerate(fields.get("output") or ()):
-        for stream in ("stdout", "stderr"):
-            if text := _dict(output).get(stream):
-                yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
-        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(fields["output"])}
+def _shell_output(fields: Mapping[str, Any], index: int, output: Any) -> Iterator[tuple[str, _JSON]]:
+    for stream in ("stdout", "stderr"):
+        if text := _dict(output).get(stream):
+            yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
+    yield "response.shell_call_output_content.done", {"command_index": index, "output": list(fields["output"])}
 
 
-_REPEATED_STEPS: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, _JSON]]]] = {
-    "partial_image": _partial_images,
-    "shell_call_command": _shell_commands,
-    "shell_call_output_content": _shell_outputs,
+_REPEATED_STEPS: dict[str, Callable[[Mapping[str, Any], int, Any], Iterator[tuple[str, _JSON]]]] = {
+    "partial_image": _partial_image,
+    "shell_call_command": _shell_command,
+    "shell_call_output_content": _shell_output,
 }
 
 
@@ -2052,7 +2046,8 @@ class Item(_Spoken):
             if not sign:
                 yield f"response.{self.type}.{name}", {}
             elif sign == "*":
-                yield from _REPEATED_STEPS[name](self.fields)
+                for index, each in enumerate(value or ()):
+                    yield from _REPEATED_STEPS[name](self.fields, index, each)
             elif sign == "=" and value is not None:  # a deleted file has no diff
                 yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
             elif value is not None:
