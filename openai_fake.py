@@ -297,7 +297,8 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
             kinds = kind if isinstance(kind, tuple) else (kind,)
             wanted = " or ".join(each.__name__ for each in kinds if each is not type(None))
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
+        most = threading.TIMEOUT_MAX if kind is _SECONDS else math.inf
+        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= most:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
 
 

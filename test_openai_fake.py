@@ -457,6 +457,7 @@ class PartsAlgebraTest(unittest.TestCase):
         ):
             with self.subTest(name=name), self.assertRaises(error):
                 make()
+        self.assertEqual(Usage(10**12, 2).total_tokens, 10**12 + 2)  # only seconds are bounded above
 
     def test_a_part_shows_what_makes_it(self) -> None:
         """Its repr has what is not so by itself: what was left out, and what is private, is not shown."""
