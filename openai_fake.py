@@ -1980,9 +1980,8 @@ class Item(_Spoken):
         self._set(type=type, fields=fields)
         self.__post_init__()
         if type in ("message", "function_call", "custom_tool_call", "reasoning"):
-            raise ValueError(
-                f"Item({type!r}): what the model says is Text, Refusal, ToolCall, CustomToolCall, Reasoning"
-            )
+            kinds = "Text, Refusal, ToolCall, CustomToolCall, Reasoning"
+            raise ValueError(f"Item({type!r}): what the model says is {kinds}")
 
     def __hash__(self) -> int:
         return hash(self.type)  # the values of fields may be lists
