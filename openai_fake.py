@@ -42,7 +42,7 @@ P probes of the live API, S the public API reference and the types of openai-pyt
 pytest: PYTEST_DONT_REWRITE (it takes a second, and the module may be imported before pytest loads it).
 """
 
-# pyright: strict, reportPrivateUsage=false, reportMissingModuleSource=false
+# pyright: strict, reportPrivateUsage=false, reportMissingModuleSource=false, reportImplicitOverride=false
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import PathFinder
-from itertools import accumulate, chain, pairwise, starmap
+from itertools import accumulate, chain, pairwise, starmap, takewhile
 from socketserver import BaseRequestHandler, TCPServer
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar, cast, get_args
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from weakref import WeakSet
 
@@ -96,16 +96,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from typing import NoReturn, TextIO, TypeAlias
 
-    from typing_extensions import Self, Unpack, override
+    from typing_extensions import Self, Unpack
 else:
     try:
-        from typing_extensions import Self, override
-    except ImportError:  # the copied file runs on a bare interpreter; only type checkers need the real ones
+        from typing_extensions import Self
+    except ImportError:  # the copied file runs on a bare interpreter; only type checkers need the real one
         Self = Any
-
-        def override(method):
-            return method
-
 
 __all__ = [
     "APIError", "Answer", "Chunk", "ChunkChoice", "Completion", "CompletionChoice", "CustomToolCall", "Disconnect",
@@ -190,18 +186,13 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []  # pyright: ignore[reportUnknownVariableType]
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):  # it could not be sent back
-        raise ValueError(f"{text} is too large")
+    if not math.isfinite(number := float(text)):  # it could not be sent back
+        raise ValueError(f"{text} is too large" if text[-1].isdigit() else f"{text} is not JSON")
     return number
 
 
-_loads = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
+_loads = json.JSONDecoder(parse_constant=_finite, parse_float=_finite).decode
 
 
 def _own(value: Any) -> Any:
@@ -211,19 +202,16 @@ def _own(value: Any) -> Any:
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
-_FIELD_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELD_VALUE = r"[\t\x20-\x7e\xa0-\xff]*"
-
 
 def _header_fields(headers: Mapping[str, str] | None) -> dict[str, str]:
     """Header fields as given, refused where they could not go on the wire as one field each."""
     fields = dict(headers or {})
     for name, value in fields.items():
-        if not re.fullmatch(_FIELD_NAME, name):
+        if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name):
             raise ValueError(f"not a header field name: {name!r}")
         if name.lower() in ("content-length", "transfer-encoding"):
             raise ValueError(f"the server itself sets {name}; use Raw(...) or Disconnect() to break an answer")
-        if not re.fullmatch(_FIELD_VALUE, value):
+        if not re.fullmatch(r"[\t\x20-\x7e\xa0-\xff]*", value):
             raise ValueError(f"not a header field value, which is one line of Latin-1: {value!r} in {name!r}")
     return fields
 
@@ -231,9 +219,8 @@ def _header_fields(headers: Mapping[str, str] | None) -> dict[str, str]:
 class APIError(Exception):
     """An error of the API: a handler returns or raises it, and the client gets it with its HTTP status.
 
-    The body is `{"error": {"message", "type", "param", "code"}}`. `type` defaults to what the API calls that
-    status. `headers` are sent beside the usual ones. Raises ValueError for a status that is not an error's,
-    and for headers that could not be sent.
+    The body is `{"error": {"message", "type", "param", "code"}}`. `type` defaults to what the API calls that status;
+    `headers` are sent beside the usual ones. Raises ValueError for a status, or headers, that could not be sent.
     """
 
     def __init__(
@@ -310,7 +297,8 @@ def _check_fields(owner: object, **fields: tuple[object, type | tuple[type, ...]
             kinds = kind if isinstance(kind, tuple) else (kind,)
             wanted = " or ".join(each.__name__ for each in kinds if each is not type(None))
             raise TypeError(f"{type(owner).__name__} wants {wanted} for {name}, not {value!r}")
-        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= threading.TIMEOUT_MAX:
+        most = threading.TIMEOUT_MAX if kind is _SECONDS else math.inf
+        if kind in (int, _SECONDS) and not 0 <= cast(float, value or 0) <= most:
             raise ValueError(f"{type(owner).__name__} wants {name} of 0 or more, not {value!r}")
 
 
@@ -331,23 +319,15 @@ class _Headers(Mapping[str, str]):
             key = name.lower()
             self._fields[key] = f"{self._fields[key]}, {value}" if key in self._fields else value
 
-    @override
     def __getitem__(self, name: str) -> str:
         return self._fields[name.lower()]
 
-    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 
-    @override
     def __len__(self) -> int:
         return len(self._fields)
 
-    @override
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.lower() in self._fields
-
-    @override
     def __repr__(self) -> str:
         return f"Headers({self._fields!r})"
 
@@ -372,8 +352,7 @@ def _string(value: object) -> str:
 class Message:
     """One message of a conversation. `content` is as it came: a string, a list of content parts, or None.
 
-    `tool_calls` are the calls that an assistant's message makes; `tool_call_id` names the call that a tool's
-    message answers.
+    `tool_calls`: what an assistant's message calls; `tool_call_id`: the call that a tool's message answers.
     """
 
     role: str
@@ -402,9 +381,8 @@ def _tool(value: object) -> Tool:
     tool = _dict(value)
     kind = _string(tool.get("type"))
     about = (_dict(tool.get(kind)) if kind in ("function", "custom") else {}) or tool  # Chat Completions nests it
-    return Tool(
-        _string(about.get("name")), about.get("description"), about.get("parameters"), about.get("strict"), type=kind
-    )
+    others = {key: about.get(key) for key in ("description", "parameters", "strict")}
+    return Tool(_string(about.get("name")), **others, type=kind)
 
 
 def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
@@ -415,15 +393,11 @@ def _chat_call(value: object) -> ToolCall | CustomToolCall | None:
     return None
 
 
-def _chat_messages(value: object) -> list[Message]:
-    """The messages of a Chat Completions request."""
-    messages: list[Message] = []
-    for sent in map(_dict, _list(value)):
-        calls = tuple(call for call in map(_chat_call, _list(sent.get("tool_calls"))) if call is not None)
-        id = sent.get("tool_call_id")
-        content = _own(sent.get("content"))
-        messages.append(Message(_string(sent.get("role")), content, calls, id if isinstance(id, str) else None))
-    return messages
+def _chat_message(value: object) -> Message:
+    sent = _dict(value)
+    calls = tuple(call for call in map(_chat_call, _list(sent.get("tool_calls"))) if call is not None)
+    id = sent.get("tool_call_id")
+    return Message(_string(sent.get("role")), _own(sent.get("content")), calls, id if isinstance(id, str) else None)
 
 
 def _item_type(item: _JSON) -> Any:
@@ -526,21 +500,18 @@ class Request:
             body["model"] = self._deployment
         return body
 
-    @cached_property
-    def body(self) -> _JSON:
-        """The JSON object that was sent; {} where there was none. It is the reader's own."""
-        return self._parsed()
-
-    @cached_property
-    def _json(self) -> _JSON:
-        """The same, which is the server's own."""
-        return self._parsed()
-
     def _parsed(self) -> _JSON:
         try:
             return self._parse()
         except APIError:  # the client was told
             return {}
+
+    @cached_property
+    def body(self) -> _JSON:
+        """The JSON object that was sent; {} where there was none. It is the reader's own."""
+        return self._parsed()
+
+    _json = cached_property(_parsed)  # the same, which is the server's own
 
     def _forget(self) -> None:
         """Drops what can be made again from the bytes: the journal holds many requests."""
@@ -570,7 +541,7 @@ class Request:
             return _items_messages(self._items)
         if self.api == "completions":
             return [Message("user", each) for each in _prompts(self.prompt)]
-        return _chat_messages(self._json.get("messages"))
+        return [*map(_chat_message, _list(self._json.get("messages")))]
 
     @property
     def turn(self) -> int:
@@ -581,9 +552,8 @@ class Request:
     @property
     def tool_results(self) -> list[Message]:
         """The tools' messages since the model's last answer, in order."""
-        messages = self.messages
-        begin = max((end for end, message in enumerate(messages, 1) if message.role == "assistant"), default=0)
-        return [message for message in messages[begin:] if message.role in ("tool", "function")]
+        since = takewhile(lambda message: message.role != "assistant", reversed(self.messages))
+        return [message for message in since if message.role in ("tool", "function")][::-1]
 
     def _told(self) -> tuple[list[Any], list[Any]]:
         """Instructions, and input, as items."""
@@ -672,7 +642,6 @@ class Request:
         """What the model has said to it, each part whole."""
         return [item.part._with(item.pieces) for item in self._said]
 
-    @override
     def __repr__(self) -> str:
         if not self.api:
             return f"<Request {self.method} {self.path}>"
@@ -839,8 +808,8 @@ def _string_or_parts(of: _Rule) -> _Rule:
     return _either("one of a string or array of objects", {str: _anything, list: _array(of)})  # P
 
 
-def _choice(of: _Rule, *words: str) -> _Rule:
-    return _either("one of a string or object", {str: _enum(*words), dict: of})
+def _string_or(of: _Rule, string: _Rule = _anything) -> _Rule:
+    return _either("one of a string or object", {str: string, dict: of})
 
 
 def _needed(rule: _Rule, instead: Iterable[str], value: Any, path: str, body: _JSON) -> None:
@@ -949,9 +918,8 @@ def _input_item(value: Any, path: str, body: _JSON) -> None:
     _typed_item({**value, "type": _item_type(value)}, path, body)
 
 
-_input = _either(
-    "one of a string or array of input items", {str: _anything, list: partial(_turns, _array(_input_item))}
-)  # P
+_input_array = partial(_turns, _array(_input_item))
+_input = _either("one of a string or array of input items", {str: _anything, list: _input_array})  # P
 
 # Rules about more than one value
 
@@ -963,24 +931,18 @@ def _chat_model(value: Any, path: str, body: _JSON) -> None:
         _any_string(value, path, body)
 
 
-_stream_flags = _object({}, include_usage=_boolean, include_obfuscation=_boolean)
-
-
-def _stream_options(value: Any, path: str, body: _JSON) -> None:
+def _stream_options(flags: _Rule, value: Any, path: str, body: _JSON) -> None:
     if body.get("stream") is not True:
         raise _bad_request("The 'stream_options' parameter is only allowed when 'stream' is enabled.", path)
-    _stream_flags(value, path, body)
+    flags(value, path, body)
 
 
-_conversation_id = _either("one of a string or object", {str: _anything, dict: _strings("id")})
-
-
-def _conversation_parameter(value: Any, path: str, body: _JSON) -> None:
+def _conversation_parameter(by_id: _Rule, value: Any, path: str, body: _JSON) -> None:
     if body.get("previous_response_id") is not None:
         words = "Mutually exclusive parameters: ''. Ensure you are only providing one of: "
         words += "'pre..._id' or 'conversation'."  # as the probe saw it, quotes and dots
         raise _bad_request(words, None, "mutually_exclusive_parameters")
-    _conversation_id(value, path, body)
+    by_id(value, path, body)
 
 
 def _check_closed(schema: Any, of: str, param: str, code: str | None, context: tuple[str, ...] = ()) -> None:
@@ -1019,6 +981,7 @@ def _moved(new: str, value: Any, path: str, body: _JSON) -> None:
 
 _EFFORTS = _enum("none", "minimal", "low", "medium", "high", "xhigh", "max")  # S
 _VERBOSITIES = _enum("low", "medium", "high")  # P
+_TOOL_CHOICES = _enum("none", "auto", "required")  # S
 _SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")  # S
 _metadata = _either("an object", {dict: partial(_map, _string_of(0, 512), 16, 64)})  # P
 _named = _object({"name": _name})
@@ -1031,7 +994,6 @@ _schema = partial(_strict, _schema_format, "response_format", "schema", "invalid
 _formats: dict[str, _Rule] = {"json_object": _anything, "json_schema": _schema, "text": _anything}  # S
 _chat_schema = partial(_strict, _named, "response_format", "schema", None)  # R: no code, and another param
 _chat_formats: dict[str, _Rule] = {**_formats, "json_schema": _object({"json_schema": _chat_schema})}  # S
-_stop = _array(_any_string, "an array of strings", high=4)  # S: up to 4 sequences
 _includes = (  # S
     "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
     "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
@@ -1042,9 +1004,9 @@ _CHAT: dict[str, _Rule] = {
     "model": _chat_model,  # P; B
     "messages": partial(_needed, partial(_turns, _messages), ()),  # P, R, I; B
     "functions": _array(_named),  # S
-    "function_call": _choice(_named, "none", "auto"),  # S
+    "function_call": _string_or(_named, _enum("none", "auto")),  # S
     "tools": _array(_tagged("type", _chat_tools), low=1),  # S; I*: Invalid 'tools': empty array.
-    "tool_choice": _choice(_tagged("type", _chat_choices), "none", "auto", "required"),  # S
+    "tool_choice": _string_or(_tagged("type", _chat_choices), _TOOL_CHOICES),  # S
     "parallel_tool_calls": _boolean,  # S
     "max_completion_tokens": _integer(1),  # P
     "n": _integer(1, _MAX_CHOICES),  # P
@@ -1069,9 +1031,9 @@ _CHAT: dict[str, _Rule] = {
     "max_tokens": _integer(1),  # S
     "reasoning_effort": _EFFORTS,  # S
     "logit_bias": _either("an object", {dict: partial(_map, _decimal(-100, 100), math.inf, math.inf)}),  # S
-    "stop": _either("one of a string or array of strings", {str: _anything, list: _stop}),  # S
+    "stop": _either("one of a string or array of strings", {str: _anything, list: _array(_any_string, high=4)}),  # S
     "stream": _boolean,  # B
-    "stream_options": _stream_options,  # S
+    "stream_options": partial(_stream_options, _object({}, include_usage=_boolean, include_obfuscation=_boolean)),  # S
     "store": _boolean,  # S
     "metadata": _metadata,  # P
     "prediction": _any_object,  # S
@@ -1095,7 +1057,7 @@ _RESPONSES: dict[str, _Rule] = {
     "metadata": _metadata,  # P
     "text": _object({}, format=_tagged("type", _formats), verbosity=_VERBOSITIES),  # S
     **_as_in_chat("temperature top_p"),
-    "tool_choice": _choice(_tool_of, "none", "auto", "required"),  # S
+    "tool_choice": _string_or(_tool_of, _TOOL_CHOICES),  # S
     **_as_in_chat("parallel_tool_calls stream stream_options"),
     "background": _boolean,  # S
     "max_output_tokens": _integer(16),  # P
@@ -1109,7 +1071,7 @@ _RESPONSES: dict[str, _Rule] = {
     "top_logprobs": _integer(0, 20),  # S
     **dict.fromkeys(("access_programs", "background_options", "context_management", "image"), _anything),  # S: known
     "client_metadata": _anything,  # R: Codex
-    "conversation": _conversation_parameter,  # P
+    "conversation": partial(_conversation_parameter, _string_or(_strings("id"))),  # P
     "prompt": _strings("id"),  # S
     "previous_response_id": _any_string,  # S
 }
@@ -1217,30 +1179,24 @@ def _check_recorded(api: str, body: _JSON) -> None:
                     raise APIError(status, words.format(**told), param=param and param.format(**told), code=code)
 
 
-# P. The rules; what may not lack, and is looked for before unknown parameters; what is looked for where it lacks.
-_ORDERS: dict[str, tuple[dict[str, _Rule], tuple[str, ...], tuple[str, ...]]] = {
-    "chat.completions": (_CHAT, ("model", "messages"), ("model", "messages")),
-    "responses": (_RESPONSES, ("model",), ("model", "input")),
-    "completions": (_COMPLETIONS, ("model",), ("model",)),
-}
+_RULES = {"chat.completions": _CHAT, "responses": _RESPONSES, "completions": _COMPLETIONS}
 
 
 def _check_request(api: str, body: _JSON, strict: bool) -> None:
     """Raises the first fault of a request, in the API's order of checks. `strict`: unknown parameters are faults."""
-    rules, first, needed = _ORDERS[api]
-    for name in first:
+    rules = _RULES[api]
+    for name in ("model", "messages") if api == "chat.completions" else ("model",):  # lacking, they are told first (P)
         if (value := body.get(name)) is None or value == "":
             rules[name](value, name, body)
     _check_recorded(api, body)
     for name in body if strict else ():
         if name not in rules:
-            others = [other for other in rules if other not in body and abs(len(other) - len(name)) < 3]
-            distance, other = min(((_distance(name, other), other) for other in others), default=(3, ""))
+            near = [each for each in rules if each not in body and abs(len(each) - len(name)) < 3]
+            distance, other = min(((_distance(name, each), each) for each in near), default=(3, ""))
             hint = f" Did you mean '{other}'?" if distance < 3 else ""
             raise _bad_request(f"Unknown parameter: '{name}'.{hint}", name, "unknown_parameter")
-    given = {**dict.fromkeys(needed), **body}
-    for name in filter(given.__contains__, rules):
-        if (value := given[name]) is not None or name in needed:
+    for name in filter({*body, "input"}.__contains__, rules):  # that may lack too, but later
+        if (value := body.get(name)) is not None or name == "input":
             rules[name](value, name, body)
 
 
@@ -1325,16 +1281,12 @@ def _check_reasoning(facts: list[_ItemFacts], start: int, reasons: bool, stored:
 
 # Words with the space before them, as the models' own tokens are; a long word is several.
 _TOKEN = re.compile(r"\s*(?:\w{1,16}|[^\w\s]{1,16})(?:\s+\Z)?|\s+\Z")
+_short_tokens = lru_cache(4096)(_TOKEN.findall)  # short texts come again
 
 
-@lru_cache(4096)
-def _short_tokens(text: str) -> tuple[str, ...]:
-    return tuple(_TOKEN.findall(text))
-
-
-def _tokens(text: str) -> tuple[str, ...]:
-    """The word-sized pieces that a stream sends of a text; joined, they are the text. Short texts come again."""
-    return _short_tokens(text) if len(text) <= 32 else tuple(_TOKEN.findall(text))
+def _tokens(text: str) -> Sequence[str]:
+    """The word-sized pieces that a stream sends of a text; joined, they are the text."""
+    return _short_tokens(text) if len(text) <= 32 else _TOKEN.findall(text)
 
 
 class _Next(str):
@@ -1425,17 +1377,12 @@ class _Part:
         cls._kinds = {**cls._kinds, **kinds}
 
     def __post_init__(self) -> None:
-        for name, kind in self._kinds.items():
-            value = getattr(self, name)
-            fits = isinstance(value, kind)
-            if not fits or kind is _SECONDS or (kind is int and value < 0):  # seldom
-                _check_fields(self, **{name: (value, kind)})
+        _check_fields(self, **{name: (getattr(self, name), kind) for name, kind in self._kinds.items()})
 
     def _set(self, **fields: object) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    @override
     def __repr__(self) -> str:
         """What makes it: the fields that are not what they are by themselves."""
         shown: list[str] = []
@@ -1466,8 +1413,7 @@ class _Spoken(_Part):
     def merge(self, fragment: Self) -> Self:
         """The part that this one and the fragment after it make together.
 
-        `functools.reduce(type(part).merge, part.split()) == part`, for every part. Raises ValueError for a
-        fragment that is not this part's.
+        `functools.reduce(type(part).merge, part.split()) == part`. Raises ValueError for a fragment of another part.
         """
         if not fragment._continues(self):
             raise ValueError(f"{fragment!r} does not go on with {self!r}")
@@ -1565,9 +1511,9 @@ class _MessagePart(_Spoken):
 
     def _gather(self, fragment: _Spoken) -> Self:
         more = cast(_MessagePart, fragment)
+        gathered = replace(self)
         logprobs = None if self.logprobs is None else (*self.logprobs, *(more.logprobs or ()))
-        gathered = replace(self, logprobs=logprobs)
-        gathered._set(annotations=(*self.annotations, *more.annotations))
+        gathered._set(annotations=(*self.annotations, *more.annotations), logprobs=logprobs)
         return gathered
 
     def _texts(self, cut: bool = False) -> Sequence[str]:
@@ -1809,18 +1755,16 @@ class _Call(_Spoken):
     def _continues(self, opened: _Spoken) -> bool:
         if type(opened) is not type(self) or opened.choice != self.choice:
             return False
-        if self.id is not None and opened.id is not None:
-            return self.id == opened.id
-        return not self.name
+        return not self.name if None in (self.id, opened.id) else self.id == opened.id
 
     def _chat_call(self, item: _Utterance, text: str) -> _JSON:
         return {"id": item.call_id, "type": self._key, self._key: {"name": self.name, self._grows: text}}
 
     def _chat_role(self, item: _Utterance) -> _JSON:
-        head = cast(_JSON, self._chat_head(item))
-        return {"role": "assistant", "content": None, **head, **({} if item.legacy else {"refusal": None})}
+        refusal = {} if item.legacy else {"refusal": None}
+        return {"role": "assistant", "content": None, **self._chat_head(item), **refusal}
 
-    def _chat_head(self, item: _Utterance) -> _JSON | None:
+    def _chat_head(self, item: _Utterance) -> _JSON:
         call = {"index": item.index, **self._chat_call(item, "")}
         return {"function_call": {"name": self.name, "arguments": ""}} if item.legacy else {"tool_calls": [call]}
 
@@ -1838,13 +1782,9 @@ class _Call(_Spoken):
         caller = None if self.caller is None else _by_key({"type": "program", **self.caller})
         keys: _JSON = {"call_id": item.call_id, "caller": caller, "name": self.name, "namespace": self.namespace}
         keys[self._grows] = item.text if whole else ""
-        # What a program calls stays "in_progress" (R).
-        told: _JSON = {
-            "id": item.id,
-            "type": self._type,
-            "status": item.status if whole and not caller else "in_progress",
-        }
-        return {**told, **{key: keys[key] for key in sorted(keys) if keys[key] is not None}}
+        status = item.status if whole and not caller else "in_progress"  # what a program calls stays so (R)
+        told = {key: keys[key] for key in sorted(keys) if keys[key] is not None}
+        return {"id": item.id, "type": self._type, "status": status, **told}
 
     def _delta(self, item: _Utterance) -> tuple[str, _JSON]:
         return f"response.{self._type}_{self._grows}.delta", {}
@@ -2000,34 +1940,30 @@ def _pieces(value: Any, cut: bool = True) -> Sequence[Any]:
 _IMAGE_KEYS = ("background", "output_format", "quality", "size")  # that each partial image tells
 
 
-def _partial_images(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
+def _partial_image(fields: Mapping[str, Any], index: int, image: Any) -> Iterator[tuple[str, _JSON]]:
     shown = {key: fields[key] for key in _IMAGE_KEYS if key in fields}
-    images: Sequence[Any] = fields.get("partial_images") or ()
-    for index, image in enumerate(images):
-        told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
-        yield "response.image_generation_call.partial_image", {**shown, **told, "partial_image_index": index}
+    told = {"partial_image_b64": image} if isinstance(image, str) else _dict(image)
+    yield "response.image_generation_call.partial_image", {**shown, **told, "partial_image_index": index}
 
 
-def _shell_commands(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, command in enumerate(_at(fields, "action.commands") or ()):
-        where = {"command_index": index, "item_id": None}  # these have no item_id (R)
-        yield "response.shell_call_command.added", {**where, "command": ""}
-        yield from (("response.shell_call_command.delta", {**where, "delta": text}) for text in _pieces(command))
-        yield "response.shell_call_command.done", {**where, "command": _joined(command)}
+def _shell_command(fields: Mapping[str, Any], index: int, command: Any) -> Iterator[tuple[str, _JSON]]:
+    where = {"command_index": index, "item_id": None}  # these have no item_id (R)
+    yield "response.shell_call_command.added", {**where, "command": ""}
+    yield from (("response.shell_call_command.delta", {**where, "delta": text}) for text in _pieces(command))
+    yield "response.shell_call_command.done", {**where, "command": _joined(command)}
 
 
-def _shell_outputs(fields: Mapping[str, Any]) -> Iterator[tuple[str, _JSON]]:
-    for index, output in enumerate(fields.get("output") or ()):
-        for stream in ("stdout", "stderr"):
-            if text := _dict(output).get(stream):
-                yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
-        yield "response.shell_call_output_content.done", {"command_index": index, "output": list(fields["output"])}
+def _shell_output(fields: Mapping[str, Any], index: int, output: Any) -> Iterator[tuple[str, _JSON]]:
+    for stream in ("stdout", "stderr"):
+        if text := _dict(output).get(stream):
+            yield "response.shell_call_output_content.delta", {"command_index": index, "delta": {stream: text}}
+    yield "response.shell_call_output_content.done", {"command_index": index, "output": list(fields["output"])}
 
 
-_REPEATED_STEPS: dict[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, _JSON]]]] = {
-    "partial_image": _partial_images,
-    "shell_call_command": _shell_commands,
-    "shell_call_output_content": _shell_outputs,
+_REPEATED_STEPS: dict[str, Callable[[Mapping[str, Any], int, Any], Iterator[tuple[str, _JSON]]]] = {
+    "partial_image": _partial_image,
+    "shell_call_command": _shell_command,
+    "shell_call_output_content": _shell_output,
 }
 
 
@@ -2048,11 +1984,9 @@ class Item(_Spoken):
         self._set(type=type, fields=fields)
         self.__post_init__()
         if type in ("message", "function_call", "custom_tool_call", "reasoning"):
-            raise ValueError(
-                f"Item({type!r}): what the model says is Text, Refusal, ToolCall, CustomToolCall, Reasoning"
-            )
+            kinds = "Text, Refusal, ToolCall, CustomToolCall, Reasoning"
+            raise ValueError(f"Item({type!r}): what the model says is {kinds}")
 
-    @override
     def __hash__(self) -> int:
         return hash(self.type)  # the values of fields may be lists
 
@@ -2116,7 +2050,8 @@ class Item(_Spoken):
             if not sign:
                 yield f"response.{self.type}.{name}", {}
             elif sign == "*":
-                yield from _REPEATED_STEPS[name](self.fields)
+                for index, each in enumerate(value or ()):
+                    yield from _REPEATED_STEPS[name](self.fields, index, each)
             elif sign == "=" and value is not None:  # a deleted file has no diff
                 yield f"response.{name}", {path.rpartition(".")[2]: _joined(value)}
             elif value is not None:
@@ -2160,13 +2095,11 @@ class WebSearch(Item):
         """The URLs."""
         return tuple(page["url"] for page in self.fields["action"]["sources"])
 
-    @override
     def __repr__(self) -> str:
         return f"WebSearch({self.query!r}, sources={self.sources!r}, id={self.id!r})"
 
 
 _Reason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
-_REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -2178,8 +2111,8 @@ class Finish(_Part):
     choice: int = 0
 
     def __post_init__(self) -> None:
-        if self.reason not in _REASONS:
-            raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(_REASONS)}")
+        if self.reason not in get_args(_Reason):
+            raise ValueError(f"not a finish reason: {self.reason!r}; it is one of {', '.join(get_args(_Reason))}")
         _Part.__post_init__(self)
 
     def _act(self, answer: _Delivery) -> None:
@@ -7037,7 +6970,6 @@ class _Server(ThreadingHTTPServer):
                 each.close()
             raise
 
-    @override
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """The loop: accepts, tells waiters that their client did something, and looks at deadlines."""
         select, listener, waker = self.selector.select, self.socket, self.waker
@@ -7104,7 +7036,6 @@ class _Server(ThreadingHTTPServer):
         with suppress(OSError):
             self.alarm.send(b"!")
 
-    @override
     def process_request(self, request: Any, client_address: Any) -> None:
         """Gives a connection to a thread that waits, or to a new one."""
         with self.lock:
@@ -7151,12 +7082,10 @@ class _Server(ThreadingHTTPServer):
             with self.lock:
                 self.idle += 1
 
-    @override
     def shutdown_request(self, request: Any) -> None:
         self.sockets.discard(request)
         self.close_request(request)  # its handler has shut it down
 
-    @override
     def handle_error(self, request: Any, client_address: Any) -> None:
         _LOG.exception("a connection failed in the server itself")
 
@@ -7306,7 +7235,6 @@ class FakeOpenAI:
 
     # For tests.
 
-    @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Options may be set at any time, and count from the next request on, but for those that are refused here."""
         fixed = ("keep", "routes") if self._server is None else ("keep", "routes", "host", "port")
