@@ -6026,13 +6026,8 @@ _PAGE = r"""<!doctype html>
 # reads from a buffer, and yields where it needs more bytes. Every pattern is linear in what it looks at.
 
 
-class _Refused(Exception):
+class _Refused(APIError):
     """What arrived is not an HTTP request that can be answered; the connection ends with this status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
 
 
 class _Head(NamedTuple):
@@ -6058,6 +6053,7 @@ _CHUNK_SIZE = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
 _BAD_PERCENT = r"%(?![0-9A-Fa-f]{2})"
 _BEGINNING = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?"
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)")
+_TOO_LARGE = f"The request body is larger than {_MAX_BODY} bytes."
 
 
 def _request_line(line: bytes) -> tuple[str, str, bool]:
@@ -6128,8 +6124,8 @@ def _parse_head(head: bytes) -> _Head:
     if expectations not in ([], ["100-continue"]):
         raise _Refused(417, "The only expectation that is met is 100-continue.")
     coding = ",".join(values.get("content-encoding", ())).strip().lower()
-    headers = _Headers(fields)
-    return _Head(method, path, query, route, headers, http11, keep_alive, length, bool(expectations), coding)
+    expects = bool(expectations)
+    return _Head(method, path, query, route, _Headers(fields), http11, keep_alive, length, expects, coding)
 
 
 _parse_known_head = lru_cache(128)(_parse_head)  # a client's heads are the same again and again
@@ -6148,12 +6144,8 @@ def _body_length(values: dict[str, list[str]], http11: bool) -> int:
     if len(set(lengths)) > 1 or not re.fullmatch(_LENGTH, lengths[0]):
         raise _Refused(400, "Content-Length is not one number.")
     if int(lengths[0]) > _MAX_BODY:
-        raise _too_large()
+        raise _Refused(413, _TOO_LARGE)
     return int(lengths[0])
-
-
-def _too_large() -> _Refused:
-    return _Refused(413, f"The request body is larger than {_MAX_BODY} bytes.")
 
 
 class _State(IntEnum):
@@ -6171,12 +6163,12 @@ class _State(IntEnum):
 
 
 class _Inbox:
-    """What has come from a client and is not read yet, and the head of the request that is being read."""
+    """What has come from a client and is not read yet, and the request that is being read."""
 
     def __init__(self) -> None:
         self.data = bytearray()
-        self.ended = False  # nothing will follow
         self.head: _Head | None = None
+        self.body = b""
 
     def take(self, count: int) -> bytes:
         taken = bytes(self.data[:count])
@@ -6187,27 +6179,17 @@ class _Inbox:
 _Reading: TypeAlias = "Generator[_State | None, None, _T]"  # yields where it waits; None: for 100 Continue first
 
 
-def _read_request(inbox: _Inbox) -> _Reading[bytes]:
-    """Reads a request: its head, kept in the inbox, and its body, which is returned.
-
-    Raises _Refused for what is no request, EOFError where the client closes in the middle.
-    """
-    head = yield from _read_head(inbox)
-    if head.length == 0:
-        return b""
-    if head.expects and not inbox.data:
-        yield None
-    return (yield from _read_chunks(inbox) if head.length < 0 else _exactly(inbox, head.length))
-
-
-def _more(inbox: _Inbox, state: _State) -> _Reading[None]:
-    if inbox.ended:
-        raise EOFError
-    yield state
+def _read_request(inbox: _Inbox) -> _Reading[None]:
+    """Reads a request: its head, then its body, which stay in the inbox. Raises _Refused for what is none."""
+    inbox.head, inbox.body = None, b""
+    inbox.head = head = yield from _read_head(inbox)
+    if head.length:
+        if head.expects and not inbox.data:
+            yield None
+        inbox.body = yield from _read_chunks(inbox) if head.length < 0 else _exactly(inbox, head.length)
 
 
 def _read_head(inbox: _Inbox) -> _Reading[_Head]:
-    inbox.head = None
     data = inbox.data
     skipped, seen = 0, 0  # empty lines; bytes of the head that are known to be right so far
     while True:
@@ -6220,11 +6202,10 @@ def _read_head(inbox: _Inbox) -> _Reading[_Head]:
         if 0 <= end <= _MAX_HEAD - 2:
             head = inbox.take(end + 2)
             del data[:2]
-            inbox.head = parsed = _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
-            return parsed
+            return _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
         if len(data) > 1 or (data and data[0] != 13):  # a lone CR may begin an empty line
             seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
-        yield from _more(inbox, _State.HEAD if data else _State.IDLE)
+        yield _State.HEAD if data else _State.IDLE
 
 
 def _check_beginning(data: bytearray, seen: int) -> int:
@@ -6252,7 +6233,7 @@ def _check_beginning(data: bytearray, seen: int) -> int:
 
 def _exactly(inbox: _Inbox, count: int) -> _Reading[bytes]:
     while len(inbox.data) < count:
-        yield from _more(inbox, _State.BODY)
+        yield _State.BODY
     return inbox.take(count)
 
 
@@ -6261,7 +6242,7 @@ def _read_line(inbox: _Inbox) -> _Reading[bytes]:
     while (end := inbox.data.find(b"\n", 0, _MAX_CHUNK_LINE)) < 0:
         if len(inbox.data) > _MAX_CHUNK_LINE:
             raise _Refused(400, f"A line of the chunked body is longer than {_MAX_CHUNK_LINE} bytes.")
-        yield from _more(inbox, _State.BODY)
+        yield _State.BODY
     line = inbox.take(end + 1)
     if not line.endswith(b"\r\n"):
         raise _Refused(400, "A line of the chunked body does not end with CR LF.")
@@ -6277,7 +6258,7 @@ def _read_chunks(inbox: _Inbox) -> _Reading[bytes]:
             raise _Refused(400, "The size of a chunk is not a hexadecimal number.")
         size = int(match[1], 16)
         if len(body) + size > _MAX_BODY:
-            raise _too_large()
+            raise _Refused(413, _TOO_LARGE)
         if size == 0:
             break
         body += yield from _exactly(inbox, size)
@@ -6296,30 +6277,25 @@ def _decoded(body: bytes, coding: str) -> bytes:
     """A body without its Content-Encoding. Raises APIError, as the connection stays in step."""
     if coding in ("", "identity"):
         return body
+    decoder: Any
     if coding == "zstd":
         try:
-            decoder: Any = import_module("compression.zstd").ZstdDecompressor()  # Python 3.14
+            decoder = import_module("compression.zstd").ZstdDecompressor()  # Python 3.14
         except ImportError:
             raise APIError(415, "Unsupported Content-Encoding: 'zstd'.") from None
-        return _inflate(body, decoder.decompress, lambda: bool(decoder.eof))
-    if coding not in ("gzip", "x-gzip", "deflate"):
+    elif coding == "deflate":  # zlib's format (RFC 9110 8.4.1.2), but some send it bare, which does not begin with 0x?8
+        decoder = zlib.decompressobj(15 if (body[:1] or b"\0")[0] & 15 == 8 else -15)
+    elif coding in ("gzip", "x-gzip"):
+        decoder = zlib.decompressobj(31)
+    else:
         raise APIError(415, f"Unsupported Content-Encoding: {coding!r}. Use gzip, deflate or none.")
-    # RFC 9110 8.4.1.2: deflate is zlib's format, but some send it bare, which does not begin with 0x?8
-    bare = coding == "deflate" and (body[:1] or b"\0")[0] & 15 != 8
-    zlib_decoder: Any = zlib.decompressobj(31 if coding != "deflate" else -15 if bare else 15)
-
-    return _inflate(body, zlib_decoder.decompress, lambda: zlib_decoder.eof and not zlib_decoder.unused_data)
-
-
-def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Callable[[], bool]) -> bytes:
     most = min(_MAX_BODY, max(_MAX_INFLATED, 200 * len(body)))
-    try:
-        data = decompress(body, most + 1)
-    except Exception:  # zlib.error, ZstdError
-        data, whole = b"", lambda: False
+    data = b""
+    with suppress(Exception):  # zlib.error, ZstdError: then it is not at its end
+        data = decoder.decompress(body, most + 1)
     if len(data) > most:
         raise APIError(413, f"The request body of {len(body)} bytes is larger than {most} bytes when it is decoded.")
-    if not whole():
+    if not decoder.eof or decoder.unused_data:
         raise APIError(400, "The request body is not what its Content-Encoding says.")
     return data
 
@@ -6358,7 +6334,7 @@ class _Closing(Exception):
 def _read_messages(inbox: _Inbox) -> Generator[_State | tuple[int, bytes] | None]:
     """Yields opcode and data of messages, and of control frames between their fragments; a state where it waits.
 
-    Raises _Closing for what breaks the protocol, as soon as that is seen, EOFError at the end of the input.
+    Raises _Closing for what breaks the protocol, as soon as that is seen.
     """
     begun, fragments = 0, bytearray()  # opcode and data of the message that is being read
     while True:
@@ -6536,12 +6512,13 @@ class _WebSocket:
             if isinstance(step, tuple):
                 self._take(*step)
                 continue
-            data = connection.sock.recv(_BATCH)
-            connection.inbox.data += data
-            connection.inbox.ended = not data
-            if not data and _Clock.monotonic() >= connection.until:  # the server's loop has ended the input
+            if data := connection.sock.recv(_BATCH):
+                connection.inbox.data += data
+            elif _Clock.monotonic() >= connection.until:  # the server's loop has ended the input
                 self._refuse(APIError(400, _TOO_OLD, code="websocket_connection_limit_reached"))
                 raise _Closing(1000)
+            else:
+                raise EOFError
 
     def _take(self, opcode: int, data: bytes) -> None:
         if opcode == _CLOSE:
@@ -6767,29 +6744,19 @@ class _Connection(BaseRequestHandler):
         """Whether the client has closed or reset; in a WebSocket, whether any side has."""
         return self.state >= (_State.GONE if self.websocket is None else _State.CLOSING)
 
-    def _read(self) -> bytes:
-        """Reads a request, and returns its body; the head is in the inbox."""
-        if not self.inbox.data:
-            self._receive(_State.IDLE)
-        reading = _read_request(self.inbox)
-        while True:
-            try:
-                waits = next(reading)
-            except StopIteration as end:
-                return cast(bytes, end.value)
-            if waits is None:
+    def _read(self) -> None:
+        """Reads a request into the inbox. Raises _Refused for what is none, EOFError where the input ends."""
+        for state in _read_request(self.inbox):
+            if state is None:
                 self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            else:
-                self._receive(waits)
-
-    def _receive(self, state: _State) -> None:
-        """Reads more into the inbox. The time for it runs from the beginning of the state."""
-        if state is not self.state or self.deadline == math.inf:
-            self.state = state
-            self.deadline = _Clock.monotonic() + self.server.limits[state]
-        data = self.sock.recv(_BATCH if state is _State.BODY else _READ)
-        self.inbox.data += data
-        self.inbox.ended = not data
+                continue
+            if state is not self.state or self.deadline == math.inf:  # the time runs from the beginning of the state
+                self.state = state
+                self.deadline = _Clock.monotonic() + self.server.limits[state]
+            data = self.sock.recv(_BATCH if state is _State.BODY else _READ)
+            if not data:
+                raise EOFError
+            self.inbox.data += data
 
     def _glance(self, size: int, flags: int = 0) -> bytes | None:
         """What has come, without waiting for it: b"" where the client has closed or reset, None where nothing has."""
@@ -6909,26 +6876,21 @@ class _Connection(BaseRequestHandler):
     def _serve_one(self) -> None:
         self.state, self.deadline = _State.IDLE, math.inf
         try:
-            raw_body = self._read()
+            self._read()
         except EOFError:
-            refused = self._end_of_input()
-            if refused is None:
+            if _Clock.monotonic() >= self.deadline and (self.inbox.head is not None or self.inbox.data):
+                self._refuse(_Refused(408, "The request did not arrive in time."))  # the server's loop ended the input
+            elif self.inbox.head is not None:
+                self._refuse(_Refused(400, "The connection was closed before the request body was whole."))
+            else:
                 self.state = _State.GONE
-                return
-            self._refuse(refused)
         except _Refused as refused:
             self._refuse(refused)
         else:
             self.state, self.deadline = _State.ANSWERING, math.inf
-            Context().run(self._answer, cast(_Head, self.inbox.head), raw_body)  # what a handler sets ends with it
-
-    def _end_of_input(self) -> _Refused | None:
-        """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
-        if _Clock.monotonic() >= self.deadline and (self.inbox.head is not None or self.inbox.data):
-            return _Refused(408, "The request did not arrive in time.")
-        if self.inbox.head is not None:
-            return _Refused(400, "The connection was closed before the request body was whole.")
-        return None
+            Context().run(
+                self._answer, cast(_Head, self.inbox.head), self.inbox.body
+            )  # what a handler sets ends with it
 
     def _refuse(self, refused: _Refused) -> None:
         self.state, self.deadline = _State.CLOSING, math.inf
@@ -6937,7 +6899,7 @@ class _Connection(BaseRequestHandler):
         method, path = (head.method, head.path) if head is not None else ("", "")
         self.asked = Request("", method, path, "", {})
         with suppress(_Gone):
-            self._send_error(APIError(refused.status, refused.message))
+            self._send_error(refused)
         self.server.fake._recent.append(self.asked)
         self.server.fake._ended(self.asked, self.started)
         self._linger()
