@@ -6216,11 +6216,10 @@ def _check_beginning(data: bytearray, seen: int) -> int:
     end = len(data) - data.endswith(b"\r")  # the LF may be on its way
     if data.find(b"\r\n", 0, seen) < 0:
         crlf = data.find(b"\r\n", seen - 1 if seen else 0, end)
+        line = bytes(data[: end if crlf < 0 else crlf])
         if crlf >= 0 or end > _MAX_LINE:
-            _request_line(bytes(data[: crlf if crlf >= 0 else end]))
-        if seen < _READ and not re.fullmatch(
-            _BEGINNING, data[: min(_READ, end if crlf < 0 else crlf)]
-        ):  # may come by byte
+            _request_line(line)
+        elif seen < _READ and not re.fullmatch(_BEGINNING, line[:_READ]):  # it may come by byte
             raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
     if _BARE.search(data, seen, end):
         raise _Refused(400, "A line of the head does not end with CR LF.")
@@ -6853,16 +6852,14 @@ class _Connection(BaseRequestHandler):
         except (TypeError, ValueError) as wrong:
             self._send_fault(wrong)
             return
-        status, request = error.status, self.asked
-        responses = request.api == "responses"
-        unknown_model = error.code == "model_not_found" and error.param is None
-        gateway = not responses and (status == 401 or (status == 404 and unknown_model))
+        status, request, content_type = error.status, self.asked, "application/json"
+        unknown_model = status == 404 and error.code == "model_not_found" and error.param is None
         usual = _ON_REPLIES if request.api == "chat.completions" else _USUAL
-        if gateway or status == 401:
-            usual = _GATEWAY if gateway else _VERSION
-        if status == 401 and responses:
+        if request.api != "responses" and (status == 401 or unknown_model):
+            usual, content_type = _GATEWAY, "application/json; charset=utf-8"
+        elif status == 401:
+            usual = _VERSION
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
-        content_type = "application/json; charset=utf-8" if gateway else "application/json"
         self.send_whole(_utf8(_dumps({"error": error._error()})), status, content_type, usual, fields)
         request._outcome = request._outcome or error.message
 
@@ -6987,6 +6984,8 @@ class _Server(ThreadingHTTPServer):
         self.idle = 0  # threads that wait for a job that nobody was promised
         self.lock = threading.Lock()  # guards idle and threads
         self.address_family, address = _address(host, port)
+        self.waker, self.alarm = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
         super().__init__(address, _Connection)
 
     def server_bind(self) -> None:
@@ -7001,38 +7000,27 @@ class _Server(ThreadingHTTPServer):
         with suppress(OSError):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
-        self.waker, self.alarm = socket.socketpair()
         self.waker.setblocking(False)
-        self.selector = selectors.DefaultSelector()
         self.selector.register(self.socket, selectors.EVENT_READ)
         self.selector.register(self.waker, selectors.EVENT_READ)
         self.thread = threading.Thread(target=self.serve_forever, name="openai_fake", daemon=True)
-        try:
-            self.thread.start()
-        except BaseException:
-            for each in (self.selector, self.waker, self.alarm):
-                each.close()
-            raise
+        self.thread.start()
 
     @override
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """The loop: accepts, tells waiters that their client did something, and looks at deadlines."""
-        select, listener, waker = self.selector.select, self.socket, self.waker
-        sweep, resume = math.inf, math.inf
-        while True:
+        listener, sweep = self.socket, math.inf
+        while not self.stopping:  # before the select: its wake-up may have been read together with another
             now = _Clock.monotonic()
-            sweep = min(sweep, now + self.sweep) if self.sockets else math.inf
-            until = min(sweep, resume)
-            if self.stopping:  # before the select: its wake-up may have been read together with another
-                return
-            events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
-            for key, _ in events:
+            if self.sockets:
+                sweep = min(sweep, now + self.sweep)
+            for key, _ in self.selector.select(None if sweep == math.inf else max(0.0, sweep - now)):
                 if key.fileobj is listener:
                     if not self._accept():
                         self.selector.unregister(listener)
-                        resume = _Clock.monotonic() + 0.1  # out of descriptors: try again when some may be free
-                elif key.fileobj is waker:
-                    waker.recv(4096)
+                        sweep = _Clock.monotonic() + 0.1  # out of descriptors: try again when some may be free
+                elif key.fileobj is self.waker:
+                    self.waker.recv(4096)
                 else:
                     self.unwatch(cast(socket.socket, key.fileobj))
                     key.data.notice()
@@ -7040,12 +7028,14 @@ class _Server(ThreadingHTTPServer):
             if now >= sweep:
                 sweep = math.inf
                 self._sweep(now)
-            if now >= resume:
-                resume = math.inf
-                self.selector.register(listener, selectors.EVENT_READ)
+                with suppress(KeyError):  # it is there
+                    self.selector.register(listener, selectors.EVENT_READ)
 
     def _accept(self) -> bool:
-        """Accepts one connection; False if that is not possible now. Another that waits is told by the next select."""
+        """Accepts one connection, for a thread that waits or a new one; False if that is not possible now.
+
+        Another connection that waits is told by the next select.
+        """
         try:
             sock, address = self.socket.accept()
         except (BlockingIOError, ConnectionError):
@@ -7053,7 +7043,16 @@ class _Server(ThreadingHTTPServer):
         except OSError:
             return self.stopping
         self.sockets.add(sock)
-        self.process_request(sock, address)
+        with self.lock:
+            waits = self.idle > 0
+            self.idle -= waits
+        try:
+            if not waits:
+                self.run(self._work, "openai_fake connection")
+        except RuntimeError:  # no more threads: this connection is lost, the server is not
+            self.shutdown_request(sock)
+        else:
+            self.jobs.put((sock, address))
         return True
 
     def _sweep(self, now: float) -> None:
@@ -7080,21 +7079,6 @@ class _Server(ThreadingHTTPServer):
         """Makes the loop look around."""
         with suppress(OSError):
             self.alarm.send(b"!")
-
-    @override
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Gives a connection to a thread that waits, or to a new one."""
-        with self.lock:
-            if self.idle:
-                self.idle -= 1
-                self.jobs.put((request, client_address))
-                return
-        try:
-            self.run(self._work, "openai_fake connection")
-        except RuntimeError:  # no more threads: this connection is lost, the server is not
-            self.shutdown_request(request)
-        else:
-            self.jobs.put((request, client_address))
 
     def run(self, function: Callable[[], None], name: str = "openai_fake background") -> None:
         """Runs a function on a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
@@ -7137,6 +7121,12 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         _LOG.exception("a connection failed in the server itself")
 
+    @override
+    def server_close(self) -> None:
+        super().server_close()
+        for each in (self.selector, self.waker, self.alarm):
+            each.close()
+
     def stop(self) -> list[threading.Thread]:
         """Stops, within a second or so. Returns the threads that did not end."""
         for waiter in tuple(self.waiters):
@@ -7166,9 +7156,6 @@ class _Server(ThreadingHTTPServer):
         for thread in threads:
             if thread is not current:
                 thread.join(max(0.0, end - _Clock.monotonic()))
-        self.selector.close()
-        self.waker.close()
-        self.alarm.close()
         return [thread for thread in threads if thread is not current and thread.is_alive()]
 
 
