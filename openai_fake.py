@@ -5223,14 +5223,8 @@ _LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")  # S: of lists
 _INPUTS = partial(_length, "an array", 1, 2048)  # S: of embeddings; B: of moderations
 
 
-def _listing(
-    request: Request,
-    items: Mapping[str, Any],
-    order: str,
-    show: Callable[[Any], _JSON] = _dict,
-    last: str = "last_id",
-) -> _JSON:
-    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown."""
+def _listing(request: Request, items: Mapping[str, Any], order: str, last: str = "last_id") -> _JSON:
+    """A page of a list, by id: `limit`, `order` and `after` as the query says; the key `last` comes last."""
     query: dict[str, Any] = {"limit": "20", "order": order, **_query(request)}
     if re.fullmatch("-?[0-9]{1,18}", query["limit"]):
         query["limit"] = int(query["limit"])
@@ -5241,9 +5235,8 @@ def _listing(
         raise APIError(404, f"There is no item with id '{after}' in this list.", param="after")
     begin = ids.index(after) + 1 if after else 0
     page = ids[begin : begin + query["limit"]]
-    listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": None, "last_id": None}
-    if page:
-        listing.update(first_id=page[0], last_id=page[-1])
+    first_id, last_id = (page[0], page[-1]) if page else (None, None)
+    listing = {"object": "list", "data": [items[id] for id in page], "first_id": first_id, "last_id": last_id}
     listing["has_more"] = len(ids) > begin + query["limit"]
     listing[last] = listing.pop(last)  # it depends on the list (R)
     return listing
@@ -5282,7 +5275,8 @@ def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
         and query.get("model", chat.encoder.model_name) in (chat.request.model, chat.encoder.model_name)
         and wanted.items() <= {key: str(value) for key, value in chat.metadata.items()}.items()
     }
-    return _listing(request, chats, "desc", _StoredChat.body, "has_more")
+    listing = _listing(request, chats, "desc", "has_more")
+    return listing | {"data": [chat.body() for chat in listing["data"]]}
 
 
 @_endpoint("GET /chat/completions/{id}/messages")
@@ -5295,7 +5289,7 @@ def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
             content = _text_of(_list(content))
         told = {"id": f"{id}-{at}", "role": message.get("role"), "content": content, "content_parts": parts}
         stored[f"{id}-{at}"] = {**told, "name": message.get("name")}
-    return _listing(request, stored, "asc", last="has_more")
+    return _listing(request, stored, "asc", "has_more")
 
 
 class _History:
@@ -5487,17 +5481,16 @@ def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
     return {"object": "response.input_tokens", "input_tokens": tokens}
 
 
+@dataclass(eq=False)
 class _Conversation:
     """A conversation object: items that were put in, and the responses made in it."""
 
-    def __init__(self, id: str, created: int, metadata: Any, items: list[Any]) -> None:
-        self.id = id
-        self.created = created
-        self.metadata = metadata
-        self.lock = threading.Lock()  # guards last: several responses may begin in a conversation at a time
-        self.last = _NO_HISTORY
-        self.deleted: set[str] = set()  # ids of items
-        self.add(lambda: items)
+    id: str
+    created: int
+    metadata: Any
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards last: several responses may begin at a time
+    last: _History = _NO_HISTORY
+    deleted: set[str] = field(default_factory=set[str])  # ids of items
 
     def add(self, said: Callable[[], list[Any]]) -> _History:
         """Adds a turn that says these items, without those that were deleted."""
@@ -5530,7 +5523,8 @@ def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse() if request.raw_body else {}
     items = _new_items(fake, body)
     id = "conv_" + fake._ids().hex(48)
-    conversation = _Conversation(id, int(fake.clock()), _new_metadata(fake, body), items)
+    conversation = _Conversation(id, int(fake.clock()), _new_metadata(fake, body))
+    conversation.add(lambda: items)
     fake._remember(fake._conversations, id, conversation)
     return conversation.body()
 
@@ -5691,7 +5685,6 @@ _CONTROLS: dict[str, _Endpoint] = {}
 _HIDDEN = ("authorization", "api-key", "proxy-authorization", "cookie")  # header fields that are never shown
 _GLANCE = 0.1  # seconds between looks at an answer under way; a person does not notice
 _RAN_OUT = "No queued answer is left for this request. POST /_fake/answers queues more; DELETE ends the queue."
-_NO_ANSWERS = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
 _QUEUED = (Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch, Finish, Usage, Pause, Disconnect, StreamError)
 _PARTS: dict[str, Callable[..., _Part]] = {kind.__name__: kind for kind in _QUEUED}
 
@@ -5861,7 +5854,8 @@ def _queue_answers(fake: FakeOpenAI, request: Request) -> _JSON:
         sent: Any = _loads(request.raw_body.decode())
         answers = [_queued_answer(each) for each in (_list(sent) if isinstance(sent, list) else [sent])]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise APIError(400, f"{_NO_ANSWERS} {type(error).__name__}: {error}") from None
+        words = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
+        raise APIError(400, f"{words} {type(error).__name__}: {error}") from None
     with control.lock:
         queued = control.queues.get(session, deque())
         queued += answers
@@ -6696,7 +6690,7 @@ class _HTTPResponse(NamedTuple):
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection."""
-        connection.send_whole(self.body, self.status, self.content_type, fields=self.headers)
+        connection.send_whole(self.body, self.status, self.content_type, _USUAL, self.headers)
 
 
 class _Connection(BaseRequestHandler):
@@ -6838,9 +6832,7 @@ class _Connection(BaseRequestHandler):
             return head + (b"\r\n" if status == 204 else b"content-length: %d\r\n\r\n" % length)
         return head + (b"transfer-encoding: chunked\r\n\r\n" if self.http11 else b"\r\n")
 
-    def send_whole(
-        self, body: bytes, status: int, content_type: str, usual: bytes = _USUAL, fields: Mapping[str, str] = {}
-    ) -> None:
+    def send_whole(self, body: bytes, status: int, content_type: str, usual: bytes, fields: Mapping[str, str]) -> None:
         """Sends an answer that is known."""
         head = self.head(status, content_type, usual, fields, len(body))
         self.send(head if self.asked.method == "HEAD" or status == 204 else head + body, last=True)
@@ -7594,7 +7586,7 @@ class _OwnRoute:
                 waiter.sleep(fake.ttft)
             if isinstance(body, bytes) or request.method == "HEAD":
                 whole = body if isinstance(body, bytes) else b""
-                return connection.send_whole(whole, status, "application/octet-stream", fields=headers)
+                return connection.send_whole(whole, status, "application/octet-stream", _USUAL, headers)
             waiter.streams = True
             waiter.enter(bool)
             pieces = waiter.steps(body) if hasattr(body, "__anext__") else body
