@@ -5236,7 +5236,7 @@ def _listing(request: Request, items: Mapping[str, Any], order: str, last: str =
     begin = ids.index(after) + 1 if after else 0
     page = ids[begin : begin + query["limit"]]
     first_id, last_id = (page[0], page[-1]) if page else (None, None)
-    listing = {"object": "list", "data": [items[id] for id in page], "first_id": first_id, "last_id": last_id}
+    listing: _JSON = {"object": "list", "data": [items[id] for id in page], "first_id": first_id, "last_id": last_id}
     listing["has_more"] = len(ids) > begin + query["limit"]
     listing[last] = listing.pop(last)  # it depends on the list (R)
     return listing
@@ -6042,7 +6042,6 @@ class _Head(NamedTuple):
 _REQUEST_LINE = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
 _FIELD = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)"
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?"
-_LENGTH = r"[0-9]{1,18}"
 _CHUNK_SIZE = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
 _BAD_PERCENT = r"%(?![0-9A-Fa-f]{2})"
 _BEGINNING = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?"
@@ -6064,10 +6063,8 @@ def _request_line(line: bytes) -> tuple[str, str, bool]:
 
 def _target(method: str, target: str) -> tuple[str, str, str]:
     """Path and query as they came, and the path decoded."""
-    if target.startswith("/"):
+    if target.startswith("/") or (target == "*" and method == "OPTIONS"):
         path, _, query = target.partition("?")
-    elif target == "*" and method == "OPTIONS":
-        path, query = target, ""
     elif target.lower().startswith(("http://", "https://")):
         try:
             url = urlsplit(target)
@@ -6105,41 +6102,37 @@ def _parse_head(head: bytes) -> _Head:
     method, target, http11 = _request_line(line)
     path, query, route = _target(method, target)
     fields = _field_pairs(rest.split(b"\r\n")[:-1] if rest else [])
-    values: dict[str, list[str]] = {}
-    for name, value in fields:
-        values.setdefault(name, []).append(value)
-    hosts = values.get("host", [])
-    if len(hosts) > 1 or (http11 and not hosts) or not all(re.fullmatch(_HOST, host) for host in hosts):
+    headers = _Headers(fields)
+    values = headers._fields
+    if (http11 and "host" not in values) or not re.fullmatch(_HOST, values.get("host", "")):  # two have a space
         raise _Refused(400, "The request needs one valid Host header field.")
-    tokens = {token.strip().lower() for value in values.get("connection", ()) for token in value.split(",")}
+    tokens = [token.strip() for token in values.get("connection", "").lower().split(",")]
     keep_alive = "close" not in tokens and (http11 or "keep-alive" in tokens)
-    expectations = [value.lower() for value in values.get("expect", ())] if http11 else []
-    length = _body_length(values, http11)
-    if expectations not in ([], ["100-continue"]):
+    expects = http11 and "expect" in values
+    length = _body_length(fields, values, http11)
+    if expects and values["expect"].lower() != "100-continue":
         raise _Refused(417, "The only expectation that is met is 100-continue.")
-    coding = ",".join(values.get("content-encoding", ())).strip().lower()
-    expects = bool(expectations)
-    return _Head(method, path, query, route, _Headers(fields), http11, keep_alive, length, expects, coding)
+    coding = values.get("content-encoding", "").lower()
+    return _Head(method, path, query, route, headers, http11, keep_alive, length, expects, coding)
 
 
 _parse_known_head = lru_cache(128)(_parse_head)  # a client's heads are the same again and again
 
 
-def _body_length(values: dict[str, list[str]], http11: bool) -> int:
-    lengths, codings = values.get("content-length"), values.get("transfer-encoding")
-    if codings is not None:
-        if lengths is not None or not http11:
+def _body_length(fields: list[tuple[str, str]], values: dict[str, str], http11: bool) -> int:
+    lengths = {value for name, value in fields if name == "content-length"}
+    if "transfer-encoding" in values:
+        if lengths or not http11:
             raise _Refused(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length.")
-        if [coding.lower() for coding in codings] != ["chunked"]:
+        if values["transfer-encoding"].lower() != "chunked":
             raise _Refused(501, "The only transfer coding that is understood is chunked.")
         return -1
-    if lengths is None:
-        return 0
-    if len(set(lengths)) > 1 or not re.fullmatch(_LENGTH, lengths[0]):
+    if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
         raise _Refused(400, "Content-Length is not one number.")
-    if int(lengths[0]) > _MAX_BODY:
+    length = int(lengths.pop()) if lengths else 0
+    if length > _MAX_BODY:
         raise _Refused(413, _TOO_LARGE)
-    return int(lengths[0])
+    return length
 
 
 class _State(IntEnum):
@@ -6258,10 +6251,8 @@ def _read_chunks(inbox: _Inbox) -> _Reading[bytes]:
         if (yield from _exactly(inbox, 2)) != b"\r\n":
             raise _Refused(400, "A chunk is not as long as it says.")
     trailers: list[bytes] = []
-    while line := (yield from _read_line(inbox)):
+    while len(trailers) <= _MAX_FIELDS and (line := (yield from _read_line(inbox))):
         trailers.append(line)
-        if len(trailers) > _MAX_FIELDS:
-            break
     _field_pairs(trailers)
     return bytes(body)
 
