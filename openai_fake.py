@@ -5316,19 +5316,14 @@ class _History:
 _NO_HISTORY = _History(None, list)
 
 
+@dataclass(eq=False)
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    def __init__(
-        self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None, log: _Log | None
-    ) -> None:
-        self.encoder = encoder
-        self.log = log  # in the background
-        self.input = [_stored_item(item, encoder._id) for item in items]
-        if kept is None:
-            self.history = _History(past, self.said)
-        else:  # a conversation gets nothing of it before it is over
-            self.history = kept.add(lambda: self.said() if encoder.status in ("completed", "incomplete") else [])
+    encoder: _ResponsesEncoder
+    input: list[Any]  # as the API lists it
+    log: _Log | None  # in the background
+    history: _History = _NO_HISTORY  # up to the end of this response
 
     def said(self) -> list[Any]:
         """The items that it adds to what was before."""
@@ -5415,7 +5410,11 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
 
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:  # does not know the delivery: no cycle
         kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
-        stored = _StoredResponse(encoder, resolved, before, kept, log)
+        stored = _StoredResponse(encoder, [_stored_item(item, encoder._id) for item in resolved], log)
+        if kept is None:
+            stored.history = _History(before, stored.said)
+        else:  # a conversation gets nothing of it before it is over
+            stored.history = kept.add(lambda: stored.said() if encoder.status in ("completed", "incomplete") else [])
         fake._remember(fake._responses, encoder.id, stored)
         fake._remember(fake._histories, id(stored.history), stored.history)
 
@@ -6149,13 +6148,13 @@ class _State(IntEnum):
     GONE = 8  # the client has closed or reset
 
 
+@dataclass
 class _Inbox:
     """What has come from a client and is not read yet, and the request that is being read."""
 
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.head: _Head | None = None
-        self.body = b""
+    data: bytearray = field(default_factory=bytearray)
+    head: _Head | None = None
+    body: bytes = b""
 
     def take(self, count: int) -> bytes:
         taken = bytes(self.data[:count])
@@ -6704,9 +6703,8 @@ class _Connection(BaseRequestHandler):
     def handle(self) -> None:
         """Answers requests until the connection ends."""
         try:
-            if not _INHERITS or self.sock.gettimeout() is not None:
-                self.sock.settimeout(None)
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.settimeout(None)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while not self.server.stopping and self.state < _State.CLOSING:
                 self._serve_one()
         except (_Gone, OSError):
@@ -6868,9 +6866,8 @@ class _Connection(BaseRequestHandler):
             self._refuse(refused)
         else:
             self.state, self.deadline = _State.ANSWERING, math.inf
-            Context().run(
-                self._answer, cast(_Head, self.inbox.head), self.inbox.body
-            )  # what a handler sets ends with it
+            # in a context of its own: what a handler sets ends with it
+            Context().run(self._answer, cast(_Head, self.inbox.head), self.inbox.body)
 
     def _refuse(self, refused: _Refused) -> None:
         self.state, self.deadline = _State.CLOSING, math.inf
@@ -6936,14 +6933,8 @@ class _Connection(BaseRequestHandler):
             self.hang_up(False)
 
 
-_LIMITS = {  # seconds that a connection may take: for reading in each state, and for a write that makes no progress
-    _State.IDLE: 60.0,
-    _State.HEAD: 10.0,
-    _State.BODY: 20.0,
-    _State.SENDING: 20.0,
-    _State.WEBSOCKET: 3600.0,  # in all (S)
-}
-_INHERITS = sys.platform == "linux"  # accepted sockets: TCP_NODELAY from the listener, and no O_NONBLOCK
+# seconds that a connection may take: for reading in each state, for a write that makes no progress, as a WebSocket (S)
+_LIMITS = {_State.IDLE: 60.0, _State.HEAD: 10.0, _State.BODY: 20.0, _State.SENDING: 20.0, _State.WEBSOCKET: 3600.0}
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
 
 
@@ -6981,7 +6972,6 @@ class _Server(ThreadingHTTPServer):
         """Starts the loop's thread."""
         self.socket.setblocking(False)
         with suppress(OSError):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
         self.waker.setblocking(False)
         self.selector.register(self.socket, selectors.EVENT_READ)
