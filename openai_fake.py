@@ -6315,10 +6315,7 @@ class _Closing(Exception):
 
 
 def _read_messages(inbox: _Inbox) -> Generator[_State | tuple[int, bytes] | None]:
-    """Yields opcode and data of messages, and of control frames between their fragments; a state where it waits.
-
-    Raises _Closing for what breaks the protocol, as soon as that is seen.
-    """
+    """Yields opcode and data of messages, and of control frames among them; a state where it waits. Raises _Closing."""
     begun, fragments = 0, bytearray()  # opcode and data of the message that is being read
     while True:
         first, second = yield from _exactly(inbox, 2)
@@ -6752,13 +6749,10 @@ class _Connection(BaseRequestHandler):
         return None
 
     def read_ahead(self) -> bool:
-        """Reads what has arrived behind the request that is being answered. Returns whether the client is still there.
-
-        One that sends without end what nobody will read is as good as gone.
-        """
+        """Reads what has arrived behind the request that is being answered. Returns whether the client is still there."""
         data = self._glance(_BATCH)
         self.inbox.data += data or b""
-        if data == b"" or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:
+        if data == b"" or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:  # sends without end what nobody will read
             self.state = _State.GONE
         return not self.gone
 
@@ -6955,8 +6949,8 @@ class _Server(ThreadingHTTPServer):
         self.threads: set[threading.Thread] = set()
         self.jobs: queue.SimpleQueue[tuple[socket.socket, Any] | None] = queue.SimpleQueue()
         self.sockets: set[socket.socket] = set()  # of all connections, also of those that wait for a thread
-        self.idle = 0  # threads that wait for a job that nobody was promised
-        self.lock = threading.Lock()  # guards idle and threads
+        self.idle = threading.Semaphore(0)  # counts the threads that wait for a job, and were promised none
+        self.lock = threading.Lock()  # guards threads
         self.address_family, address = _address(host, port)
         self.waker, self.alarm = socket.socketpair()
         self.selector = selectors.DefaultSelector()
@@ -7005,22 +6999,16 @@ class _Server(ThreadingHTTPServer):
                     self.selector.register(listener, selectors.EVENT_READ)
 
     def _accept(self) -> bool:
-        """Accepts one connection, for a thread that waits or a new one; False if that is not possible now.
-
-        Another connection that waits is told by the next select.
-        """
+        """Accepts one connection, for a thread that waits or a new one; False if that is not possible now."""
         try:
-            sock, address = self.socket.accept()
+            sock, address = self.socket.accept()  # one: the next select tells of others
         except (BlockingIOError, ConnectionError):
             return True
         except OSError:
             return self.stopping
         self.sockets.add(sock)
-        with self.lock:
-            waits = self.idle > 0
-            self.idle -= waits
         try:
-            if not waits:
+            if not self.idle.acquire(blocking=False):
                 self.run(self._work, "openai_fake connection")
         except RuntimeError:  # no more threads: this connection is lost, the server is not
             self.shutdown_request(sock)
@@ -7074,16 +7062,13 @@ class _Server(ThreadingHTTPServer):
             try:
                 job = self.jobs.get(timeout=1.0)
             except queue.Empty:
-                with self.lock:
-                    if self.idle:  # else a job is on its way
-                        self.idle -= 1
-                        return
+                if self.idle.acquire(blocking=False):  # else a job is on its way
+                    return
                 continue
             if job is None:
                 return
             self.process_request_thread(*job)
-            with self.lock:
-                self.idle += 1
+            self.idle.release()
 
     @override
     def shutdown_request(self, request: Any) -> None:
