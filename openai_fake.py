@@ -6491,8 +6491,7 @@ class _WebSocket:
         for step in _read_messages(connection.inbox):
             if isinstance(step, tuple):
                 self._take(*step)
-                continue
-            if data := connection.sock.recv(_BATCH):
+            elif data := connection.sock.recv(_BATCH):
                 connection.inbox.data += data
             elif _Clock.monotonic() >= connection.until:  # the server's loop has ended the input
                 self._refuse(APIError(400, _TOO_OLD, code="websocket_connection_limit_reached"))
@@ -6544,10 +6543,9 @@ class _WebSocket:
         """A thread: answers as long as there is something that may begin, which is one response in each lane."""
         while True:
             with self.lock:
-                ready = [turn for turn in self.waiting if turn.lane not in self.busy]
-                if not ready or len(self.busy) == _MAX_ACTIVE:
+                turn = next((turn for turn in self.waiting if turn.lane not in self.busy), None)
+                if turn is None or len(self.busy) == _MAX_ACTIVE:
                     return
-                turn = ready[0]
                 self.waiting.remove(turn)
                 self.busy.add(turn.lane)
             self._respond(turn)
@@ -6612,8 +6610,7 @@ class _WebSocket:
                 (turn and turn.encoder.base.get("conversation"), "steering_not_supported", "It is of a conversation."),
             ):
                 if wrong:
-                    self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
-                    return
+                    return self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
             steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
             self._tell_steer("accepted", turn, steer)
             cast(_LaneTurn, turn).steers.append((steer, items))
@@ -6946,7 +6943,7 @@ class _Server(ThreadingHTTPServer):
         self.stopping = False
         self.connections: set[_Connection] = set()
         self.waiters: set[_Waiter] = set()
-        self.threads: set[threading.Thread] = set()
+        self.threads: WeakSet[threading.Thread] = WeakSet()  # those that run hold themselves
         self.jobs: queue.SimpleQueue[tuple[socket.socket, Any] | None] = queue.SimpleQueue()
         self.sockets: set[socket.socket] = set()  # of all connections, also of those that wait for a thread
         self.idle = threading.Semaphore(0)  # counts the threads that wait for a job, and were promised none
@@ -7043,15 +7040,7 @@ class _Server(ThreadingHTTPServer):
 
     def run(self, function: Callable[[], None], name: str = "openai_fake background") -> None:
         """Runs a function on a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
-
-        def work() -> None:
-            try:
-                function()
-            finally:
-                with self.lock:
-                    self.threads.discard(threading.current_thread())
-
-        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread = threading.Thread(target=function, name=name, daemon=True)
         with self.lock:  # whoever finds it in `threads` can join it
             thread.start()
             self.threads.add(thread)
