@@ -6610,7 +6610,8 @@ class _WebSocket:
                 (turn and turn.encoder.base.get("conversation"), "steering_not_supported", "It is of a conversation."),
             ):
                 if wrong:
-                    return self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
+                    self._fail_steer(turn, {"input": given, "previous_response_id": id}, code, message)
+                    return
             steer = {"id": f"steer_{self.fake._ids().hex(48)}", "previous_response_id": id}
             self._tell_steer("accepted", turn, steer)
             cast(_LaneTurn, turn).steers.append((steer, items))
@@ -6744,6 +6745,7 @@ class _Connection(BaseRequestHandler):
         except (OSError, ValueError):
             return b""
         return None
+        """Reads what has come behind the request that is being answered. Returns whether the client is there still."""
 
     def read_ahead(self) -> bool:
         """Reads what has arrived behind the request that is being answered. Returns whether the client is still there."""
@@ -6930,7 +6932,7 @@ _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slo
 
 
 class _Server(ThreadingHTTPServer):
-    """The listener, its loop, and the threads that connections run on, which are used again."""
+    """The listener, its loop, and the threads that connections run on, which are used again. To make one starts it."""
 
     request_queue_size = 1024  # a backlog of 5, the default, stalls connects for a second
     allow_reuse_address = os.name == "posix"  # elsewhere it lets two servers share a port
@@ -6952,23 +6954,24 @@ class _Server(ThreadingHTTPServer):
         self.waker, self.alarm = socket.socketpair()
         self.selector = selectors.DefaultSelector()
         super().__init__(address, _Connection)
+        self.socket.setblocking(False)
+        self.waker.setblocking(False)
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
+        self.selector.register(self.socket, selectors.EVENT_READ)
+        self.selector.register(self.waker, selectors.EVENT_READ)
+        self.thread = threading.Thread(target=self.serve_forever, name="openai_fake", daemon=True)
+        try:
+            self.thread.start()
+        except BaseException:
+            self.server_close()
+            raise
 
     def server_bind(self) -> None:
         if self.fake._reuse_port:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         TCPServer.server_bind(self)  # HTTPServer's own asks for the host's name, which can take half a minute
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
-    def start(self) -> None:
-        """Starts the loop's thread."""
-        self.socket.setblocking(False)
-        with suppress(OSError):
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
-        self.waker.setblocking(False)
-        self.selector.register(self.socket, selectors.EVENT_READ)
-        self.selector.register(self.waker, selectors.EVENT_READ)
-        self.thread = threading.Thread(target=self.serve_forever, name="openai_fake", daemon=True)
-        self.thread.start()
 
     @override
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -7096,14 +7099,13 @@ class _Server(ThreadingHTTPServer):
         for waiter in tuple(self.waiters):
             waiter.wake()
         with self.lock:
-            threads = tuple(self.threads)
-        for _ in threads:
-            self.jobs.put(None)
+            others = [thread for thread in self.threads if thread is not current]
         end = _Clock.monotonic() + _STOP_SECONDS
-        for thread in threads:
-            if thread is not current:
-                thread.join(max(0.0, end - _Clock.monotonic()))
-        return [thread for thread in threads if thread is not current and thread.is_alive()]
+        for _ in (current, *others):
+            self.jobs.put(None)
+        for thread in others:
+            thread.join(max(0.0, end - _Clock.monotonic()))
+        return [thread for thread in others if thread.is_alive()]
 
 
 # whether a socket may be registered while another thread selects
@@ -7235,14 +7237,8 @@ class FakeOpenAI:
         patcher = f"{socket.socket.__module__} {threading.get_ident.__module__}"
         if "gevent" in patcher or "eventlet" in patcher:
             raise RuntimeError(f"the server needs real sockets and threads, not {patcher}: run `python -m openai_fake`")
-        server = _Server(self, self.host, self.port)
-        try:
-            server.start()
-        except BaseException:
-            server.server_close()
-            raise
         self._pid = os.getpid()
-        self._server = server
+        self._server = _Server(self, self.host, self.port)
         return self
 
     def stop(self) -> None:
