@@ -6745,10 +6745,9 @@ class _Connection(BaseRequestHandler):
         except (OSError, ValueError):
             return b""
         return None
-        """Reads what has come behind the request that is being answered. Returns whether the client is there still."""
 
     def read_ahead(self) -> bool:
-        """Reads what has arrived behind the request that is being answered. Returns whether the client is still there."""
+        """Reads what has come behind the request that is being answered. Returns whether the client is there still."""
         data = self._glance(_BATCH)
         self.inbox.data += data or b""
         if data == b"" or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:  # sends without end what nobody will read
