@@ -6111,7 +6111,7 @@ def _parse_head(head: bytes) -> _Head:
     length = _body_length(fields, values, http11)
     if expects and values["expect"].lower() != "100-continue":
         raise _Refused(417, "The only expectation that is met is 100-continue.")
-    coding = values.get("content-encoding", "").lower()
+    coding = ",".join([value for name, value in fields if name == "content-encoding"]).strip().lower()
     return _Head(method, path, query, route, headers, http11, keep_alive, length, expects, coding)
 
 
