@@ -6190,6 +6190,16 @@ class InputBoundsTest(unittest.TestCase):
                     wire.send(http_bytes(body, PATHS["chat.completions"], "POST", f"Content-Encoding: {coding}"))
                     self.assertEqual(wire.answer().status, status)
 
+    def test_zstd(self) -> None:
+        """What Python can decode is decoded; what follows the end of a compressed body is refused, not dropped."""
+        stand_in = SimpleNamespace(ZstdDecompressor=lambda: zlib.decompressobj(31))  # Python has its own since 3.14
+        with mock.patch.dict(sys.modules, {"compression.zstd": stand_in}), FakeOpenAI() as server:
+            whole = gzip.compress(json.dumps(chat("Hello")).encode())
+            for body, status in ((whole, 200), (whole[:-1], 400), (whole + whole, 400)):
+                with Wire(server) as wire:
+                    wire.send(http_bytes(body, PATHS["chat.completions"], "POST", "Content-Encoding: zstd"))
+                    self.assertEqual(wire.answer().status, status)
+
     def test_huge_integers(self) -> None:
         """An integer of 400 digits where a decimal is meant is refused as one too large, or is sent back: no 500."""
         huge = 10**400
