@@ -6167,16 +6167,7 @@ _Reading: TypeAlias = "Generator[_State | None, None, _T]"  # yields where it wa
 
 def _read_request(inbox: _Inbox) -> _Reading[None]:
     """Reads a request: its head, then its body, which stay in the inbox. Raises _Refused for what is none."""
-    inbox.head, inbox.body = None, b""
-    inbox.head = head = yield from _read_head(inbox)
-    if head.length:
-        if head.expects and not inbox.data:
-            yield None
-        inbox.body = yield from _read_chunks(inbox) if head.length < 0 else _exactly(inbox, head.length)
-
-
-def _read_head(inbox: _Inbox) -> _Reading[_Head]:
-    data = inbox.data
+    inbox.head, inbox.body, data = None, b"", inbox.data
     skipped, seen = 0, 0  # empty lines; bytes of the head that are known to be right so far
     while True:
         while seen == 0 and data.startswith(b"\r\n"):  # RFC 9112 2.2
@@ -6186,12 +6177,17 @@ def _read_head(inbox: _Inbox) -> _Reading[_Head]:
                 raise _Refused(400, "Too many empty lines before a request.")
         end = data.find(b"\r\n\r\n", max(0, seen - 3))
         if 0 <= end <= _MAX_HEAD - 2:
-            head = inbox.take(end + 2)
-            del data[:2]
-            return _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
+            break
         if len(data) > 1 or (data and data[0] != 13):  # a lone CR may begin an empty line
             seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
         yield _State.HEAD if data else _State.IDLE
+    taken = inbox.take(end + 2)
+    del data[:2]
+    inbox.head = head = _parse_known_head(taken) if len(taken) <= 4096 else _parse_head(taken)
+    if head.length:
+        if head.expects and not data:
+            yield None
+        inbox.body = yield from _read_chunks(inbox) if head.length < 0 else _exactly(inbox, head.length)
 
 
 def _check_beginning(data: bytearray, seen: int) -> int:
