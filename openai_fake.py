@@ -5136,14 +5136,8 @@ _LIMIT, _ORDER = _integer(1, 100), _enum("asc", "desc")  # S: of lists
 _INPUTS = partial(_length, "an array", 1, 2048)  # S: of embeddings; B: of moderations
 
 
-def _listing(
-    request: Request,
-    items: Mapping[str, Any],
-    order: str,
-    show: Callable[[Any], _JSON] = _dict,
-    last: str = "last_id",
-) -> _JSON:
-    """A page of a list, by id: `limit`, `order` and `after` as the query says. Only what is on it is shown."""
+def _listing(request: Request, items: Mapping[str, Any], order: str, last: str = "last_id") -> _JSON:
+    """A page of a list, by id: `limit`, `order` and `after` as the query says; the key `last` comes last."""
     query: dict[str, Any] = {"limit": "20", "order": order, **_query(request)}
     if re.fullmatch("-?[0-9]{1,18}", query["limit"]):
         query["limit"] = int(query["limit"])
@@ -5154,9 +5148,8 @@ def _listing(
         raise APIError(404, f"There is no item with id '{after}' in this list.", param="after")
     begin = ids.index(after) + 1 if after else 0
     page = ids[begin : begin + query["limit"]]
-    listing: _JSON = {"object": "list", "data": [show(items[id]) for id in page], "first_id": None, "last_id": None}
-    if page:
-        listing.update(first_id=page[0], last_id=page[-1])
+    first_id, last_id = (page[0], page[-1]) if page else (None, None)
+    listing: _JSON = {"object": "list", "data": [items[id] for id in page], "first_id": first_id, "last_id": last_id}
     listing["has_more"] = len(ids) > begin + query["limit"]
     listing[last] = listing.pop(last)  # it depends on the list (R)
     return listing
@@ -5195,7 +5188,8 @@ def _list_chats(fake: FakeOpenAI, request: Request) -> _JSON:
         and query.get("model", chat.encoder.model_name) in (chat.request.model, chat.encoder.model_name)
         and wanted.items() <= {key: str(value) for key, value in chat.metadata.items()}.items()
     }
-    return _listing(request, chats, "desc", _StoredChat.body, "has_more")
+    listing = _listing(request, chats, "desc", "has_more")
+    return listing | {"data": [chat.body() for chat in listing["data"]]}
 
 
 @_endpoint("GET /chat/completions/{id}/messages")
@@ -5208,7 +5202,7 @@ def _chat_messages_of(fake: FakeOpenAI, request: Request, id: str) -> _JSON:
             content = _text_of(_list(content))
         told = {"id": f"{id}-{at}", "role": message.get("role"), "content": content, "content_parts": parts}
         stored[f"{id}-{at}"] = {**told, "name": message.get("name")}
-    return _listing(request, stored, "asc", last="has_more")
+    return _listing(request, stored, "asc", "has_more")
 
 
 class _History:
@@ -5235,19 +5229,14 @@ class _History:
 _NO_HISTORY = _History(None, list)
 
 
+@dataclass(eq=False)
 class _StoredResponse:
     """A response that can be asked for, gone on with, and, if it runs in the background, followed."""
 
-    def __init__(
-        self, encoder: _ResponsesEncoder, items: Any, past: _History, kept: _Conversation | None, log: _Log | None
-    ) -> None:
-        self.encoder = encoder
-        self.log = log  # in the background
-        self.input = [_stored_item(item, encoder._id) for item in items]
-        if kept is None:
-            self.history = _History(past, self.said)
-        else:  # a conversation gets nothing of it before it is over
-            self.history = kept.add(lambda: self.said() if encoder.status in ("completed", "incomplete") else [])
+    encoder: _ResponsesEncoder
+    input: list[Any]  # as the API lists it
+    log: _Log | None  # in the background
+    history: _History = _NO_HISTORY  # up to the end of this response
 
     def said(self) -> list[Any]:
         """The items that it adds to what was before."""
@@ -5334,7 +5323,11 @@ def _create_response(fake: FakeOpenAI, request: Request) -> Any:
 
     def store(encoder: _ResponsesEncoder, log: _Log | None) -> None:  # does not know the delivery: no cycle
         kept = fake._conversations.get(str(_dict(encoder.base.get("conversation")).get("id")))
-        stored = _StoredResponse(encoder, resolved, before, kept, log)
+        stored = _StoredResponse(encoder, [_stored_item(item, encoder._id) for item in resolved], log)
+        if kept is None:
+            stored.history = _History(before, stored.said)
+        else:  # a conversation gets nothing of it before it is over
+            stored.history = kept.add(lambda: stored.said() if encoder.status in ("completed", "incomplete") else [])
         fake._remember(fake._responses, encoder.id, stored)
         fake._remember(fake._histories, id(stored.history), stored.history)
 
@@ -5400,17 +5393,16 @@ def _count_tokens(fake: FakeOpenAI, request: Request) -> _JSON:
     return {"object": "response.input_tokens", "input_tokens": tokens}
 
 
+@dataclass(eq=False)
 class _Conversation:
     """A conversation object: items that were put in, and the responses made in it."""
 
-    def __init__(self, id: str, created: int, metadata: Any, items: list[Any]) -> None:
-        self.id = id
-        self.created = created
-        self.metadata = metadata
-        self.lock = threading.Lock()  # guards last: several responses may begin in a conversation at a time
-        self.last = _NO_HISTORY
-        self.deleted: set[str] = set()  # ids of items
-        self.add(lambda: items)
+    id: str
+    created: int
+    metadata: Any
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards last: several responses may begin at a time
+    last: _History = _NO_HISTORY
+    deleted: set[str] = field(default_factory=set[str])  # ids of items
 
     def add(self, said: Callable[[], list[Any]]) -> _History:
         """Adds a turn that says these items, without those that were deleted."""
@@ -5443,7 +5435,8 @@ def _create_conversation(fake: FakeOpenAI, request: Request) -> _JSON:
     body = request._parse() if request.raw_body else {}
     items = _new_items(fake, body)
     id = "conv_" + fake._ids().hex(48)
-    conversation = _Conversation(id, int(fake.clock()), _new_metadata(fake, body), items)
+    conversation = _Conversation(id, int(fake.clock()), _new_metadata(fake, body))
+    conversation.add(lambda: items)
     fake._remember(fake._conversations, id, conversation)
     return conversation.body()
 
@@ -5604,7 +5597,6 @@ _CONTROLS: dict[str, _Endpoint] = {}
 _HIDDEN = ("authorization", "api-key", "proxy-authorization", "cookie")  # header fields that are never shown
 _GLANCE = 0.1  # seconds between looks at an answer under way; a person does not notice
 _RAN_OUT = "No queued answer is left for this request. POST /_fake/answers queues more; DELETE ends the queue."
-_NO_ANSWERS = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
 _QUEUED = (Text, Refusal, Reasoning, ToolCall, CustomToolCall, WebSearch, Finish, Usage, Pause, Disconnect, StreamError)
 _PARTS: dict[str, Callable[..., _Part]] = {kind.__name__: kind for kind in _QUEUED}
 
@@ -5774,7 +5766,8 @@ def _queue_answers(fake: FakeOpenAI, request: Request) -> _JSON:
         sent: Any = _loads(request.raw_body.decode())
         answers = [_queued_answer(each) for each in (_list(sent) if isinstance(sent, list) else [sent])]
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise APIError(400, f"{_NO_ANSWERS} {type(error).__name__}: {error}") from None
+        words = "Expected JSON: a list of answers, each a string, a list of parts, or OpenAI's own JSON; it raised"
+        raise APIError(400, f"{words} {type(error).__name__}: {error}") from None
     with control.lock:
         queued = control.queues.get(session, deque())
         queued += answers
@@ -5939,13 +5932,8 @@ _PAGE = r"""<!doctype html>
 # reads from a buffer, and yields where it needs more bytes. Every pattern is linear in what it looks at.
 
 
-class _Refused(Exception):
+class _Refused(APIError):
     """What arrived is not an HTTP request that can be answered; the connection ends with this status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
 
 
 class _Head(NamedTuple):
@@ -5967,11 +5955,11 @@ class _Head(NamedTuple):
 _REQUEST_LINE = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])"
 _FIELD = rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)"
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?"
-_LENGTH = r"[0-9]{1,18}"
 _CHUNK_SIZE = rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
 _BAD_PERCENT = r"%(?![0-9A-Fa-f]{2})"
 _BEGINNING = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?: [\x21-\x7e]*(?: [HTP/0-9.]*)?)?"
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n)")
+_TOO_LARGE = f"The request body is larger than {_MAX_BODY} bytes."
 
 
 def _request_line(line: bytes) -> tuple[str, str, bool]:
@@ -5988,10 +5976,8 @@ def _request_line(line: bytes) -> tuple[str, str, bool]:
 
 def _target(method: str, target: str) -> tuple[str, str, str]:
     """Path and query as they came, and the path decoded."""
-    if target.startswith("/"):
+    if target.startswith("/") or (target == "*" and method == "OPTIONS"):
         path, _, query = target.partition("?")
-    elif target == "*" and method == "OPTIONS":
-        path, query = target, ""
     elif target.lower().startswith(("http://", "https://")):
         try:
             url = urlsplit(target)
@@ -6029,20 +6015,17 @@ def _parse_head(head: bytes) -> _Head:
     method, target, http11 = _request_line(line)
     path, query, route = _target(method, target)
     fields = _field_pairs(rest.split(b"\r\n")[:-1] if rest else [])
-    values: dict[str, list[str]] = {}
-    for name, value in fields:
-        values.setdefault(name, []).append(value)
-    hosts = values.get("host", [])
-    if len(hosts) > 1 or (http11 and not hosts) or not all(re.fullmatch(_HOST, host) for host in hosts):
+    headers = _Headers(fields)
+    values = headers._fields
+    if (http11 and "host" not in values) or not re.fullmatch(_HOST, values.get("host", "")):  # two have a space
         raise _Refused(400, "The request needs one valid Host header field.")
-    tokens = {token.strip().lower() for value in values.get("connection", ()) for token in value.split(",")}
+    tokens = [token.strip() for token in values.get("connection", "").lower().split(",")]
     keep_alive = "close" not in tokens and (http11 or "keep-alive" in tokens)
-    expectations = [value.lower() for value in values.get("expect", ())] if http11 else []
-    length = _body_length(values, http11)
-    if expectations not in ([], ["100-continue"]):
+    expects = http11 and "expect" in values
+    length = _body_length(fields, values, http11)
+    if expects and values["expect"].lower() != "100-continue":
         raise _Refused(417, "The only expectation that is met is 100-continue.")
-    coding = ",".join(values.get("content-encoding", ())).strip().lower()
-    headers, expects = _Headers(fields), bool(expectations)
+    coding = ",".join([value for name, value in fields if name == "content-encoding"]).strip().lower()
     guarded = "origin" in values or route == "/" or route.startswith("/_fake")
     return _Head(method, path, query, route, headers, http11, keep_alive, length, expects, coding, guarded)
 
@@ -6050,25 +6033,20 @@ def _parse_head(head: bytes) -> _Head:
 _parse_known_head = lru_cache(128)(_parse_head)  # a client's heads are the same again and again
 
 
-def _body_length(values: dict[str, list[str]], http11: bool) -> int:
-    lengths, codings = values.get("content-length"), values.get("transfer-encoding")
-    if codings is not None:
-        if lengths is not None or not http11:
+def _body_length(fields: list[tuple[str, str]], values: dict[str, str], http11: bool) -> int:
+    lengths = {value for name, value in fields if name == "content-length"}
+    if "transfer-encoding" in values:
+        if lengths or not http11:
             raise _Refused(400, "Transfer-Encoding goes with HTTP/1.1 and without Content-Length.")
-        if [coding.lower() for coding in codings] != ["chunked"]:
+        if values["transfer-encoding"].lower() != "chunked":
             raise _Refused(501, "The only transfer coding that is understood is chunked.")
         return -1
-    if lengths is None:
-        return 0
-    if len(set(lengths)) > 1 or not re.fullmatch(_LENGTH, lengths[0]):
+    if len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
         raise _Refused(400, "Content-Length is not one number.")
-    if int(lengths[0]) > _MAX_BODY:
-        raise _too_large()
-    return int(lengths[0])
-
-
-def _too_large() -> _Refused:
-    return _Refused(413, f"The request body is larger than {_MAX_BODY} bytes.")
+    length = int(lengths.pop()) if lengths else 0
+    if length > _MAX_BODY:
+        raise _Refused(413, _TOO_LARGE)
+    return length
 
 
 class _State(IntEnum):
@@ -6085,13 +6063,13 @@ class _State(IntEnum):
     GONE = 8  # the client has closed or reset
 
 
+@dataclass
 class _Inbox:
-    """What has come from a client and is not read yet, and the head of the request that is being read."""
+    """What has come from a client and is not read yet, and the request that is being read."""
 
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.ended = False  # nothing will follow
-        self.head: _Head | None = None
+    data: bytearray = field(default_factory=bytearray)
+    head: _Head | None = None
+    body: bytes = b""
 
     def take(self, count: int) -> bytes:
         taken = bytes(self.data[:count])
@@ -6102,28 +6080,9 @@ class _Inbox:
 _Reading: TypeAlias = "Generator[_State | None, None, _T]"  # yields where it waits; None: for 100 Continue first
 
 
-def _read_request(inbox: _Inbox) -> _Reading[bytes]:
-    """Reads a request: its head, kept in the inbox, and its body, which is returned.
-
-    Raises _Refused for what is no request, EOFError where the client closes in the middle.
-    """
-    head = yield from _read_head(inbox)
-    if head.length == 0:
-        return b""
-    if head.expects and not inbox.data:
-        yield None
-    return (yield from _read_chunks(inbox) if head.length < 0 else _exactly(inbox, head.length))
-
-
-def _more(inbox: _Inbox, state: _State) -> _Reading[None]:
-    if inbox.ended:
-        raise EOFError
-    yield state
-
-
-def _read_head(inbox: _Inbox) -> _Reading[_Head]:
-    inbox.head = None
-    data = inbox.data
+def _read_request(inbox: _Inbox) -> _Reading[None]:
+    """Reads a request: its head, then its body, which stay in the inbox. Raises _Refused for what is none."""
+    inbox.head, inbox.body, data = None, b"", inbox.data
     skipped, seen = 0, 0  # empty lines; bytes of the head that are known to be right so far
     while True:
         while seen == 0 and data.startswith(b"\r\n"):  # RFC 9112 2.2
@@ -6133,13 +6092,17 @@ def _read_head(inbox: _Inbox) -> _Reading[_Head]:
                 raise _Refused(400, "Too many empty lines before a request.")
         end = data.find(b"\r\n\r\n", max(0, seen - 3))
         if 0 <= end <= _MAX_HEAD - 2:
-            head = inbox.take(end + 2)
-            del data[:2]
-            inbox.head = parsed = _parse_known_head(head) if len(head) <= 4096 else _parse_head(head)
-            return parsed
+            break
         if len(data) > 1 or (data and data[0] != 13):  # a lone CR may begin an empty line
             seen = _check_beginning(data[: end + 2] if end >= 0 else data, seen)
-        yield from _more(inbox, _State.HEAD if data else _State.IDLE)
+        yield _State.HEAD if data else _State.IDLE
+    taken = inbox.take(end + 2)
+    del data[:2]
+    inbox.head = head = _parse_known_head(taken) if len(taken) <= 4096 else _parse_head(taken)
+    if head.length:
+        if head.expects and not data:
+            yield None
+        inbox.body = yield from _read_chunks(inbox) if head.length < 0 else _exactly(inbox, head.length)
 
 
 def _check_beginning(data: bytearray, seen: int) -> int:
@@ -6150,11 +6113,10 @@ def _check_beginning(data: bytearray, seen: int) -> int:
     end = len(data) - data.endswith(b"\r")  # the LF may be on its way
     if data.find(b"\r\n", 0, seen) < 0:
         crlf = data.find(b"\r\n", seen - 1 if seen else 0, end)
+        line = bytes(data[: end if crlf < 0 else crlf])
         if crlf >= 0 or end > _MAX_LINE:
-            _request_line(bytes(data[: crlf if crlf >= 0 else end]))
-        if seen < _READ and not re.fullmatch(
-            _BEGINNING, data[: min(_READ, end if crlf < 0 else crlf)]
-        ):  # may come by byte
+            _request_line(line)
+        elif seen < _READ and not re.fullmatch(_BEGINNING, line[:_READ]):  # it may come by byte
             raise _Refused(400, "The request line is not 'METHOD TARGET HTTP/1.1'.")
     if _BARE.search(data, seen, end):
         raise _Refused(400, "A line of the head does not end with CR LF.")
@@ -6167,7 +6129,7 @@ def _check_beginning(data: bytearray, seen: int) -> int:
 
 def _exactly(inbox: _Inbox, count: int) -> _Reading[bytes]:
     while len(inbox.data) < count:
-        yield from _more(inbox, _State.BODY)
+        yield _State.BODY
     return inbox.take(count)
 
 
@@ -6176,7 +6138,7 @@ def _read_line(inbox: _Inbox) -> _Reading[bytes]:
     while (end := inbox.data.find(b"\n", 0, _MAX_CHUNK_LINE)) < 0:
         if len(inbox.data) > _MAX_CHUNK_LINE:
             raise _Refused(400, f"A line of the chunked body is longer than {_MAX_CHUNK_LINE} bytes.")
-        yield from _more(inbox, _State.BODY)
+        yield _State.BODY
     line = inbox.take(end + 1)
     if not line.endswith(b"\r\n"):
         raise _Refused(400, "A line of the chunked body does not end with CR LF.")
@@ -6192,17 +6154,15 @@ def _read_chunks(inbox: _Inbox) -> _Reading[bytes]:
             raise _Refused(400, "The size of a chunk is not a hexadecimal number.")
         size = int(match[1], 16)
         if len(body) + size > _MAX_BODY:
-            raise _too_large()
+            raise _Refused(413, _TOO_LARGE)
         if size == 0:
             break
         body += yield from _exactly(inbox, size)
         if (yield from _exactly(inbox, 2)) != b"\r\n":
             raise _Refused(400, "A chunk is not as long as it says.")
     trailers: list[bytes] = []
-    while line := (yield from _read_line(inbox)):
+    while len(trailers) <= _MAX_FIELDS and (line := (yield from _read_line(inbox))):
         trailers.append(line)
-        if len(trailers) > _MAX_FIELDS:
-            break
     _field_pairs(trailers)
     return bytes(body)
 
@@ -6211,30 +6171,25 @@ def _decoded(body: bytes, coding: str) -> bytes:
     """A body without its Content-Encoding. Raises APIError, as the connection stays in step."""
     if coding in ("", "identity"):
         return body
+    decoder: Any
     if coding == "zstd":
         try:
-            decoder: Any = import_module("compression.zstd").ZstdDecompressor()  # Python 3.14
+            decoder = import_module("compression.zstd").ZstdDecompressor()  # Python 3.14
         except ImportError:
             raise APIError(415, "Unsupported Content-Encoding: 'zstd'.") from None
-        return _inflate(body, decoder.decompress, lambda: bool(decoder.eof))
-    if coding not in ("gzip", "x-gzip", "deflate"):
+    elif coding == "deflate":  # zlib's format (RFC 9110 8.4.1.2), but some send it bare, which does not begin with 0x?8
+        decoder = zlib.decompressobj(15 if (body[:1] or b"\0")[0] & 15 == 8 else -15)
+    elif coding in ("gzip", "x-gzip"):
+        decoder = zlib.decompressobj(31)
+    else:
         raise APIError(415, f"Unsupported Content-Encoding: {coding!r}. Use gzip, deflate or none.")
-    # RFC 9110 8.4.1.2: deflate is zlib's format, but some send it bare, which does not begin with 0x?8
-    bare = coding == "deflate" and (body[:1] or b"\0")[0] & 15 != 8
-    zlib_decoder: Any = zlib.decompressobj(31 if coding != "deflate" else -15 if bare else 15)
-
-    return _inflate(body, zlib_decoder.decompress, lambda: zlib_decoder.eof and not zlib_decoder.unused_data)
-
-
-def _inflate(body: bytes, decompress: Callable[[bytes, int], bytes], whole: Callable[[], bool]) -> bytes:
     most = min(_MAX_BODY, max(_MAX_INFLATED, 200 * len(body)))
-    try:
-        data = decompress(body, most + 1)
-    except Exception:  # zlib.error, ZstdError
-        data, whole = b"", lambda: False
+    data = b""
+    with suppress(Exception):  # zlib.error, ZstdError: then it is not at its end
+        data = decoder.decompress(body, most + 1)
     if len(data) > most:
         raise APIError(413, f"The request body of {len(body)} bytes is larger than {most} bytes when it is decoded.")
-    if not whole():
+    if not decoder.eof or decoder.unused_data:
         raise APIError(400, "The request body is not what its Content-Encoding says.")
     return data
 
@@ -6271,10 +6226,7 @@ class _Closing(Exception):
 
 
 def _read_messages(inbox: _Inbox) -> Generator[_State | tuple[int, bytes] | None]:
-    """Yields opcode and data of messages, and of control frames between their fragments; a state where it waits.
-
-    Raises _Closing for what breaks the protocol, as soon as that is seen, EOFError at the end of the input.
-    """
+    """Yields opcode and data of messages, and of control frames among them; a state where it waits. Raises _Closing."""
     begun, fragments = 0, bytearray()  # opcode and data of the message that is being read
     while True:
         first, second = yield from _exactly(inbox, 2)
@@ -6450,13 +6402,13 @@ class _WebSocket:
         for step in _read_messages(connection.inbox):
             if isinstance(step, tuple):
                 self._take(*step)
-                continue
-            data = connection.sock.recv(_BATCH)
-            connection.inbox.data += data
-            connection.inbox.ended = not data
-            if not data and _Clock.monotonic() >= connection.until:  # the server's loop has ended the input
+            elif data := connection.sock.recv(_BATCH):
+                connection.inbox.data += data
+            elif _Clock.monotonic() >= connection.until:  # the server's loop has ended the input
                 self._refuse(APIError(400, _TOO_OLD, code="websocket_connection_limit_reached"))
                 raise _Closing(1000)
+            else:
+                raise EOFError
 
     def _take(self, opcode: int, data: bytes) -> None:
         if opcode == _CLOSE:
@@ -6502,10 +6454,9 @@ class _WebSocket:
         """A thread: answers as long as there is something that may begin, which is one response in each lane."""
         while True:
             with self.lock:
-                ready = [turn for turn in self.waiting if turn.lane not in self.busy]
-                if not ready or len(self.busy) == _MAX_ACTIVE:
+                turn = next((turn for turn in self.waiting if turn.lane not in self.busy), None)
+                if turn is None or len(self.busy) == _MAX_ACTIVE:
                     return
-                turn = ready[0]
                 self.waiting.remove(turn)
                 self.busy.add(turn.lane)
             self._respond(turn)
@@ -6635,7 +6586,7 @@ class _HTTPResponse(NamedTuple):
 
     def send(self, connection: _Connection) -> None:
         """Answers on a connection."""
-        connection.send_whole(self.body, self.status, self.content_type, fields=self.headers)
+        connection.send_whole(self.body, self.status, self.content_type, _USUAL, self.headers)
 
 
 class _Connection(BaseRequestHandler):
@@ -6658,9 +6609,8 @@ class _Connection(BaseRequestHandler):
     def handle(self) -> None:
         """Answers requests until the connection ends."""
         try:
-            if not _INHERITS or self.sock.gettimeout() is not None:
-                self.sock.settimeout(None)
-                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.settimeout(None)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while not self.server.stopping and self.state < _State.CLOSING:
                 self._serve_one()
         except (_Gone, OSError):
@@ -6682,29 +6632,19 @@ class _Connection(BaseRequestHandler):
         """Whether the client has closed or reset; in a WebSocket, whether any side has."""
         return self.state >= (_State.GONE if self.websocket is None else _State.CLOSING)
 
-    def _read(self) -> bytes:
-        """Reads a request, and returns its body; the head is in the inbox."""
-        if not self.inbox.data:
-            self._receive(_State.IDLE)
-        reading = _read_request(self.inbox)
-        while True:
-            try:
-                waits = next(reading)
-            except StopIteration as end:
-                return cast(bytes, end.value)
-            if waits is None:
+    def _read(self) -> None:
+        """Reads a request into the inbox. Raises _Refused for what is none, EOFError where the input ends."""
+        for state in _read_request(self.inbox):
+            if state is None:
                 self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            else:
-                self._receive(waits)
-
-    def _receive(self, state: _State) -> None:
-        """Reads more into the inbox. The time for it runs from the beginning of the state."""
-        if state is not self.state or self.deadline == math.inf:
-            self.state = state
-            self.deadline = _Clock.monotonic() + self.server.limits[state]
-        data = self.sock.recv(_BATCH if state is _State.BODY else _READ)
-        self.inbox.data += data
-        self.inbox.ended = not data
+                continue
+            if state is not self.state or self.deadline == math.inf:  # the time runs from the beginning of the state
+                self.state = state
+                self.deadline = _Clock.monotonic() + self.server.limits[state]
+            data = self.sock.recv(_BATCH if state is _State.BODY else _READ)
+            if not data:
+                raise EOFError
+            self.inbox.data += data
 
     def _glance(self, size: int, flags: int = 0) -> bytes | None:
         """What has come, without waiting for it: b"" where the client has closed or reset, None where nothing has."""
@@ -6718,13 +6658,10 @@ class _Connection(BaseRequestHandler):
         return None
 
     def read_ahead(self) -> bool:
-        """Reads what has arrived behind the request that is being answered. Returns whether the client is still there.
-
-        One that sends without end what nobody will read is as good as gone.
-        """
+        """Reads what has come behind the request that is being answered. Returns whether the client is there still."""
         data = self._glance(_BATCH)
         self.inbox.data += data or b""
-        if data == b"" or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:
+        if data == b"" or len(self.inbox.data) > _MAX_HEAD + _MAX_BODY:  # sends without end what nobody will read
             self.state = _State.GONE
         return not self.gone
 
@@ -6789,9 +6726,7 @@ class _Connection(BaseRequestHandler):
             return head + (b"\r\n" if status == 204 else b"content-length: %d\r\n\r\n" % length)
         return head + (b"transfer-encoding: chunked\r\n\r\n" if self.http11 else b"\r\n")
 
-    def send_whole(
-        self, body: bytes, status: int, content_type: str, usual: bytes = _USUAL, fields: Mapping[str, str] = {}
-    ) -> None:
+    def send_whole(self, body: bytes, status: int, content_type: str, usual: bytes, fields: Mapping[str, str]) -> None:
         """Sends an answer that is known."""
         head = self.head(status, content_type, usual, fields, len(body))
         self.send(head if self.asked.method == "HEAD" or status == 204 else head + body, last=True)
@@ -6803,16 +6738,14 @@ class _Connection(BaseRequestHandler):
         except (TypeError, ValueError) as wrong:
             self._send_fault(wrong)
             return
-        status, request = error.status, self.asked
-        responses = request.api == "responses"
-        unknown_model = error.code == "model_not_found" and error.param is None
-        gateway = not responses and (status == 401 or (status == 404 and unknown_model))
+        status, request, content_type = error.status, self.asked, "application/json"
+        unknown_model = status == 404 and error.code == "model_not_found" and error.param is None
         usual = _ON_REPLIES if request.api == "chat.completions" else _USUAL
-        if gateway or status == 401:
-            usual = _GATEWAY if gateway else _VERSION
-        if status == 401 and responses:
+        if request.api != "responses" and (status == 401 or unknown_model):
+            usual, content_type = _GATEWAY, "application/json; charset=utf-8"
+        elif status == 401:
+            usual = _VERSION
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
-        content_type = "application/json; charset=utf-8" if gateway else "application/json"
         self.send_whole(_utf8(_dumps({"error": error._error()})), status, content_type, usual, fields)
         request._outcome = request._outcome or error.message
 
@@ -6826,26 +6759,20 @@ class _Connection(BaseRequestHandler):
     def _serve_one(self) -> None:
         self.state, self.deadline = _State.IDLE, math.inf
         try:
-            raw_body = self._read()
+            self._read()
         except EOFError:
-            refused = self._end_of_input()
-            if refused is None:
+            if _Clock.monotonic() >= self.deadline and (self.inbox.head is not None or self.inbox.data):
+                self._refuse(_Refused(408, "The request did not arrive in time."))  # the server's loop ended the input
+            elif self.inbox.head is not None:
+                self._refuse(_Refused(400, "The connection was closed before the request body was whole."))
+            else:
                 self.state = _State.GONE
-                return
-            self._refuse(refused)
         except _Refused as refused:
             self._refuse(refused)
         else:
             self.state, self.deadline = _State.ANSWERING, math.inf
-            Context().run(self._answer, cast(_Head, self.inbox.head), raw_body)  # what a handler sets ends with it
-
-    def _end_of_input(self) -> _Refused | None:
-        """What a client is told whose input ended, or was ended by the server's loop, in the middle of a request."""
-        if _Clock.monotonic() >= self.deadline and (self.inbox.head is not None or self.inbox.data):
-            return _Refused(408, "The request did not arrive in time.")
-        if self.inbox.head is not None:
-            return _Refused(400, "The connection was closed before the request body was whole.")
-        return None
+            # in a context of its own: what a handler sets ends with it
+            Context().run(self._answer, cast(_Head, self.inbox.head), self.inbox.body)
 
     def _refuse(self, refused: _Refused) -> None:
         self.state, self.deadline = _State.CLOSING, math.inf
@@ -6854,7 +6781,7 @@ class _Connection(BaseRequestHandler):
         method, path = (head.method, head.path) if head is not None else ("", "")
         self.asked = Request("", method, path, "", {})
         with suppress(_Gone):
-            self._send_error(APIError(refused.status, refused.message))
+            self._send_error(refused)
         self.server.fake._recent.append(self.asked)
         self.server.fake._ended(self.asked, self.started)
         self._linger()
@@ -6912,19 +6839,13 @@ class _Connection(BaseRequestHandler):
             self.hang_up(False)
 
 
-_LIMITS = {  # seconds that a connection may take: for reading in each state, and for a write that makes no progress
-    _State.IDLE: 60.0,
-    _State.HEAD: 10.0,
-    _State.BODY: 20.0,
-    _State.SENDING: 20.0,
-    _State.WEBSOCKET: 3600.0,  # in all (S)
-}
-_INHERITS = sys.platform == "linux"  # accepted sockets: TCP_NODELAY from the listener, and no O_NONBLOCK
+# seconds that a connection may take: for reading in each state, for a write that makes no progress, as a WebSocket (S)
+_LIMITS = {_State.IDLE: 60.0, _State.HEAD: 10.0, _State.BODY: 20.0, _State.SENDING: 20.0, _State.WEBSOCKET: 3600.0}
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none: there a slow client is waited for in send()
 
 
 class _Server(ThreadingHTTPServer):
-    """The listener, its loop, and the threads that connections run on, which are used again."""
+    """The listener, its loop, and the threads that connections run on, which are used again. To make one starts it."""
 
     request_queue_size = 1024  # a backlog of 5, the default, stalls connects for a second
     allow_reuse_address = os.name == "posix"  # elsewhere it lets two servers share a port
@@ -6937,13 +6858,27 @@ class _Server(ThreadingHTTPServer):
         self.stopping = False
         self.connections: set[_Connection] = set()
         self.waiters: set[_Waiter] = set()
-        self.threads: set[threading.Thread] = set()
+        self.threads: WeakSet[threading.Thread] = WeakSet()  # those that run hold themselves
         self.jobs: queue.SimpleQueue[tuple[socket.socket, Any] | None] = queue.SimpleQueue()
         self.sockets: set[socket.socket] = set()  # of all connections, also of those that wait for a thread
-        self.idle = 0  # threads that wait for a job that nobody was promised
-        self.lock = threading.Lock()  # guards idle and threads
+        self.idle = threading.Semaphore(0)  # counts the threads that wait for a job, and were promised none
+        self.lock = threading.Lock()  # guards threads
         self.address_family, address = _address(host, port)
+        self.waker, self.alarm = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
         super().__init__(address, _Connection)
+        self.socket.setblocking(False)
+        self.waker.setblocking(False)
+        with suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
+        self.selector.register(self.socket, selectors.EVENT_READ)
+        self.selector.register(self.waker, selectors.EVENT_READ)
+        self.thread = threading.Thread(target=self.serve_forever, name="openai_fake", daemon=True)
+        try:
+            self.thread.start()
+        except BaseException:
+            self.server_close()
+            raise
 
     def server_bind(self) -> None:
         if self.fake._reuse_port:
@@ -6951,43 +6886,20 @@ class _Server(ThreadingHTTPServer):
         TCPServer.server_bind(self)  # HTTPServer's own asks for the host's name, which can take half a minute
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def start(self) -> None:
-        """Starts the loop's thread."""
-        self.socket.setblocking(False)
-        with suppress(OSError):
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
-        self.waker, self.alarm = socket.socketpair()
-        self.waker.setblocking(False)
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.socket, selectors.EVENT_READ)
-        self.selector.register(self.waker, selectors.EVENT_READ)
-        self.thread = threading.Thread(target=self.serve_forever, name="openai_fake", daemon=True)
-        try:
-            self.thread.start()
-        except BaseException:
-            for each in (self.selector, self.waker, self.alarm):
-                each.close()
-            raise
-
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """The loop: accepts, tells waiters that their client did something, and looks at deadlines."""
-        select, listener, waker = self.selector.select, self.socket, self.waker
-        sweep, resume = math.inf, math.inf
-        while True:
+        listener, sweep = self.socket, math.inf
+        while not self.stopping:  # before the select: its wake-up may have been read together with another
             now = _Clock.monotonic()
-            sweep = min(sweep, now + self.sweep) if self.sockets else math.inf
-            until = min(sweep, resume)
-            if self.stopping:  # before the select: its wake-up may have been read together with another
-                return
-            events = select(None if until == math.inf else min(max(0.0, until - now), _LONGEST))
-            for key, _ in events:
+            if self.sockets:
+                sweep = min(sweep, now + self.sweep)
+            for key, _ in self.selector.select(None if sweep == math.inf else max(0.0, sweep - now)):
                 if key.fileobj is listener:
                     if not self._accept():
                         self.selector.unregister(listener)
-                        resume = _Clock.monotonic() + 0.1  # out of descriptors: try again when some may be free
-                elif key.fileobj is waker:
-                    waker.recv(4096)
+                        sweep = _Clock.monotonic() + 0.1  # out of descriptors: try again when some may be free
+                elif key.fileobj is self.waker:
+                    self.waker.recv(4096)
                 else:
                     self.unwatch(cast(socket.socket, key.fileobj))
                     key.data.notice()
@@ -6995,20 +6907,25 @@ class _Server(ThreadingHTTPServer):
             if now >= sweep:
                 sweep = math.inf
                 self._sweep(now)
-            if now >= resume:
-                resume = math.inf
-                self.selector.register(listener, selectors.EVENT_READ)
+                with suppress(KeyError):  # it is there
+                    self.selector.register(listener, selectors.EVENT_READ)
 
     def _accept(self) -> bool:
-        """Accepts one connection; False if that is not possible now. Another that waits is told by the next select."""
+        """Accepts one connection, for a thread that waits or a new one; False if that is not possible now."""
         try:
-            sock, address = self.socket.accept()
+            sock, address = self.socket.accept()  # one: the next select tells of others
         except (BlockingIOError, ConnectionError):
             return True
         except OSError:
             return self.stopping
         self.sockets.add(sock)
-        self.process_request(sock, address)
+        try:
+            if not self.idle.acquire(blocking=False):
+                self.run(self._work, "openai_fake connection")
+        except RuntimeError:  # no more threads: this connection is lost, the server is not
+            self.shutdown_request(sock)
+        else:
+            self.jobs.put((sock, address))
         return True
 
     def _sweep(self, now: float) -> None:
@@ -7036,31 +6953,9 @@ class _Server(ThreadingHTTPServer):
         with suppress(OSError):
             self.alarm.send(b"!")
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Gives a connection to a thread that waits, or to a new one."""
-        with self.lock:
-            if self.idle:
-                self.idle -= 1
-                self.jobs.put((request, client_address))
-                return
-        try:
-            self.run(self._work, "openai_fake connection")
-        except RuntimeError:  # no more threads: this connection is lost, the server is not
-            self.shutdown_request(request)
-        else:
-            self.jobs.put((request, client_address))
-
     def run(self, function: Callable[[], None], name: str = "openai_fake background") -> None:
         """Runs a function on a thread that stop() waits for. Raises RuntimeError where there can be no more threads."""
-
-        def work() -> None:
-            try:
-                function()
-            finally:
-                with self.lock:
-                    self.threads.discard(threading.current_thread())
-
-        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread = threading.Thread(target=function, name=name, daemon=True)
         with self.lock:  # whoever finds it in `threads` can join it
             thread.start()
             self.threads.add(thread)
@@ -7071,16 +6966,13 @@ class _Server(ThreadingHTTPServer):
             try:
                 job = self.jobs.get(timeout=1.0)
             except queue.Empty:
-                with self.lock:
-                    if self.idle:  # else a job is on its way
-                        self.idle -= 1
-                        return
+                if self.idle.acquire(blocking=False):  # else a job is on its way
+                    return
                 continue
             if job is None:
                 return
             self.process_request_thread(*job)
-            with self.lock:
-                self.idle += 1
+            self.idle.release()
 
     def shutdown_request(self, request: Any) -> None:
         self.sockets.discard(request)
@@ -7088,6 +6980,11 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _LOG.exception("a connection failed in the server itself")
+
+    def server_close(self) -> None:
+        super().server_close()
+        for each in (self.selector, self.waker, self.alarm):
+            each.close()
 
     def stop(self) -> list[threading.Thread]:
         """Stops, within a second or so. Returns the threads that did not end."""
@@ -7111,17 +7008,13 @@ class _Server(ThreadingHTTPServer):
         for waiter in tuple(self.waiters):
             waiter.wake()
         with self.lock:
-            threads = tuple(self.threads)
-        for _ in threads:
-            self.jobs.put(None)
+            others = [thread for thread in self.threads if thread is not current]
         end = _Clock.monotonic() + _STOP_SECONDS
-        for thread in threads:
-            if thread is not current:
-                thread.join(max(0.0, end - _Clock.monotonic()))
-        self.selector.close()
-        self.waker.close()
-        self.alarm.close()
-        return [thread for thread in threads if thread is not current and thread.is_alive()]
+        for _ in (current, *others):
+            self.jobs.put(None)
+        for thread in others:
+            thread.join(max(0.0, end - _Clock.monotonic()))
+        return [thread for thread in others if thread.is_alive()]
 
 
 # whether a socket may be registered while another thread selects
@@ -7251,14 +7144,8 @@ class FakeOpenAI:
         patcher = f"{socket.socket.__module__} {threading.get_ident.__module__}"
         if "gevent" in patcher or "eventlet" in patcher:
             raise RuntimeError(f"the server needs real sockets and threads, not {patcher}: run `python -m openai_fake`")
-        server = _Server(self, self.host, self.port)
-        try:
-            server.start()
-        except BaseException:
-            server.server_close()
-            raise
         self._pid = os.getpid()
-        self._server = server
+        self._server = _Server(self, self.host, self.port)
         return self
 
     def stop(self) -> None:
@@ -7553,7 +7440,7 @@ class _OwnRoute:
                 waiter.sleep(fake.ttft)
             if isinstance(body, bytes) or request.method == "HEAD":
                 whole = body if isinstance(body, bytes) else b""
-                return connection.send_whole(whole, status, "application/octet-stream", fields=headers)
+                return connection.send_whole(whole, status, "application/octet-stream", _USUAL, headers)
             waiter.streams = True
             waiter.enter(bool)
             pieces = waiter.steps(body) if hasattr(body, "__anext__") else body

@@ -5133,18 +5133,17 @@ class ReaderTest(unittest.TestCase):
     def read(*pieces: bytes) -> tuple[list[str], Any]:
         """The states in which it waited, and the body, or the exception."""
         inbox, states = _Inbox(), list[str]()
-        reading, rest = _read_request(inbox), list(pieces)
+        rest = list(pieces)
         try:
-            while True:
-                state = next(reading)
+            for state in _read_request(inbox):
                 states.append("100" if state is None else state.name)
                 if state is not None:
-                    inbox.ended = not rest
-                    inbox.data += rest.pop(0) if rest else b""
-        except StopIteration as end:
-            return states, end.value
+                    if not rest:
+                        raise EOFError
+                    inbox.data += rest.pop(0)
         except (EOFError, _Refused) as error:
             return states, error
+        return states, inbox.body
 
     def test_states(self) -> None:
         """It waits between requests, in the head, and in the body, and asks for 100 Continue where that is wanted."""
@@ -6191,6 +6190,16 @@ class InputBoundsTest(unittest.TestCase):
             ):
                 with Wire(server) as wire:
                     wire.send(http_bytes(body, PATHS["chat.completions"], "POST", f"Content-Encoding: {coding}"))
+                    self.assertEqual(wire.answer().status, status)
+
+    def test_zstd(self) -> None:
+        """What Python can decode is decoded; what follows the end of a compressed body is refused, not dropped."""
+        stand_in = SimpleNamespace(ZstdDecompressor=lambda: zlib.decompressobj(31))  # Python has its own since 3.14
+        with mock.patch.dict(sys.modules, {"compression.zstd": stand_in}), FakeOpenAI() as server:
+            whole = gzip.compress(json.dumps(chat("Hello")).encode())
+            for body, status in ((whole, 200), (whole[:-1], 400), (whole + whole, 400)):
+                with Wire(server) as wire:
+                    wire.send(http_bytes(body, PATHS["chat.completions"], "POST", "Content-Encoding: zstd"))
                     self.assertEqual(wire.answer().status, status)
 
     def test_huge_integers(self) -> None:
@@ -8872,11 +8881,10 @@ class FrameReaderTest(unittest.TestCase):
             for step in openai_fake._read_messages(inbox):
                 if isinstance(step, tuple):
                     messages.append(step)
+                elif not rest:
+                    return messages, None
                 else:
-                    inbox.ended = not rest
-                    inbox.data += rest.pop(0) if rest else b""
-        except EOFError:
-            return messages, None
+                    inbox.data += rest.pop(0)
         except openai_fake._Closing as closing:
             return messages, int.from_bytes(closing.frame[2:4], "big")
         raise AssertionError("the reader ended by itself")
