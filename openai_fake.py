@@ -2852,7 +2852,10 @@ def _plain_json(data: Any) -> Any:
         lines = [line[5:].strip() for line in re.split(r"\r\n|\r|\n", text) if line.startswith("data:")]
         if not lines:
             raise ValueError(f"recorded(...) wants JSON or an event stream, not {_short(repr(data))}")
-        return [json.loads(line) for line in lines if line != "[DONE]"]
+        try:
+            return [json.loads(line) for line in lines if line != "[DONE]"]
+        except ValueError as error:
+            raise ValueError(f"recorded(...) got an event that is no JSON; is the stream cut off? {error}") from None
     if isinstance(data, (list, tuple)):
         return [_plain_json(each) for each in cast("Sequence[Any]", data)]
     return data.model_dump(mode="json", exclude_unset=True) if hasattr(data, "model_dump") else data
@@ -6746,8 +6749,8 @@ class _Connection(BaseRequestHandler):
         elif status == 401:
             usual = _VERSION
             fields.setdefault("www-authenticate", 'Bearer realm="OpenAI API"')
+        request._outcome = request._outcome or error.message  # before its client can look
         self.send_whole(_utf8(_dumps({"error": error._error()})), status, content_type, usual, fields)
-        request._outcome = request._outcome or error.message
 
     def _send_fault(self, error: BaseException) -> None:
         """Answers with what the handler did wrong, and keeps it for the test."""
@@ -7060,7 +7063,7 @@ class FakeOpenAI:
 
     - `host`, `port`: where to listen; port 0 is any free one.
     - `api_key`: when it is set, requests with another key, or none, get the API's 401.
-    - `validate`: refuse what the real API refuses; `strict`: also parameters and models that it does not know.
+    - `validate`: refuse much of what the real API refuses; `strict`: also parameters and models that it does not know.
     - `ttft`, `itl`: seconds to the first token, and between tokens; to and between the pieces of a route, too.
     - `models`: what GET /models lists.
     - `routes`: more endpoints, or others: `{"POST /audio/speech": function}`. A function takes the Request and returns
@@ -7133,6 +7136,9 @@ class FakeOpenAI:
         fixed = ("keep", "routes") if self._server is None else ("keep", "routes", "host", "port")
         if name in fixed and name in self.__dict__:
             raise AttributeError(f"{name} can't be set; it is said when the server is made: FakeOpenAI({name}=...)")
+        known = name.startswith("_") or name in (*self.__dataclass_fields__, "errors")
+        if not known and type(self) is FakeOpenAI:  # a subclass may have its own
+            raise AttributeError(f"FakeOpenAI has no option {name!r}")
         if name in ("ttft", "itl"):
             _check_fields(self, **{name: (value, _SECONDS)})
         super().__setattr__(name, value)
@@ -7827,6 +7833,8 @@ def _type_call(turn: _Turn, rest: str) -> None:
 
 def _type_error(turn: _Turn, rest: str) -> None:
     number, _, message = rest.partition(" ")
+    if not number.isdecimal():
+        raise ValueError(f"not a status: {number!r}")
     turn.end(APIError(int(number), message or "An error typed at the terminal."))
 
 
@@ -7943,7 +7951,7 @@ class _Operator:
             except ValueError as error:
                 self._console.write(f"{_safe_line(str(error))}; usage: {usage}\n")
         elif line.startswith("/") and not line.startswith("//"):
-            self._console.write(_HELP)
+            self._console.write(f"There is no command {_safe_line(word)}.\n{_HELP}")
         else:
             text = line.removeprefix("/")
             turn.say(Text(text[:-1] if text.endswith("\\") else text + "\n"))
@@ -8009,8 +8017,10 @@ def _parser() -> argparse.ArgumentParser:
         return [name.strip() for name in text.split(",") if name.strip()]
 
     def rates(text: str) -> dict[int, float]:
-        found = {int(status): float(rate) for status, _, rate in (each.partition("=") for each in names(text))}
-        if not all(400 <= status <= 599 and 0 <= rate <= 1 for status, rate in found.items()):
+        found: dict[int, float] = {}
+        with suppress(ValueError):
+            found = {int(status): float(rate) for status, _, rate in (each.partition("=") for each in names(text))}
+        if not found or not all(400 <= status <= 599 and 0 <= rate <= 1 for status, rate in found.items()):
             raise argparse.ArgumentTypeError(f"{text!r} is not STATUS=RATE, as in 429=0.1")
         return found
 

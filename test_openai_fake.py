@@ -6784,6 +6784,14 @@ class PagesTest(unittest.TestCase):
 
 
 class LaterOptionsTest(unittest.TestCase):
+    def test_a_misspelled_option(self) -> None:
+        """An option that there is not is refused, as the constructor does; a subclass has what it likes."""
+        with self.assertRaisesRegex(AttributeError, "no option 'tfft'"):
+            cast(Any, FakeOpenAI()).tfft = 0.1
+        own = cast(Any, type("Own", (FakeOpenAI,), {}))()
+        own.tfft = 0.1
+        self.assertEqual(own.tfft, 0.1)
+
     def test_options_set_later(self) -> None:
         """Each option, set on a running server, works from the next request on, or is refused with AttributeError."""
         rows: dict[str, tuple[Any, Callable[[FakeOpenAI], object], object]] = {
@@ -6966,6 +6974,22 @@ class FailingFakeTest(unittest.TestCase):
         "no answer": (lambda: always(3), 1, (0, 1), ("handler returned int",)),
         "no part": (lambda: always(["fine", 3]), 1, (0, 1), ("not a part of an answer: 3",)),
     }
+
+    def test_the_reason_is_there_before_the_answer(self) -> None:
+        """A transcript that is made as soon as an error is read tells its reason."""
+        reasons: list[str] = []
+        send = openai_fake._Connection.send_whole
+
+        def look(connection: openai_fake._Connection, *arguments: Any) -> None:
+            reasons.append(connection.asked._outcome)
+            send(connection, *arguments)
+
+        with (
+            mock.patch.object(openai_fake._Connection, "send_whole", look),
+            FakeOpenAI(always(APIError(400, "No."))) as s,
+        ):
+            call(s, chat())
+        self.assertEqual(reasons, ["No."])
 
     def test_a_failing_fake_fails_its_test(self) -> None:
         """Whatever went wrong in the fake is the test's failure or error, with its traceback and a transcript."""
