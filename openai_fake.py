@@ -2275,7 +2275,9 @@ class Reply:
             inner = recorded(cast(object, inner))
         if isinstance(inner, (Reply, Completion)):  # its envelope holds where none is given
             self.id, self.model = self.id or inner.id or None, self.model or inner.model or None
-            self.created = (inner.created or None) if created is None else created
+            self.created = inner.created if created is None else created
+        if isinstance(inner, Completion):
+            self.created = self.created or created  # an empty one stands for the answer's own
         if isinstance(inner, Reply):
             self.parts, self._fragments = inner.parts, inner._fragments
             self.headers, self.extra = self.headers or inner.headers, {**inner.extra, **self.extra}
@@ -3636,7 +3638,10 @@ class _ChatEncoder(_Fold):
     def json(self) -> str:
         self.close_items()
         item = self.items[0] if len(self.items) == 1 else None
-        if item is None or type(item.part) is not Text or item.part.choice or item.annotations or self.usage:
+        if item is None or type(item.part) is not Text or item.annotations or self.usage:
+            return _dumps(self.body())
+        told = (self.id, self.model_name, self.created, item.part.choice)
+        if (*map(type, told),) != (str, str, int, int) or item.part.choice:  # a Chunk may say anything, False is no 0
             return _dumps(self.body())
         if self.finish or self.extra or self.logprobs or self.model.audio or self.asked.get("moderation"):
             return _dumps(self.body())
@@ -4887,7 +4892,9 @@ def _runs(parts: Sequence[_Part], given: bool, cut: bool) -> Generator[tuple[_Pa
             for each in parts[at : begin + _RUN]:  # no call for each: there may be thousands
                 if type(each) is not Text or each.choice != part.choice:
                     break
-                if each.annotations or each.logprobs or each.phase or each.id:  # with one of these it stands alone
+                if (
+                    each.annotations or each.logprobs or each.phase or each.id is not None
+                ):  # with one of these it stands alone
                     break
                 at += 1
         if at - begin > 1:

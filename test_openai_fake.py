@@ -6105,6 +6105,41 @@ PLACES: dict[str, tuple[bytes, bytes]] = {
 }
 
 
+class TextFormTest(unittest.TestCase):
+    """The JSON of one plain text is made from a form, and is what the body says, whatever surrounds the text."""
+
+    def test_json_is_the_body(self) -> None:
+        """For odd texts, ids, times, models and indexes, the first time and the next, one after the other."""
+        told: list[tuple[Text, dict[str, Any]]] = [
+            (Text("plain"), {}),
+            (Text("100 %s, \u2028 and \ud800"), {}),
+            (Text("a", choice=cast(Any, False)), {}),
+            (Text("b", choice=1), {}),
+            (Text(""), {}),
+            (Text("c"), {"id": "%d", "model": "%s"}),
+            (Text("d"), {"model": 'm" %% \\'}),
+            (Text("e"), {"model": "gpt-4o-audio-preview"}),
+            (Text("f"), {"created": cast(Any, True)}),
+            (Text("g"), {"created": 0}),
+            (Text("h"), {"extra": {"service_tier": "scale", "x": 1}}),
+            (Text("i", annotations=[{"type": "url_citation", "url": "u", "start_index": 0, "end_index": 1}]), {}),
+        ]
+        for part, envelope in [*told, *told]:
+            with self.subTest(part=part, **envelope):
+                request, ids = asked("chat.completions", **chat()), openai_fake._Ids(random.getrandbits)
+                encoder = openai_fake._ChatEncoder(request, Reply("", **envelope), ids, CLOCK)
+                encoder.say(part, [part.text])
+                self.assertEqual(encoder.json(), openai_fake._dumps(encoder.body()))
+
+    def test_a_chunk_says_any_envelope(self) -> None:
+        """What a Chunk says of id, time and model is told as it is, also where it is of another type."""
+        for envelope in ({"created": "x"}, {"created": True}, {"id": 5}, {"model": [5]}):
+            made = Chunk([ChunkChoice(0, "a")], **cast(Any, envelope))
+            with self.subTest(**envelope), FakeOpenAI(always(made)) as server:
+                told = call(server, chat()).json
+                self.assertEqual({key: told[key] for key in envelope}, envelope)
+
+
 class WorkTest(unittest.TestCase):
     """What comes from outside costs what its length says, whatever it is: never the square of it."""
 
@@ -7495,6 +7530,17 @@ class AnswersTest(unittest.TestCase):
                 self.assertEqual(text_in(api, call(server, BODIES[api]()).json), "Hello you")
                 events = call(server, BODIES[api](stream=True)).events
                 self.assertEqual(text_streamed(api, events), "Hello you")
+
+    def test_a_time_of_zero(self) -> None:
+        """The time 0 of a Reply, or a recording, is a time; that of a Completion stands for the answer's own."""
+        self.assertEqual(Reply(Reply("x", created=0)).created, 0)
+        self.assertIsNone(Reply(Completion([CompletionChoice(Message("assistant", "x"))], created=0)).created)
+
+    def test_an_empty_id_is_an_id(self) -> None:
+        """A Text with the id "" begins a message of its own, in a list as in a generator."""
+        for parts in (["a", Text("b", id="")], iter(["a", Text("b", id="")])):
+            with FakeOpenAI(always(parts)) as server:
+                self.assertEqual(len(call(server, responses("Hi")).json["output"]), 2)
 
     def test_a_reply_has_its_envelope(self) -> None:
         """A Reply's id, model, time and headers are the answer's, in all four encodings; so are a Completion's."""
