@@ -3653,11 +3653,11 @@ class _ChatEncoder(_Fold):
 
 def _text_form(encoder: _ChatEncoder) -> str:
     """The JSON of one plain text, with %s for id, time, text and tokens: all else comes from the model and the tier."""
-    kind = (encoder.model_name, encoder.model, *encoder.tail.values())
+    kind = (encoder.model_name, id(encoder.model), *encoder.tail.values())  # the model is one of _FAMILIES
     form = _TEXT_FORMS.get(kind)
     if form is None:
-        id, created, text, *tokens = _SLOTS
-        body: _JSON = {**encoder.body(), "id": id, "created": created}
+        name, created, text, *tokens = _SLOTS
+        body: _JSON = {**encoder.body(), "id": name, "created": created}
         body["choices"][0]["message"]["content"] = text
         body["usage"] |= zip(("prompt_tokens", "completion_tokens", "total_tokens"), tokens, strict=True)
         form = _dumps(body).replace("%", "%%")

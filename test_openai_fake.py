@@ -7085,7 +7085,9 @@ def ask(server: FakeOpenAI) -> str:
     """What a client that lets a 500 through gets: urllib's HTTPError, or the text."""
     data = json.dumps(chat("a question")).encode()
     try:
-        with urllib.request.urlopen(server.base_url + "/chat/completions", data, timeout=WAIT) as answer:
+        # an opener of its own: urlopen's keeps the proxies of whoever asked first
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(server.base_url + "/chat/completions", data, timeout=WAIT) as answer:
             return str(json.load(answer)["choices"][0]["message"]["content"])
     except urllib.error.HTTPError as error:
         error.close()
