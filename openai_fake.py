@@ -3380,15 +3380,20 @@ class _Fold:
             item.annotations.append({"type": "url_citation", **whole})
         item.sources = []
 
-    def tally(self) -> Usage:
-        """The usage that was given, or an estimate."""
-        if self.usage is not None:
-            return self.usage
+    def count_tokens(self) -> tuple[int, int, int]:
+        """About how many tokens the prompt was, the completion is, and of that the reasoning."""
         thought = said = 0
         for item in self.items:
             said += len(_tokens(item.text)) + 4 * isinstance(item.part, _Call)
             thought += 64 * (type(item.part) is Reasoning)
-        return Usage(self.prompt_tokens(), max(1, said + thought), reasoning_tokens=thought)
+        return self.prompt_tokens(), max(1, said + thought), thought
+
+    def tally(self) -> Usage:
+        """The usage that was given, or an estimate."""
+        if self.usage is not None:
+            return self.usage
+        prompt, completion, thought = self.count_tokens()
+        return Usage(prompt, completion, reasoning_tokens=thought)
 
     def prompt_tokens(self) -> int:
         """About how many tokens the model was told."""
@@ -3453,12 +3458,14 @@ class _ChatEncoder(_Fold):
         entry["finish_reason"] = finish
         return self._chunk([entry])
 
+    def _pad(self, chunk: str, padding: str) -> str:
+        return f'{chunk[:-1]},"obfuscation":"{padding}"}}' if self.obfuscated else chunk
+
     def _padded(self, chunks: list[str]) -> list[_Event]:
         padded: list[_Event] = []
         for chunk in chunks:
             self.number += self.obfuscated
-            padding = _obfuscation(self.number, (self.number * 11 + 9) & 15)
-            padded.append(f'{chunk[:-1]},"obfuscation":"{padding}"}}' if self.obfuscated else chunk)
+            padded.append(self._pad(chunk, _obfuscation(self.number, (self.number * 11 + 9) & 15)))
         return padded
 
     def say(self, part: _Spoken, texts: Sequence[str]) -> list[_Event]:
@@ -3476,9 +3483,8 @@ class _ChatEncoder(_Fold):
         events = self._padded(chunks) if chunks else []
         if texts:
             if item.form is None:
-                chunk = self._choice(choice, opened._chat_delta(item, _SLOTS[0]))
-                padded = f'{chunk[:-1]},"obfuscation":"{_SLOTS[1]}"}}' if self.obfuscated else chunk
-                item.form = _Form(padded, self.obfuscated, False)
+                chunk = self._pad(self._choice(choice, opened._chat_delta(item, _SLOTS[0])), _SLOTS[1])
+                item.form = _Form(chunk, self.obfuscated, False)
             events += _deltas(item.form, texts, self.number + 1)
             self.number += len(texts)
         return events
@@ -3549,8 +3555,7 @@ class _ChatEncoder(_Fold):
             chunks.append(self._chunk([], usage=self._usage()))
         events = self._padded(chunks)
         if moderation := self._moderation():
-            padding = ',"obfuscation":""' if self.obfuscated else ""
-            events.append(f"{self._chunk([])[:-1]}{padding},{_dumps(moderation)[1:]}")
+            events.append(f"{self._pad(self._chunk([]), '')[:-1]},{_dumps(moderation)[1:]}")
         for item in self.items:
             if isinstance(item.part, Item) and item.part._in_chat:
                 expires: _JSON = {"audio": {"expires_at": _audio(item.part, self)["expires_at"]}}
@@ -3638,15 +3643,16 @@ class _ChatEncoder(_Fold):
     def json(self) -> str:
         self.close_items()
         item = self.items[0] if len(self.items) == 1 else None
-        if item is None or type(item.part) is not Text or item.annotations or self.usage:
+        more = (
+            self.finish or self.usage or self.extra or self.logprobs or self.model.audio or self.asked.get("moderation")
+        )
+        if item is None or type(item.part) is not Text or item.part.choice or item.annotations or more:
             return _dumps(self.body())
         told = (self.id, self.model_name, self.created, item.part.choice)
-        if (*map(type, told),) != (str, str, int, int) or item.part.choice:  # a Chunk may say anything, False is no 0
+        if (*map(type, told),) != (str, str, int, int):  # a Chunk may say anything, and False is no 0
             return _dumps(self.body())
-        if self.finish or self.extra or self.logprobs or self.model.audio or self.asked.get("moderation"):
-            return _dumps(self.body())
-        text, prompt = "".join(item.pieces), self.prompt_tokens()
-        completion = max(1, len(_tokens(text)))
+        prompt, completion, _ = self.count_tokens()
+        text = "".join(item.pieces)
         values = (_quote(self.id), self.created, _quote(text), prompt, completion, prompt + completion)
         return _text_form(self) % values
 
